@@ -1,0 +1,154 @@
+"""Configuration: frozen dataclasses and the only parser of ``kv_connector_extra_config``.
+
+Units are in the names (``_s``, ``_bytes``). Unknown keys fail with their path and
+the nearest known key.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from kvconnect.errors import ConfigError, nearest
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A pipe or buffer by its registered name, with options of its own."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything under ``kv_connector_extra_config``. All keys are optional.
+
+    Args:
+        pipe: transport: ``"auto"``, a registered name, or ``{"name": …, option: …}``.
+        buffer: lookup buffer, likewise.
+        bind_host: address that this engine's control and data servers listen on.
+        advertise_host: address that peers are told, if it differs (NAT).
+        port: control port of the scheduler; 0 takes a free one.
+        peers: producers' control addresses ``"host:port"``, for requests without a ticket.
+        group: engines of one host with the same group find each other without any port setting.
+        lease_s: how long an unclaimed entry, or a claim that is not renewed, keeps its blocks.
+        connect_timeout_s: for reaching a peer and exchanging hellos.
+        lookup_timeout_s: for asking peers whether they hold a request's KV.
+        transfer_timeout_s: for moving one request's blocks.
+        release_timeout_s: for the owner's confirmation afterwards.
+        unasked_share: largest share of a producer's blocks that entries nobody asked for may hold.
+        content_lookup: look for requests without a ticket at the known producers.
+        kv_ip, kv_port, kv_rank, kv_parallel_size: vLLM's older fields. With a ``kv_ip`` that
+            is not loopback, the engine of rank r listens on ``kv_ip`` at ``kv_port + r``, and
+            consumers look at the other ranks there.
+
+    """
+
+    pipe: Backend = Backend("auto")
+    buffer: Backend = Backend("remote")
+    bind_host: str = "127.0.0.1"
+    advertise_host: str | None = None
+    port: int = 0
+    peers: tuple[str, ...] = ()
+    group: str = "default"
+    lease_s: float = 30.0
+    connect_timeout_s: float = 5.0
+    lookup_timeout_s: float = 2.0
+    transfer_timeout_s: float = 60.0
+    release_timeout_s: float = 10.0
+    unasked_share: float = 0.25
+    content_lookup: bool = True
+    kv_ip: str | None = None
+    kv_port: int | None = None
+    kv_rank: int | None = None
+    kv_parallel_size: int | None = None
+
+    @classmethod
+    def parse(cls, extra: Mapping[str, Any], path: str = "kv_connector_extra_config") -> Config:
+        """Read ``kv_connector_extra_config``.
+
+        Raises:
+            ConfigError: an unknown key, a wrong type or a value out of range; names path and cure.
+
+        """
+        config = parse_options(cls, extra, path)
+        config._check(path)
+        return config
+
+    def _check(self, path: str) -> None:
+        for name in ("lease_s", "connect_timeout_s", "lookup_timeout_s", "transfer_timeout_s", "release_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{path}.{name} must be greater than 0, got {getattr(self, name)}")
+        if not 0 <= self.unasked_share <= 1:
+            raise ConfigError(f"{path}.unasked_share must be between 0 and 1, got {self.unasked_share}")
+        for name in ("port", "kv_port"):
+            port = getattr(self, name)
+            if port is not None and not 0 <= port <= 65535:
+                raise ConfigError(f"{path}.{name} must be a TCP port (0 to 65535), got {port}")
+        for i, peer in enumerate(self.peers):
+            host, _, number = peer.rpartition(":")
+            if not host or not number.isdecimal():
+                raise ConfigError(f"{path}.peers[{i}] must look like 'host:port', got {peer!r}")
+        if self.kv_rank is not None and self.kv_parallel_size is not None and self.kv_rank >= self.kv_parallel_size:
+            raise ConfigError(
+                f"{path}.kv_rank is {self.kv_rank}, but ranks run from 0 to kv_parallel_size - 1 "
+                f"= {self.kv_parallel_size - 1}"
+            )
+
+
+def parse_backend(path: str, value: Any) -> Backend:
+    """Read ``"name"`` or ``{"name": …, option: …}``."""
+    if isinstance(value, str) and value:
+        return Backend(value)
+    if isinstance(value, Mapping) and isinstance(value.get("name"), str):
+        return Backend(value["name"], {k: v for k, v in value.items() if k != "name"})
+    raise ConfigError(f"{path} must be a name or an object with a 'name', got {value!r}")
+
+
+def parse_options(cls: type[T], options: Mapping[str, Any], path: str) -> T:
+    """Read ``options`` into the frozen dataclass ``cls`` (a backend's own options, say).
+
+    Raises:
+        ConfigError: an unknown key or a wrong type; names path and cure.
+
+    """
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for key, value in options.items():
+        if key not in hints:
+            near = nearest(key, hints)
+            hint = f"did you mean {near!r}?" if near else f"known keys: {', '.join(sorted(hints))}"
+            raise ConfigError(f"{path}.{key} is not a known option; {hint}")
+        values[key] = _convert(f"{path}.{key}", value, hints[key])
+    return cls(**values)
+
+
+def _convert(path: str, value: Any, kind: Any) -> Any:
+    if kind is Backend:
+        return parse_backend(path, value)
+    if typing.get_origin(kind) is tuple:
+        if isinstance(value, str) or not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{path} must be a list, got {value!r}")
+        return tuple(_convert(f"{path}[{i}]", item, typing.get_args(kind)[0]) for i, item in enumerate(value))
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    if typing.get_origin(kind) is Literal:
+        if value not in typing.get_args(kind):
+            raise ConfigError(f"{path} must be one of {', '.join(map(repr, typing.get_args(kind)))}, got {value!r}")
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"{path} must be {_NOUN.get(kind, kind)}, got {value!r}")
+    return value
+
+
+_NOUN = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}

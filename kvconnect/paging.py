@@ -1,0 +1,240 @@
+"""Paged memory as values: registered tensors + block ids → byte regions.
+
+Pure geometry: no torch, no I/O, no device. A *layout* says where the bytes of a
+block lie, relative to named regions; a *memory* is a layout with the regions'
+base addresses in this process. Hybrid models, MLA and packed layouts differ in
+their values, never in code.
+
+Every layout defines a **canonical byte stream** for a selection of blocks:
+group by group, layer by layer within it, block by block in the order of the
+given ids, piece by piece within a block. Two engines whose layouts have the same *shape*
+(`PagedLayout.shape`) but other strides produce the same stream, so a transfer
+is cut into chunks by stream offset alone and neither side needs to know the
+other's strides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvconnect.errors import HandshakeError
+
+Int64Array = npt.NDArray[np.int64]
+#: ``uint64[n, 2]``: address and length of each piece – the memory image of ``struct iovec[n]``.
+IoVec = npt.NDArray[np.uint64]
+#: Block ids, one sequence per KV-cache group (attention-only models have one group).
+BlockIds = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerLayout:
+    """Where the blocks of one layer lie.
+
+    Block ``b`` consists of ``prod(count)`` pieces of ``piece_bytes`` bytes; the
+    piece at index ``(i, j, …)`` starts at
+    ``offset + b * block_stride + i * stride_i + j * stride_j + …`` of region ``region``.
+    """
+
+    name: str
+    group: int
+    region: int
+    offset: int
+    block_stride: int
+    num_blocks: int
+    piece_bytes: int
+    inner: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block of this layer."""
+        return self.piece_bytes * int(np.prod([count for count, _ in self.inner], dtype=np.int64))
+
+    def piece_offsets(self) -> Int64Array:
+        """Offsets of a block's pieces relative to the block's start, in canonical order."""
+        offsets = np.zeros(1, dtype=np.int64)
+        for count, stride in self.inner:
+            steps = np.arange(count, dtype=np.int64) * stride
+            offsets = (offsets[:, None] + steps[None, :]).reshape(-1)
+        return offsets
+
+
+@dataclass(frozen=True, slots=True)
+class PagedLayout:
+    """The layout of one rank's KV memory: its layers, and how many bytes each region has."""
+
+    layers: tuple[LayerLayout, ...]
+    region_bytes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Check that every piece of every block lies inside its region."""
+        for layer in self.layers:
+            _check_layer(layer, self.region_bytes)
+
+    @property
+    def num_groups(self) -> int:
+        """Number of KV-cache groups."""
+        return 1 + max((layer.group for layer in self.layers), default=-1)
+
+    def in_group(self, group: int) -> tuple[LayerLayout, ...]:
+        """Layers of one group, in canonical order."""
+        return tuple(layer for layer in self.layers if layer.group == group)
+
+    def shape(self) -> list[list[Any]]:
+        """What must agree between two peers: ``[layer name, group, bytes a block]`` per layer."""
+        return [[layer.name, layer.group, layer.block_bytes] for layer in self.layers]
+
+    def nbytes(self, blocks: BlockIds) -> int:
+        """Length of the canonical stream of ``blocks``, in bytes."""
+        return sum(
+            len(ids) * layer.block_bytes
+            for group, ids in enumerate(blocks)
+            for layer in self.in_group(group)
+        )
+
+    def check(self, blocks: BlockIds) -> None:
+        """Raise `HandshakeError` if a block id (from a peer, say) lies outside this memory."""
+        if len(blocks) > self.num_groups:
+            raise HandshakeError(f"{len(blocks)} block groups asked for, this memory has {self.num_groups}")
+        for group, ids in enumerate(blocks):
+            limit = min((layer.num_blocks for layer in self.in_group(group)), default=0)
+            bad = next((b for b in ids if not 0 <= b < limit), None)
+            if bad is not None:
+                raise HandshakeError(f"block {bad} of group {group} is outside 0..{limit - 1}")
+
+    def pieces(self, blocks: BlockIds) -> tuple[Int64Array, Int64Array, Int64Array]:
+        """Return ``(region, offset, nbytes)`` of every piece, in canonical order."""
+        regions: list[Int64Array] = []
+        offsets: list[Int64Array] = []
+        lengths: list[Int64Array] = []
+        for group, ids in enumerate(blocks):
+            numbers = np.asarray(ids, dtype=np.int64)
+            for layer in self.in_group(group):
+                starts = layer.offset + numbers * layer.block_stride
+                flat = (starts[:, None] + layer.piece_offsets()[None, :]).reshape(-1)
+                offsets.append(flat)
+                regions.append(np.full(flat.size, layer.region, dtype=np.int64))
+                lengths.append(np.full(flat.size, layer.piece_bytes, dtype=np.int64))
+        if not offsets:
+            empty = np.zeros(0, dtype=np.int64)
+            return empty, empty, empty
+        return np.concatenate(regions), np.concatenate(offsets), np.concatenate(lengths)
+
+    def to_wire(self) -> dict[str, Any]:
+        """Plain data for msgpack."""
+        return {
+            "regions": list(self.region_bytes),
+            "layers": [
+                [
+                    x.name,
+                    x.group,
+                    x.region,
+                    x.offset,
+                    x.block_stride,
+                    x.num_blocks,
+                    x.piece_bytes,
+                    [list(pair) for pair in x.inner],
+                ]
+                for x in self.layers
+            ],
+        }
+
+    @classmethod
+    def from_wire(cls, data: Mapping[str, Any]) -> PagedLayout:
+        """Read `to_wire`'s data from a peer; raise `HandshakeError` on anything malformed."""
+        try:
+            layers = tuple(
+                LayerLayout(
+                    str(name), int(group), int(region), int(offset), int(stride), int(count), int(piece),
+                    tuple((int(c), int(s)) for c, s in inner),
+                )
+                for name, group, region, offset, stride, count, piece, inner in data["layers"]
+            )  # fmt: skip
+            return cls(layers, tuple(int(n) for n in data["regions"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise HandshakeError(f"the peer's memory layout is malformed: {error}") from error
+
+
+class PagedMemory:
+    """A layout placed at addresses of this process.
+
+    Args:
+        layout: where blocks lie inside the regions.
+        bases: the address of each region's first byte (``data_ptr()``), in this process.
+        device: ``"cpu"`` or a CUDA device such as ``"cuda:0"``.
+        owner: whatever keeps the memory alive (the registered tensors, say).
+
+    """
+
+    def __init__(self, layout: PagedLayout, bases: Sequence[int], device: str = "cpu", owner: object = None) -> None:
+        if len(bases) != len(layout.region_bytes):
+            raise ValueError(f"{len(bases)} base addresses for {len(layout.region_bytes)} regions")
+        self.layout = layout
+        self.bases = np.asarray(bases, dtype=np.uint64)
+        self.device = device
+        self.owner = owner
+
+    def iovec(self, blocks: BlockIds) -> IoVec:
+        """Addresses and lengths of the canonical stream of ``blocks``, neighbours merged."""
+        return place(self.layout, self.bases, blocks)
+
+
+def place(layout: PagedLayout, bases: npt.NDArray[np.uint64], blocks: BlockIds) -> IoVec:
+    """Place the canonical stream of ``blocks`` at ``bases``; pieces that touch become one.
+
+    Also serves a reader that holds a *peer's* layout and base addresses.
+    """
+    region, offset, nbytes = layout.pieces(blocks)
+    out = np.empty((region.size, 2), dtype=np.uint64)
+    out[:, 0] = bases[region] + offset.astype(np.uint64)
+    out[:, 1] = nbytes.astype(np.uint64)
+    return merge(out)
+
+
+def merge(iov: IoVec) -> IoVec:
+    """Join pieces that follow each other in memory as well as in the stream."""
+    if len(iov) < 2:
+        return iov
+    ends = iov[:, 0] + iov[:, 1]
+    first = np.flatnonzero(np.concatenate(([True], iov[1:, 0] != ends[:-1])))
+    out = np.empty((first.size, 2), dtype=np.uint64)
+    out[:, 0] = iov[first, 0]
+    out[:, 1] = np.add.reduceat(iov[:, 1], first)
+    return out
+
+
+def cut(iov: IoVec, start: int, stop: int) -> IoVec:
+    """Return the pieces that make up bytes ``start:stop`` of the stream ``iov``."""
+    ends = np.cumsum(iov[:, 1], dtype=np.uint64)
+    lo = int(np.searchsorted(ends, start, side="right"))
+    hi = int(np.searchsorted(ends, stop, side="left"))
+    out = iov[lo : hi + 1].copy()
+    if len(out) and stop > start:
+        before = int(ends[lo]) - int(iov[lo, 1])
+        out[0, 0] += np.uint64(start - before)
+        out[0, 1] -= np.uint64(start - before)
+        over = int(ends[min(hi, len(ends) - 1)]) - stop
+        if over > 0:
+            out[-1, 1] -= np.uint64(over)
+        return out
+    return out[:0]
+
+
+def _check_layer(layer: LayerLayout, region_bytes: Sequence[int]) -> None:
+    """Raise `HandshakeError` unless every piece of every block lies inside the layer's region."""
+    spans = [layer.offset, layer.block_stride, layer.num_blocks, layer.piece_bytes, layer.group, layer.region]
+    spans += [value for pair in layer.inner for value in pair]
+    if min(spans) < 0 or layer.piece_bytes == 0 or layer.region >= len(region_bytes):
+        raise HandshakeError(f"layer {layer.name!r}: a size, stride or region number is out of range")
+    if layer.num_blocks == 0 or any(count == 0 for count, _ in layer.inner):
+        return
+    last = layer.offset + (layer.num_blocks - 1) * layer.block_stride
+    last += sum((count - 1) * stride for count, stride in layer.inner) + layer.piece_bytes
+    if last > region_bytes[layer.region]:
+        raise HandshakeError(
+            f"layer {layer.name!r} ends at byte {last}, its region has {region_bytes[layer.region]}"
+        )

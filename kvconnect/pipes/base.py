@@ -1,0 +1,318 @@
+"""The `Pipe` contract, its traits, and `Transfer`.
+
+A pipe is one end of an ordered, reliable, point-to-point stream of tensors. An
+author writes three methods, `Pipe.send_tensor`, `Pipe.recv_tensor` and
+`Pipe.close`; everything else is concrete and may be overridden for speed.
+``kvconnect.testing`` holds every clause below as a law.
+
+The tensor path promises:
+
+1. *Order.* Messages arrive as sent; ``None`` is a message like any other.
+2. *Ownership.* When a send returns, the memory is the caller's again; on CUDA:
+   ordered on the caller's current stream. What is received is safe on the
+   receiver's current stream. Never a device-wide synchronisation.
+3. *Fidelity.* Shape, dtype and values survive. What cannot be carried raises
+   `TensorRejectedError` before a byte moves.
+4. *Concurrency.* One sender and one receiver thread at a time, a second gets
+   `BusyError`; `close` and `abort` may come from any thread and wake whoever is
+   blocked.
+5. *End.* Own close → `ClosedError`. Peer close → all that was sent is
+   delivered, then `EndOfPipe`. `close` flushes; `abort` does not, and never blocks.
+6. *Failure.* After `BrokenError`, or `DeadlineError` in the middle of a message,
+   the pipe is dead; only `close` and `abort` remain. Errors reach the caller.
+7. *Deadline.* A property of the opened pipe (`PipeSpec.timeout_s`), not of a
+   call. Nothing waits for ever and nothing polls with ``sleep``.
+
+The block path (`attach`, `read_blocks`, `write_blocks`) moves many scattered
+pieces of paged memory. *Done* means the bytes are in place and readable, and
+nothing will touch the local blocks any more. A failed or cancelled transfer
+does not hurt the pipe; only a broken wire does.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+from kvconnect.errors import ClosedError, DeadlineError, KVConnectError
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from torch import Tensor
+
+    from kvconnect.paging import BlockIds, PagedLayout, PagedMemory
+
+Message = Mapping[str, Any]
+
+
+class Reach(enum.IntEnum):
+    """How far apart the two ends of a pipe may be."""
+
+    PROCESS = 0
+    HOST = 1
+    NETWORK = 2
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a pipe class can do, as data; tests take their skips from here and nowhere else."""
+
+    devices: frozenset[str] = frozenset({"cpu"})
+    reach: Reach = Reach.NETWORK
+    #: `Pipe.read_blocks` needs no thread of the peer while it runs.
+    one_sided: bool = False
+    #: The block path moves bytes straight between the two paged memories.
+    zero_copy: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A yes, or a no with its reason and cure."""
+
+    ok: bool
+    reason: str = ""
+    cure: str = ""
+
+    def __bool__(self) -> bool:
+        """Return `ok`."""
+        return self.ok
+
+
+YES = Verdict(True)
+
+
+class Channel(Protocol):
+    """Small messages to and from the other end, beside the pipe. Thread-safe.
+
+    Bodies are what msgpack carries: dicts with string keys, lists, strings, bytes, integers.
+    """
+
+    def call(self, op: str, body: Message) -> Future[dict[str, Any]]:
+        """Ask the other end; the future fails with a `KVConnectError`."""
+        ...
+
+    def handle(self, op: str, handler: Callable[[dict[str, Any]], Message]) -> None:
+        """Answer the other end's `call` of ``op``; runs on the channel's thread, must not block."""
+        ...
+
+
+@dataclass(frozen=True)
+class PipeSpec:
+    """What an end needs to open.
+
+    ``exchange(mine) -> theirs`` swaps one small message (an address, a unique id,
+    a memory handle) with the other end, once, and blocks for at most ``timeout_s``.
+    The ``"asks"`` end goes first: its `exchange` carries its message to the
+    ``"serves"`` end, whose `exchange` returns at once and sends the answer back.
+    So the serving end binds or listens *before* it exchanges, and the asking end
+    connects *after*. The serving end may not wait for the other inside
+    ``open`` once it has exchanged; it waits in its first send or receive.
+    """
+
+    side: Literal["asks", "serves"]
+    exchange: Callable[[Message], Message]
+    device: str = "cpu"
+    timeout_s: float = 30.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Transfer:
+    """One running move of blocks, seen from the end that asked for it. Thread-safe.
+
+    Whoever runs the transfer calls `finish` exactly once, after the last access
+    to the local blocks. `cancel` only asks: the transfer is over when `done` is true.
+    """
+
+    def __init__(self, nbytes: int, on_cancel: Callable[[], None] | None = None) -> None:
+        self.nbytes = nbytes
+        self.error: KVConnectError | None = None
+        self._over = threading.Event()
+        self._lock = threading.Lock()
+        self._callbacks: list[Callable[[Transfer], None]] = []
+        self._on_cancel = on_cancel
+        self._cancelled = False
+
+    @property
+    def done(self) -> bool:
+        """Whether the transfer is over, well or not; `error` tells which."""
+        return self._over.is_set()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether somebody asked to give up."""
+        return self._cancelled
+
+    def poll(self) -> bool:
+        """Return `done`; raise the transfer's error if it failed."""
+        if self.done and self.error is not None:
+            raise self.error
+        return self.done
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Block until the transfer is over; raise its error, or `DeadlineError` if time is up.
+
+        Running out of time leaves the transfer running: `cancel` it and wait again
+        before its blocks are reused.
+        """
+        if not self._over.wait(timeout_s):
+            raise DeadlineError(f"the transfer of {self.nbytes} bytes did not end within {timeout_s} s")
+        self.poll()
+
+    def cancel(self) -> None:
+        """Ask to give up. The blocks are free again only once `done` is true."""
+        with self._lock:
+            first, self._cancelled = not self._cancelled and not self.done, True
+        if first and self._on_cancel is not None:
+            self._on_cancel()
+
+    def add_done_callback(self, callback: Callable[[Transfer], None]) -> None:
+        """Call ``callback(self)`` once over – at once if it already is."""
+        with self._lock:
+            if not self.done:
+                self._callbacks.append(callback)
+                return
+        callback(self)
+
+    def finish(self, error: KVConnectError | None = None) -> None:
+        """End the transfer (for whoever runs it); a second call is ignored."""
+        with self._lock:
+            if self.done:
+                return
+            self.error = error
+            self._over.set()
+            callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback(self)
+
+
+class Pipe(ABC):
+    """One end of a point-to-point stream of tensors. See the module for the contract."""
+
+    #: The medium's name: also its module's and its entry point's.
+    name: ClassVar[str] = ""
+    traits: ClassVar[Traits] = Traits()
+
+    # -- what every pipe writes -------------------------------------------------
+
+    @abstractmethod
+    def send_tensor(self, tensor: Tensor | None) -> None:
+        """Send one message; return once the memory is the caller's again.
+
+        Args:
+            tensor: any shape, strides and dtype, on one of ``traits.devices``; or ``None``.
+
+        Raises:
+            TensorRejectedError: it cannot be carried; nothing moved.
+            ClosedError, BrokenError, DeadlineError, BusyError: as in the contract.
+
+        """
+
+    @abstractmethod
+    def recv_tensor(self) -> Tensor | None:
+        """Receive the next message, as a new contiguous tensor on this end's device.
+
+        Raises:
+            EndOfPipe: the peer closed and everything it sent was delivered.
+            ClosedError, BrokenError, DeadlineError, BusyError: as in the contract.
+
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Flush and end. Idempotent, callable from any thread."""
+
+    # -- opening ----------------------------------------------------------------
+
+    @classmethod
+    def open(cls, spec: PipeSpec) -> Self:
+        """Open this end. The default calls the class with the spec."""
+        return cls(spec)  # type: ignore[call-arg]
+
+    @classmethod
+    def availability(cls) -> Verdict:
+        """Say whether this pipe can run here, or why not and what to install.
+
+        Never raises, never creates a CUDA context.
+        """
+        return YES
+
+    @classmethod
+    def descriptor(cls, device: str) -> dict[str, Any]:
+        """Describe this process to a peer: what `can_reach` needs, msgpack-able."""
+        from kvconnect.pipes import host
+
+        return host.identity()
+
+    @classmethod
+    def can_reach(cls, local: Message, remote: Message) -> Verdict:
+        """Say whether two ends with these descriptors can be joined. Symmetric."""
+        from kvconnect.pipes import host
+
+        return host.within(cls.traits.reach, local, remote)
+
+    # -- optional, tensor path ----------------------------------------------------
+
+    def abort(self) -> None:
+        """End at once without flushing; never blocks. The default closes."""
+        self.close()
+
+    def send_tensors(self, tensors: Sequence[Tensor | None]) -> None:
+        """Send several messages, in order."""
+        for tensor in tensors:
+            self.send_tensor(tensor)
+
+    def recv_tensor_into(self, out: Tensor) -> None:
+        """Receive the next message into ``out``, whose shape and dtype must be the message's.
+
+        A message that does not fit is consumed and raises `TensorRejectedError`.
+        """
+        from kvconnect.errors import TensorRejectedError
+
+        got = self.recv_tensor()
+        if got is None or got.shape != out.shape or got.dtype != out.dtype:
+            what = "None" if got is None else f"{tuple(got.shape)} {got.dtype}"
+            raise TensorRejectedError(f"received {what}, expected {tuple(out.shape)} {out.dtype}")
+        out.copy_(got)
+
+    # -- optional, block path -----------------------------------------------------
+
+    def attach(self, local: PagedMemory, remote: PagedLayout, channel: Channel) -> None:
+        """Make ``local`` this end's paged memory and learn the other end's layout.
+
+        Called once on each end before `read_blocks`; both layouts have the same
+        `PagedLayout.shape`. The peer may read this end's blocks from now on.
+        The default serves and asks over ``channel`` and streams through
+        `send_tensor` and `recv_tensor`, which belong to the block path from then on.
+        """
+        from kvconnect.pipes.stream import BlockStream
+
+        self._stream = BlockStream(self, local, remote, channel)
+
+    def read_blocks(self, remote: BlockIds, local: BlockIds) -> Transfer:
+        """Start to copy the peer's blocks ``remote`` into this end's blocks ``local``.
+
+        Both have the same number of ids in every group; copies are whole blocks, opaque bytes.
+
+        Raises:
+            ClosedError, BrokenError: the pipe is not usable.
+            HandshakeError: ids are out of range or do not pair up.
+
+        """
+        return self._attached().read(remote, local)
+
+    def write_blocks(self, local: BlockIds, remote: BlockIds) -> Transfer:
+        """Start to copy this end's blocks ``local`` into the peer's blocks ``remote``."""
+        return self._attached().write(local, remote)
+
+    _stream: Any = None
+
+    def _attached(self) -> Any:
+        if self._stream is None:
+            raise ClosedError("attach() this pipe to paged memory before moving blocks")
+        return self._stream
