@@ -44,6 +44,7 @@ class Config:
         release_timeout_s: for the owner's confirmation afterwards.
         unasked_share: largest share of a producer's blocks that entries nobody asked for may hold.
         content_lookup: look for requests without a ticket at the known producers.
+        log_transfers: one INFO line a transfer (it is DEBUG otherwise), for demonstrations and debugging.
         kv_ip, kv_port, kv_rank, kv_parallel_size: vLLM's older fields. With a ``kv_ip`` that
             is not loopback, the engine of rank r listens on ``kv_ip`` at ``kv_port + r``, and
             consumers look at the other ranks there.
@@ -64,6 +65,7 @@ class Config:
     release_timeout_s: float = 10.0
     unasked_share: float = 0.25
     content_lookup: bool = True
+    log_transfers: bool = False
     kv_ip: str | None = None
     kv_port: int | None = None
     kv_rank: int | None = None

@@ -183,6 +183,53 @@ class PagedMemory:
         return place(self.layout, self.bases, blocks)
 
 
+def layer_from_strides(
+    name: str,
+    group: int,
+    region: int,
+    offset: int,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    itemsize: int,
+    *,
+    block_dim: int,
+    num_blocks: int,
+) -> LayerLayout:
+    """Describe one registered KV tensor: a value, whatever vLLM generation it comes from.
+
+    Within a block, pieces follow each other in *memory* order, so that a page that is
+    one contiguous run is one piece. Two engines can exchange blocks only if that order
+    is the same on both (the fingerprint's ``block_layout`` says so); the order of
+    layers and blocks may differ.
+
+    Args:
+        name, group, region: which layer it is, its KV-cache group, the region that holds it.
+        offset: of the tensor's first element in the region, in bytes.
+        shape, strides: of the tensor, in elements.
+        itemsize: bytes of an element.
+        block_dim: the dimension that counts blocks.
+        num_blocks: blocks of the engine's pool; a multiple of it in ``block_dim``
+            means that the backend splits each block into equal kernel blocks.
+
+    Raises:
+        HandshakeError: the tensor does not hold ``num_blocks`` whole blocks.
+
+    """
+    count, rest = divmod(shape[block_dim], num_blocks)
+    if rest or count == 0:
+        raise HandshakeError(f"layer {name!r} has {shape[block_dim]} blocks, the engine's pool has {num_blocks}")
+    inner = [(n, s * itemsize) for dim, (n, s) in enumerate(zip(shape, strides, strict=True)) if dim != block_dim]
+    inner.append((count, strides[block_dim] * itemsize))
+    piece, runs = itemsize, []
+    for n, stride in sorted((pair for pair in inner if pair[0] > 1), key=lambda pair: pair[1]):
+        if stride == piece and not runs:
+            piece *= n
+        else:
+            runs.append((n, stride))
+    block_stride = strides[block_dim] * itemsize * count
+    return LayerLayout(name, group, region, offset, block_stride, num_blocks, piece, tuple(reversed(runs)))
+
+
 def place(layout: PagedLayout, bases: npt.NDArray[np.uint64], blocks: BlockIds) -> IoVec:
     """Place the canonical stream of ``blocks`` at ``bases``; pieces that touch become one.
 

@@ -26,6 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from kvconnect.config import Backend, Config
 from kvconnect.errors import KVConnectError, LoadError
 from kvconnect.pipes.base import YES, Transfer, Verdict
 
@@ -203,7 +204,7 @@ class EndSettings:
         num_parts: workers (TP × PP) of this engine; each holds one part of every entry.
         produces, consumes: vLLM's role.
         options: the parsed configuration (`kvconnect.config.Config`).
-        pipe: chosen pipe name, or ``"auto"``.
+        pipe: the chosen pipe (or ``auto``) with its options.
 
     """
 
@@ -212,8 +213,8 @@ class EndSettings:
     num_parts: int
     produces: bool
     consumes: bool
-    options: Any
-    pipe: str = "auto"
+    options: Config
+    pipe: Backend = Backend("auto")
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,6 +131,8 @@ class Transfer:
 
     def __init__(self, nbytes: int, on_cancel: Callable[[], None] | None = None) -> None:
         self.nbytes = nbytes
+        #: Name of the pipe that carries it, for logs and counters.
+        self.via = ""
         self.error: KVConnectError | None = None
         self._over = threading.Event()
         self._lock = threading.Lock()

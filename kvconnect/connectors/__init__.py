@@ -1,0 +1,1 @@
+"""Connectors: what vLLM sees. The only room in which vllm is imported."""

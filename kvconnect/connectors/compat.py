@@ -1,0 +1,141 @@
+"""Every difference between supported vLLM releases. Nothing else knows a version.
+
+Differences are found by looking (``getattr``, signatures), not by comparing
+version numbers, wherever looking can tell.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import vllm
+
+if TYPE_CHECKING:
+    from vllm.config import KVTransferConfig
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+#: Block 0 is vLLM's null block: a placeholder that is never read nor written.
+NULL_BLOCK = 0
+
+
+def vllm_release() -> str:
+    """Return vLLM's version, for hellos and messages."""
+    return str(vllm.__version__)
+
+
+def share_vllm_logging() -> None:
+    """Let ``kvconnect.*`` log lines appear where vLLM's do.
+
+    vLLM configures only its own logger, so a plugin's lines would be lost. Nothing
+    is touched if the application has configured ``kvconnect`` (or the root) itself.
+    """
+    ours, theirs = logging.getLogger("kvconnect"), logging.getLogger("vllm")
+    if ours.handlers or logging.getLogger().handlers or not theirs.handlers:
+        return
+    for handler in theirs.handlers:
+        ours.addHandler(handler)
+    ours.setLevel(theirs.level)
+    ours.propagate = False
+
+
+def extra_config(transfer: KVTransferConfig) -> dict[str, Any]:
+    """Return ``kv_connector_extra_config`` with vLLM's older fields folded in.
+
+    Up to 0.29 ``kv_ip``, ``kv_rank`` and ``kv_parallel_size`` are fields of
+    ``KVTransferConfig``; from 0.32 they are rejected there and belong into the extra config.
+    """
+    extra = dict(transfer.kv_connector_extra_config or {})
+    rank = getattr(transfer, "kv_rank", None)
+    if rank is not None:
+        extra.setdefault("kv_rank", rank)
+        extra.setdefault("kv_parallel_size", transfer.kv_parallel_size)
+        extra.setdefault("kv_ip", transfer.kv_ip)
+    if extra.get("kv_ip") is not None:
+        extra.setdefault("kv_port", transfer.kv_port)
+    return extra
+
+
+def transfer_groups(config: KVCacheConfig) -> list[int]:
+    """Return the KV-cache groups that take part in transfers (all of them before 0.29)."""
+    chosen = getattr(config, "transfer_group_ids", None)
+    return list(range(len(config.kv_cache_groups))) if chosen is None else list(chosen)
+
+
+def block_dim(shape: tuple[int, ...], num_blocks: int) -> int:
+    """Return the dimension of a registered KV tensor that counts blocks.
+
+    0 since 0.26; before that FlashAttention and the CPU backend put K and V
+    first: ``(2, num_blocks, …)``.
+    """
+    if shape[0] % num_blocks == 0:
+        return 0
+    if len(shape) > 1 and shape[0] == 2 and shape[1] % num_blocks == 0:
+        return 1
+    raise ValueError(f"no dimension of {tuple(shape)} counts {num_blocks} blocks")
+
+
+def block_ids(blocks: KVCacheBlocks) -> tuple[list[int], ...]:
+    """Return a request's block table, per group."""
+    return blocks.get_block_ids()
+
+
+def make_results(received: set[str], failed: set[str]) -> Any:
+    """Build vLLM's ``KVConnectorTransferResults`` (0.32+)."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+
+    return KVConnectorTransferResults(finished_sending=set(), finished_recving=received, failed_recving=failed)
+
+
+def reports_failed_requests() -> bool:
+    """Whether failures are reported by request (0.32+) instead of by block."""
+    from vllm.distributed.kv_transfer.kv_connector.v1 import base
+
+    return hasattr(base, "KVConnectorTransferResults")
+
+
+def worker_rank() -> int:
+    """Return this worker's rank among the engine's workers: pipeline stage major, tensor rank minor."""
+    from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+    return int(get_pp_group().rank_in_group * get_tp_group().world_size + get_tp_group().rank_in_group)
+
+
+class BlockPins:
+    """Keeps blocks of vLLM's pool from being reused, by holding a reference to each.
+
+    The reference count is what the pool itself uses for blocks that requests share.
+    Compared with delaying a finished request (``delay=True``), a pin can be dropped
+    at once by the scheduler alone, when a waiting request needs the block.
+    Engine thread only.
+    """
+
+    def __init__(self, pool: BlockPool) -> None:
+        self._pool = pool
+        self.total = len(pool.blocks)
+
+    @property
+    def free(self) -> int:
+        """Blocks that a request could get now."""
+        return self._pool.get_num_free_blocks()
+
+    def pin(self, ids: Iterable[int]) -> None:
+        """Hold ``ids``; null blocks are skipped."""
+        self._pool.touch([self._pool.blocks[i] for i in ids if i != NULL_BLOCK])
+
+    def unpin(self, ids: Iterable[int]) -> None:
+        """Let ``ids`` go; the last of a sequence is the first to be reused, as vLLM frees them."""
+        self._pool.free_blocks([self._pool.blocks[i] for i in reversed(list(ids)) if i != NULL_BLOCK])
+
+
+def parallel_fields(parallel: Any) -> Mapping[str, int]:
+    """Return the parallel shape that two peers must share."""
+    return {
+        "tensor_parallel_size": parallel.tensor_parallel_size,
+        "pipeline_parallel_size": parallel.pipeline_parallel_size,
+        "decode_context_parallel_size": getattr(parallel, "decode_context_parallel_size", 1),
+        "prefill_context_parallel_size": getattr(parallel, "prefill_context_parallel_size", 1),
+    }

@@ -1,0 +1,189 @@
+"""The consumer's half of the scheduler: which requests fetch their KV, and into which blocks.
+
+A request goes through LOOKING → LOADING → OVER. Only a request that is LOOKING is
+ever answered with tokens, so a failed load, a preemption or a second look computes
+locally.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvconnect.buffers.base import Claim, Want
+from kvconnect.connectors.compat import NULL_BLOCK
+from kvconnect.connectors.groups import Group
+from kvconnect.connectors.identity import key_of, shared_label
+from kvconnect.connectors.plan import Blocks, Load
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+    from kvconnect.buffers.base import SchedulerEnd
+
+log = logging.getLogger(__name__)
+
+
+class _Phase(enum.Enum):
+    LOOKING = enum.auto()
+    LOADING = enum.auto()
+    OVER = enum.auto()
+
+
+@dataclass
+class _Fetch:
+    """What is known about one request."""
+
+    phase: _Phase
+    local_tokens: int = 0
+    ended: bool = False
+
+
+class Fetching:
+    """Follows the requests whose KV may be elsewhere. Engine thread only.
+
+    Args:
+        end: the buffer.
+        namespace: of all keys of this engine.
+        groups: the KV-cache groups that take part.
+        content_lookup: also look for requests that carry no ticket.
+
+    """
+
+    def __init__(self, end: SchedulerEnd, namespace: str, groups: Sequence[Group], *, content_lookup: bool) -> None:
+        self._end = end
+        self._namespace = namespace
+        self._groups = groups
+        self._content_lookup = content_lookup
+        self._fetches: dict[str, _Fetch] = {}
+        self._loads: list[Load] = []
+        self.counters: Counter[str] = Counter()
+
+    def arrived(self, request: Request) -> None:
+        """Start looking as soon as a request is known: it may wait in the queue longer than a lease."""
+        if request.request_id in self._fetches:
+            return
+        want = self._want(request)
+        if want is not None:
+            self._end.look(request.request_id, want)
+        self._fetches[request.request_id] = _Fetch(_Phase.OVER if want is None else _Phase.LOOKING)
+
+    def external_tokens(self, request: Request, local_tokens: int) -> int | None:
+        """Return how many tokens beyond ``local_tokens`` can be fetched; ``None`` to be asked again."""
+        self.arrived(request)
+        fetch = self._fetches[request.request_id]
+        if fetch.phase is not _Phase.LOOKING:
+            return 0
+        found = self._end.found(request.request_id)
+        if found is None:
+            return None
+        if not isinstance(found, Claim):
+            self.counters[f"miss_{found.cause}"] += 1
+            log.debug("%s computes locally: %s (%s)", request.request_id, found.cause, found.detail)
+            return self._give_up(request.request_id, fetch)
+        if not self._covers(found):
+            self.counters["miss_window"] += 1
+            return self._give_up(request.request_id, fetch)
+        fetch.local_tokens = local_tokens
+        return max(0, found.key.length - local_tokens)
+
+    def allocated(self, request: Request, table: Sequence[Sequence[int]], tokens: int) -> None:
+        """Blocks were given to a request; ``tokens`` of them are to be fetched (0: none after all)."""
+        fetch = self._fetches.get(request.request_id)
+        if fetch is None or fetch.phase is not _Phase.LOOKING:
+            return
+        found = self._end.found(request.request_id)
+        if tokens == 0 or not isinstance(found, Claim):
+            self._give_up(request.request_id, fetch)
+            return
+        remote, local = self._pair(found, table, fetch.local_tokens, tokens)
+        gone = any(NULL_BLOCK in ids for ids in remote)
+        refused = "the owner no longer has every block that this engine allocated" if gone else ""
+        self._loads.append(Load(request.request_id, found, remote, local, tokens, refused))
+        fetch.phase = _Phase.LOADING
+        self.counters["loads"] += 1
+        self.counters["tokens"] += tokens
+
+    def take_loads(self) -> tuple[Load, ...]:
+        """Return the loads to start in this step."""
+        loads, self._loads = tuple(self._loads), []
+        return loads
+
+    def loaded(self, request_ids: Iterable[str]) -> None:
+        """The workers are done with these loads, well or not. Unknown ids are another connector's."""
+        for request_id in request_ids:
+            fetch = self._fetches.get(request_id)
+            if fetch is None or fetch.phase is not _Phase.LOADING:
+                continue
+            self._end.settle(request_id)
+            fetch.phase = _Phase.OVER
+            if fetch.ended:
+                del self._fetches[request_id]
+
+    def finished(self, request_id: str) -> None:
+        """A request ended. If it was loading, vLLM holds its blocks until the workers are done, and so do we."""
+        fetch = self._fetches.get(request_id)
+        if fetch is None:
+            return
+        if fetch.phase is _Phase.LOADING:
+            fetch.ended = True
+            return
+        self._give_up(request_id, fetch)
+        del self._fetches[request_id]
+
+    def _want(self, request: Request) -> Want | None:
+        """Return what to look for, or ``None`` if this request always computes locally."""
+        params = request.kv_transfer_params or {}
+        if (
+            params.get("do_remote_decode")
+            or request.pooling_params is not None
+            or getattr(request, "resumable", False)
+            # prompt_logprobs and the like need every prompt token computed here
+            or getattr(request, "skip_reading_prefix_cache", False)
+        ):
+            return None
+        ticket = params.get("kvconnect") if params.get("do_remote_prefill") else None
+        if ticket is None and not self._content_lookup:
+            return None
+        key = key_of(request, self._namespace)
+        if key is None:
+            return None
+        return Want(key, shared_label(request.request_id), ticket if isinstance(ticket, dict) else None)
+
+    def _covers(self, claim: Claim) -> bool:
+        """Whether the owner still has every block that decoding here will read."""
+        if len(claim.blocks) != len(self._groups):
+            return False
+        for group, ids in zip(self._groups, claim.blocks, strict=True):
+            needed = group.needed(claim.key.length)
+            if len(ids) < needed.stop or any(ids[i] == NULL_BLOCK for i in needed):
+                return False
+        return True
+
+    def _pair(
+        self, claim: Claim, table: Sequence[Sequence[int]], local_tokens: int, tokens: int
+    ) -> tuple[Blocks, Blocks]:
+        """Pair the owner's blocks with ours, position by position, for the tokens to fetch.
+
+        Positions that hold our null block (outside a sliding window) are not read by us.
+        """
+        remote: list[tuple[int, ...]] = []
+        local: list[tuple[int, ...]] = []
+        for group, theirs in zip(self._groups, claim.blocks, strict=True):
+            ours = table[group.index]
+            first, last = local_tokens // group.block_size, -(-(local_tokens + tokens) // group.block_size)
+            wanted = [i for i in range(first, last) if ours[i] != NULL_BLOCK]
+            remote.append(tuple(theirs[i] for i in wanted))
+            local.append(tuple(ours[i] for i in wanted))
+        return tuple(remote), tuple(local)
+
+    def _give_up(self, request_id: str, fetch: _Fetch) -> int:
+        """Compute locally; give back what was claimed."""
+        if fetch.phase is _Phase.LOOKING:
+            self._end.abandon(request_id)
+        fetch.phase = _Phase.OVER
+        return 0

@@ -1,0 +1,51 @@
+"""What must agree for two engines' blocks to be exchangeable, as named fields.
+
+The fields are compared one by one in the hello, so that a refusal can say which
+differs; their hash is the namespace of every key.
+"""
+
+from __future__ import annotations
+
+import platform
+from typing import TYPE_CHECKING
+
+from kvconnect.connectors import compat, groups
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+
+def fingerprint(config: VllmConfig, kv: KVCacheConfig) -> dict[str, str | int]:
+    """Return the fields by name."""
+    model, cache = config.model_config, config.cache_config
+    return {
+        "model": model.model,
+        "revision": model.revision or "",
+        "dtype": str(model.dtype),
+        "quantization": str(model.quantization or ""),
+        "kv_cache_dtype": str(cache.cache_dtype),
+        "blocks": groups.block_shape(kv),
+        "block_layout": _inner_order(kv),
+        "platform": _platform(),
+        **compat.parallel_fields(config.parallel_config),
+    }
+
+
+def _inner_order(kv: KVCacheConfig) -> str:
+    """Order of heads, tokens and content inside a block; where layers and blocks lie does not matter."""
+    layout = getattr(kv, "kv_cache_layout", None)
+    name = getattr(layout, "name", layout)
+    return "".join(c for c in str(name) if c in "HNC") if name else "legacy"
+
+
+def _platform() -> str:
+    """Device kind; on CPUs with the instruction set and release, for K is packed for them."""
+    from vllm.platforms import current_platform
+
+    if current_platform.device_type != "cpu":
+        return str(current_platform.device_type)
+    import torch
+
+    isa = torch.backends.cpu.get_cpu_capability()
+    return f"cpu {platform.machine()} {isa} vllm {compat.vllm_release()}"

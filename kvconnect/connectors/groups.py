@@ -1,0 +1,97 @@
+"""vLLM's KV-cache groups as plain values, and the model kinds that cannot be handed over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvconnect.connectors import compat
+
+if TYPE_CHECKING:
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One KV-cache group that takes part in transfers.
+
+    Args:
+        index: its place in vLLM's block tables.
+        block_size: tokens a block.
+        window: sliding-window length in tokens, or ``None`` for full attention.
+        layers: names of its layers.
+
+    """
+
+    index: int
+    block_size: int
+    window: int | None
+    layers: tuple[str, ...]
+
+    def needed(self, tokens: int) -> range:
+        """Positions in the block table that decoding after ``tokens`` tokens reads."""
+        skipped = 0 if self.window is None else max(0, tokens - self.window + 1)
+        return range(skipped // self.block_size, -(-tokens // self.block_size))
+
+
+def groups_of(config: KVCacheConfig) -> tuple[Group, ...]:
+    """Return the groups that take part in transfers."""
+    found = []
+    for index in compat.transfer_groups(config):
+        group = config.kv_cache_groups[index]
+        window = next((w for w in map(_window, _specs(group.kv_cache_spec)) if w is not None), None)
+        found.append(Group(index, group.kv_cache_spec.block_size, window, tuple(group.layer_names)))
+    return tuple(found)
+
+
+def refusal(config: KVCacheConfig) -> str | None:
+    """Return why this model's KV cannot be handed over, or ``None`` if it can.
+
+    Anything but attention whose cache is addressed by block and position (full, MLA,
+    sliding window) is refused: recurrent state and encoder caches are not blocks of tokens.
+    """
+    if not compat.transfer_groups(config):
+        return "the model has no KV cache that takes part in transfers"
+    for index in compat.transfer_groups(config):
+        for spec in _specs(config.kv_cache_groups[index].kv_cache_spec):
+            if type(spec).__name__ not in _SUPPORTED:
+                return f"KV-cache group {index} is of kind {type(spec).__name__}, which cannot be handed over"
+    return None
+
+
+_SUPPORTED = frozenset(
+    {"FullAttentionSpec", "MLAAttentionSpec", "SlidingWindowSpec", "SlidingWindowMLASpec", "SinkFullAttentionSpec"}
+)
+
+
+def block_shape(config: KVCacheConfig) -> str:
+    """Describe what a block is, group by group: kind, tokens, bytes and layers."""
+    parts = []
+    for index in compat.transfer_groups(config):
+        group = config.kv_cache_groups[index]
+        kinds = "+".join(sorted({_describe(spec) for spec in _specs(group.kv_cache_spec)}))
+        parts.append(f"{kinds} x{len(group.layer_names)}")
+    return "; ".join(parts)
+
+
+def _describe(spec: Any) -> str:
+    window = _window(spec)
+    tail = f" window {window}" if window is not None else ""
+    return f"{type(spec).__name__}({spec.block_size} tokens, {spec.page_size_bytes} B, {spec.dtype}{tail})"
+
+
+def _window(spec: Any) -> int | None:
+    """Window only of groups whose tables vLLM thins out: a full-attention spec keeps all blocks."""
+    return getattr(spec, "sliding_window", None) if type(spec).__name__.startswith("SlidingWindow") else None
+
+
+def _specs(spec: Any) -> Iterable[Any]:
+    """Return the layer specs inside a group's spec (one, or several of one page size)."""
+    inner = getattr(spec, "kv_cache_specs", None)
+    return [spec] if inner is None else inner.values()
+
+
+def select(groups: Sequence[Group], table: Sequence[Sequence[int]], tokens: int) -> tuple[tuple[int, ...], ...]:
+    """Return the part of a block table that covers ``tokens``, for the given groups."""
+    return tuple(tuple(table[g.index][: -(-tokens // g.block_size)]) for g in groups)

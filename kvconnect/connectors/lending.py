@@ -1,0 +1,144 @@
+"""The producer's half of the scheduler: finished prompts become entries that others may take.
+
+Entries are made of the engine's own blocks, pinned in vLLM's pool (`BlockPins`).
+What somebody asked for is kept for a lease; what nobody asked for gives way to
+ordinary traffic before any request waits or is preempted.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from kvconnect.connectors.groups import Group, select
+from kvconnect.connectors.identity import key_of, shared_label
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+    from kvconnect.buffers.base import SchedulerEnd
+    from kvconnect.connectors.compat import BlockPins
+
+log = logging.getLogger(__name__)
+
+#: Ways to finish that leave the whole prompt's KV in the blocks.
+_COMPLETE = frozenset({"FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED", "FINISHED_REPETITION"})
+
+
+class Lending:
+    """Offers finished prompts and takes their blocks back. Engine thread only.
+
+    Args:
+        end: the buffer.
+        namespace: of all keys of this engine.
+        groups: the KV-cache groups that take part.
+        step_blocks: the most blocks that one scheduling step can ask for on behalf of running requests.
+        unasked_share: largest share of the pool that entries nobody asked for may hold.
+
+    """
+
+    def __init__(
+        self, end: SchedulerEnd, namespace: str, groups: Sequence[Group], step_blocks: int, unasked_share: float
+    ) -> None:
+        self._end = end
+        self._namespace = namespace
+        self._groups = groups
+        self._step_blocks = step_blocks
+        self._unasked_share = unasked_share
+        self._pins: BlockPins | None = None
+        self.counters: Counter[str] = Counter()
+
+    def bind(self, pins: BlockPins) -> None:
+        """Learn the pool that holds the blocks; nothing is offered before."""
+        self._pins = pins
+
+    def finished(self, request: Request, table: Sequence[Sequence[int]]) -> dict[str, Any] | None:
+        """Offer a finished request's prompt; return the ``kv_transfer_params`` that name it, if any.
+
+        ``table`` is the request's block table per group, still held by the request.
+        """
+        self.take_back()
+        asked = bool((request.kv_transfer_params or {}).get("do_remote_decode"))
+        why_not = self._obstacle(request, table)
+        key = None if why_not else key_of(request, self._namespace)
+        if self._pins is None or key is None:
+            if asked:
+                self.counters["not_offered"] += 1
+                log.debug("no hand-over for %s: %s", request.request_id, why_not or "its content has no token ids")
+            return None
+        blocks = select(self._groups, table, key.length)
+        if not asked and not self._has_room(sum(map(len, blocks))):
+            return None
+        for ids in blocks:
+            self._pins.pin(ids)
+        ticket = self._end.offer(key, blocks, label=shared_label(request.request_id), asked=asked)
+        return _nixl_params(request, ticket)
+
+    def make_room(self, num_blocks: int) -> None:
+        """Before a request is admitted: end unasked entries until ``num_blocks`` are free, if need be."""
+        self.take_back()
+        if self._pins is None:
+            return
+        short = num_blocks - self._pins.free
+        if short > 0 and self._end.unasked_blocks():
+            self._end.reclaim(short)
+            self.take_back()
+
+    def after_step(self) -> None:
+        """After a scheduling step: keep free what running requests may ask for in the next one."""
+        self.make_room(self._step_blocks)
+
+    def take_back(self) -> None:
+        """Return the blocks of ended entries to the pool."""
+        for blocks in self._end.drain_released():
+            if self._pins is not None:
+                for ids in blocks:
+                    self._pins.unpin(ids)
+
+    def _obstacle(self, request: Request, table: Sequence[Sequence[int]]) -> str | None:
+        """Return why this request's prompt cannot be offered, or ``None``."""
+        if request.status.name not in _COMPLETE:
+            return f"it ended as {request.status.name}"
+        tokens = request.num_prompt_tokens
+        if request.num_computed_tokens < tokens:
+            return "its prompt was not computed to the end"
+        for group in self._groups:
+            ids = table[group.index]
+            needed = group.needed(tokens)
+            if len(ids) < needed.stop or any(ids[i] == 0 for i in needed):
+                return "some of its blocks are gone already"
+        return None
+
+    def _has_room(self, num_blocks: int) -> bool:
+        """Make room for an entry nobody asked for within its share, without taking any from traffic."""
+        if self._pins is None:
+            return False
+        share = int(self._unasked_share * self._pins.total)
+        over = self._end.unasked_blocks() + num_blocks - share
+        if num_blocks > share:
+            return False
+        if over > 0:
+            self._end.reclaim(over)
+            self.take_back()
+        return self._pins.free >= self._step_blocks
+
+
+def _nixl_params(request: Request, ticket: dict[str, Any]) -> dict[str, Any]:
+    """Wrap our ticket in the fields of the do_remote_decode / do_remote_prefill protocol.
+
+    Routers pass the whole object on; some rewrite ``remote_host``, so the address that
+    counts is inside the ticket.
+    """
+    host, _, port = str(ticket["at"]).rpartition(":")
+    return {
+        "do_remote_prefill": True,
+        "do_remote_decode": False,
+        "remote_engine_id": ticket["engine"],
+        "remote_request_id": request.request_id,
+        "remote_block_ids": [],
+        "remote_host": host,
+        "remote_port": int(port),
+        "kvconnect": ticket,
+    }

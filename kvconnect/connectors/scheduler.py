@@ -1,0 +1,129 @@
+"""The connector's half in the scheduler process: what to offer and what to fetch.
+
+Called from the engine's only scheduling thread; nothing here waits for the network.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from kvconnect.connectors import compat
+from kvconnect.connectors.fetching import Fetching
+from kvconnect.connectors.lending import Lending
+from kvconnect.connectors.plan import Plan, WorkerNews
+
+if TYPE_CHECKING:
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+    from kvconnect.buffers.base import SchedulerEnd
+    from kvconnect.connectors.setup import Engine
+
+log = logging.getLogger(__name__)
+
+
+class SchedulerHalf:
+    """Joins `Lending` (producers) and `Fetching` (consumers) to vLLM's scheduler hooks.
+
+    An engine whose model cannot be handed over (``engine.refusal``) has neither and
+    computes everything itself.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._end: SchedulerEnd | None = None
+        self._lending: Lending | None = None
+        self._fetching: Fetching | None = None
+        self._workers: dict[int, Any] = {}
+        if engine.refusal:
+            log.warning("kvconnect hands over no KV: %s; every request is computed locally", engine.refusal)
+            return
+        self._end = engine.buffer.scheduler_end(engine.settings)
+        config = engine.config
+        if engine.settings.produces:
+            self._lending = Lending(
+                self._end, engine.namespace, engine.groups, engine.step_blocks, config.unasked_share
+            )
+        if engine.settings.consumes:
+            self._fetching = Fetching(
+                self._end, engine.namespace, engine.groups, content_lookup=config.content_lookup
+            )
+
+    def bind_pool(self, pool: BlockPool) -> None:
+        """Learn vLLM's block pool."""
+        if self._lending is not None:
+            self._lending.bind(compat.BlockPins(pool))
+
+    # -- requests ---------------------------------------------------------------
+
+    def arrived(self, request: Request) -> None:
+        """``on_new_request``."""
+        if self._fetching is not None:
+            self._fetching.arrived(request)
+
+    def matched_tokens(self, request: Request, local_tokens: int) -> tuple[int | None, bool]:
+        """``get_num_new_matched_tokens``: how much can be fetched, always asynchronously."""
+        if self._lending is not None:
+            self._lending.make_room(self._engine.blocks_for(request.num_tokens) + self._engine.step_blocks)
+        if self._fetching is None:
+            return 0, False
+        tokens = self._fetching.external_tokens(request, local_tokens)
+        return tokens, bool(tokens)
+
+    def allocated(self, request: Request, blocks: KVCacheBlocks, tokens: int) -> None:
+        """``update_state_after_alloc``."""
+        if self._fetching is not None:
+            self._fetching.allocated(request, compat.block_ids(blocks), tokens)
+
+    def finished(self, request: Request, table: Sequence[Sequence[int]]) -> tuple[bool, dict[str, Any] | None]:
+        """``request_finished_all_groups``: never delays the blocks, for lent ones are pinned."""
+        if self._fetching is not None:
+            self._fetching.finished(request.request_id)
+        return False, None if self._lending is None else self._lending.finished(request, table)
+
+    # -- steps --------------------------------------------------------------------
+
+    def build_plan(self) -> Plan:
+        """``build_connector_meta``: this step's orders."""
+        if self._lending is not None:
+            self._lending.after_step()
+        loads = () if self._fetching is None else self._fetching.take_loads()
+        known = len(self._workers) == self._engine.settings.num_parts
+        return Plan(loads, introduce=self._end is not None and not known)
+
+    def worker_output(self, output: KVConnectorOutput) -> None:
+        """``update_connector_output``: loads that are over, and the workers' introductions."""
+        if self._fetching is not None and output.finished_recving:
+            self._fetching.loaded(output.finished_recving)
+        news = output.kv_connector_worker_meta
+        if isinstance(news, WorkerNews) and self._end is not None:
+            self._workers.update(news.descriptions)
+            if len(self._workers) == self._engine.settings.num_parts:
+                self._end.introduce([self._workers[rank] for rank in sorted(self._workers)])
+
+    def wants_steps(self) -> bool:
+        """``has_pending_push_work``: keep an idle engine stepping while takers are expected to release."""
+        if self._lending is None or self._end is None:
+            return False
+        self._lending.take_back()
+        return self._end.awaits_takers()
+
+    # -- the rest -------------------------------------------------------------------
+
+    def reset(self) -> bool:
+        """``reset_cache``: forget every entry that no taker is reading."""
+        if self._end is None:
+            return True
+        clean = self._end.clear()
+        if self._lending is not None:
+            self._lending.take_back()
+        return clean
+
+    def close(self) -> None:
+        """``shutdown``."""
+        if self._end is not None:
+            self._end.close()

@@ -1,0 +1,141 @@
+"""What one engine's halves are built from: vLLM's configuration, read once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvconnect import registry
+from kvconnect.buffers.base import EndSettings, LookupBuffer
+from kvconnect.config import Backend, Config
+from kvconnect.connectors import compat, fingerprint, groups
+from kvconnect.errors import ConfigError, UnavailableBackendError, UnknownBackendError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The engine as both halves see it.
+
+    Args:
+        config: the parsed extra configuration.
+        settings: what the buffer's ends need.
+        buffer: the lookup buffer's class.
+        namespace: of all keys: hash of the fingerprint.
+        groups: KV-cache groups that take part.
+        num_blocks: blocks of the pool.
+        step_blocks: the most blocks one scheduling step can ask for on behalf of running requests.
+        refusal: why this model's KV cannot be handed over, or ``None``.
+
+    """
+
+    config: Config
+    settings: EndSettings
+    buffer: type[LookupBuffer]
+    namespace: str
+    groups: tuple[groups.Group, ...]
+    num_blocks: int
+    step_blocks: int
+    refusal: str | None
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that a sequence of ``tokens`` tokens takes, all groups together."""
+        return sum(-(-tokens // group.block_size) for group in self.groups)
+
+
+def engine(vllm_config: VllmConfig, kv: KVCacheConfig, preset: str | None) -> Engine:
+    """Read vLLM's configuration.
+
+    Args:
+        vllm_config: vLLM's.
+        kv: the KV-cache configuration, of this worker or of the scheduler.
+        preset: the pipe that the connector's class stands for, or ``None`` for `Config.pipe`.
+
+    Raises:
+        ConfigError: a value is wrong, or the backend is unknown or cannot run here.
+
+    """
+    transfer = vllm_config.kv_transfer_config
+    if transfer is None:
+        raise ConfigError("kv_transfer_config is not set")
+    extra = compat.extra_config(transfer)
+    config = Config.parse(extra)
+    pipe = _pipe(extra, config, preset)
+    _require(pipe.name, preset)
+    marks = fingerprint.fingerprint(vllm_config, kv)
+    parallel = vllm_config.parallel_config
+    settings = EndSettings(
+        engine_id=str(transfer.engine_id),
+        fingerprint=marks,
+        num_parts=parallel.tensor_parallel_size * parallel.pipeline_parallel_size,
+        produces=transfer.is_kv_producer,
+        consumes=transfer.is_kv_consumer,
+        options=config,
+        pipe=pipe,
+    )
+    refusal = groups.refusal(kv) or _context_parallel(marks)
+    members = () if refusal else groups.groups_of(kv)
+    scheduler = vllm_config.scheduler_config
+    smallest = min((group.block_size for group in members), default=1)
+    step_blocks = len(members) * (scheduler.max_num_batched_tokens // smallest + scheduler.max_num_seqs)
+    return Engine(
+        config=config,
+        settings=settings,
+        buffer=registry.buffer(config.buffer.name),
+        namespace=namespace(marks),
+        groups=members,
+        num_blocks=kv.num_blocks,
+        step_blocks=step_blocks,
+        refusal=refusal,
+    )
+
+
+def namespace(marks: Mapping[str, str | int]) -> str:
+    """Hash a fingerprint into the namespace of keys."""
+    text = json.dumps(dict(marks), sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _pipe(extra: Mapping[str, object], config: Config, preset: str | None) -> Backend:
+    """Return the pipe to use; a preset's name and the configured one must not contradict each other."""
+    if preset is None:
+        return config.pipe
+    if "pipe" not in extra:
+        return Backend(preset)
+    if config.pipe.name != preset:
+        raise ConfigError(
+            f"kv_connector_extra_config.pipe is {config.pipe.name!r}, but this connector stands for {preset!r}; "
+            f"remove the option or use kv_connector='KvConnect'"
+        )
+    return config.pipe
+
+
+def _require(pipe: str, preset: str | None) -> None:
+    """Fail at start-up, with the reason and the cure, if the pipe cannot run here."""
+    if pipe == "auto":
+        return
+    try:
+        registry.pipe(pipe)
+    except UnknownBackendError as error:
+        if preset is None:
+            raise
+        raise UnavailableBackendError(
+            "pipe",
+            preset,
+            f"no installed distribution provides it; registered are {', '.join(error.registered)}",
+            "upgrade kvconnect, or use kv_connector='KvConnect'",
+        ) from error
+
+
+def _context_parallel(marks: Mapping[str, str | int]) -> str | None:
+    for field in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if marks[field] != 1:
+            return f"{field} is {marks[field]}; context parallelism splits blocks over ranks and is not handed over"
+    return None

@@ -1,0 +1,111 @@
+"""The connector's half in each worker process: it moves what the plan says and reports back.
+
+Hooks run on the worker's main thread between forward and sampling, so they only
+start transfers and collect results; the moving happens in the buffer's threads.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from kvconnect.connectors import compat, geometry
+from kvconnect.connectors.plan import Load, Plan, WorkerNews
+from kvconnect.errors import KVConnectError
+
+if TYPE_CHECKING:
+    import torch
+
+    from kvconnect.buffers.base import WorkerEnd
+    from kvconnect.connectors.setup import Engine
+    from kvconnect.pipes.base import Transfer
+
+log = logging.getLogger(__name__)
+
+
+class WorkerHalf:
+    """Runs the loads of one worker and reports each exactly once."""
+
+    def __init__(self, engine: Engine, rank: int) -> None:
+        self._engine = engine
+        self._rank = rank
+        self._end: WorkerEnd | None = None
+        self._lock = threading.Lock()
+        self._over: list[tuple[Load, KVConnectError | None]] = []
+        self._bad_blocks: set[int] = set()
+        self._by_request = compat.reports_failed_requests()
+
+    def register(self, caches: dict[str, torch.Tensor]) -> None:
+        """``register_kv_caches``: describe the memory and open this worker's end of the buffer."""
+        if self._engine.refusal:
+            return
+        memory = geometry.paged_memory(caches, self._engine.groups, self._engine.num_blocks)
+        self._end = self._engine.buffer.worker_end(self._engine.settings, self._rank, memory)
+
+    def start(self, plan: Plan) -> None:
+        """``start_load_kv``: start this step's loads. Works before and after the forward alike."""
+        for load in plan.loads:
+            self._start(load)
+
+    def take_results(self) -> tuple[set[str], set[str]]:
+        """Return the requests whose load is over since the last call, and those of them that failed."""
+        with self._lock:
+            over, self._over = self._over, []
+        failed = {load.request_id for load, error in over if error is not None}
+        if not self._by_request:
+            self._bad_blocks |= {b for load, error in over if error for ids in load.local for b in ids}
+        return {load.request_id for load, _ in over}, failed
+
+    def take_bad_blocks(self) -> set[int]:
+        """``get_block_ids_with_load_errors``: only where vLLM cannot take failures by request."""
+        bad, self._bad_blocks = self._bad_blocks, set()
+        return bad
+
+    def news(self, plan: Plan) -> WorkerNews | None:
+        """``build_connector_worker_meta``: introduce this worker if the scheduler asked."""
+        if not plan.introduce or self._end is None:
+            return None
+        return WorkerNews({self._rank: self._end.describe()})
+
+    def close(self) -> None:
+        """``shutdown``."""
+        if self._end is not None:
+            self._end.close()
+
+    def _start(self, load: Load) -> None:
+        if load.refused or self._end is None:
+            self._finish(load, KVConnectError(load.refused or "this worker has no registered KV caches"))
+            return
+        begun = time.perf_counter()
+
+        def over(transfer: Transfer) -> None:
+            self._log(load, transfer, time.perf_counter() - begun)
+            self._finish(load, transfer.error)
+
+        try:
+            self._end.read(load.claim, load.remote, load.local, over)
+        except KVConnectError as error:
+            self._finish(load, error)
+
+    def _finish(self, load: Load, error: KVConnectError | None) -> None:
+        if error is not None:
+            log.warning("could not load the KV of %s: %s: %s", load.request_id, type(error).__name__, error)
+        with self._lock:
+            self._over.append((load, error))
+
+    def _log(self, load: Load, transfer: Transfer, seconds: float) -> None:
+        level = logging.INFO if self._engine.config.log_transfers else logging.DEBUG
+        if transfer.error is None and log.isEnabledFor(level):
+            facts = {
+                "request": load.request_id,
+                "tokens": load.tokens,
+                "bytes": transfer.nbytes,
+                "ms": round(seconds * 1e3, 3),
+                "rank": self._rank,
+                "pipe": transfer.via,
+                "peer": str(load.claim.data.get("at", "")),
+            }
+            log.log(level, "kvconnect.load %s", json.dumps(facts))
