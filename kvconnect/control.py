@@ -1,0 +1,334 @@
+"""The control channel: requests and replies between engines (pyzmq + msgpack).
+
+Hellos, claims and pipe openings travel here; blocks never do. A server runs on
+one thread and a client on one thread, whatever the number of peers. By default
+everything binds to loopback: the channel is neither encrypted nor authenticated,
+so do not bind it to a network that you do not trust.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from kvconnect import messages
+from kvconnect.errors import BrokenError, ClosedError, ConfigError, DeadlineError, KVConnectError
+from kvconnect.loop import Loop, Timer
+
+logger = logging.getLogger(__name__)
+
+Reply = Mapping[str, Any]
+Handler = Callable[[dict[str, Any]], "Reply | Future[Reply]"]
+
+_BATCH = 64  # messages taken from one socket before the loop looks at the others
+_HEARTBEAT_MS = 5_000
+_HEARTBEAT_LIMIT_MS = 15_000
+_LINGER_MS = 200
+
+
+def _tune(sock: zmq.Socket[bytes]) -> None:
+    sock.setsockopt(zmq.LINGER, 0)
+    sock.setsockopt(zmq.MAXMSGSIZE, messages.MAX_MESSAGE_BYTES)
+    # A host that vanishes without closing its connections is noticed by these only.
+    sock.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
+    sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_LIMIT_MS)
+
+
+def address(endpoint: str) -> str:
+    """Return the ZeroMQ address of ``"host:port"``; raise `ConfigError` if it is none."""
+    host, _, port = endpoint.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ConfigError(f"a control address must look like 'host:port', got {endpoint!r}")
+    return f"tcp://{host}:{port}"
+
+
+class ControlServer:
+    """Answers requests. Handlers run on its thread: they must not block, but may return a future."""
+
+    def __init__(self, host: str = "127.0.0.1", port: int = 0, name: str = "kvconnect-control-server") -> None:
+        """Bind and start.
+
+        Args:
+            host: address to bind; loopback by default.
+            port: TCP port, 0 for a free one.
+            name: of the thread.
+
+        Raises:
+            ConfigError: the address cannot be bound.
+
+        """
+        self.malformed = 0
+        self._handlers: dict[str, Handler] = {}
+        self._loop = Loop(name)
+        self._socket: zmq.Socket[bytes] = self._loop.context.socket(zmq.ROUTER)
+        _tune(self._socket)
+        self._socket.setsockopt(zmq.IPV6, int(":" in host))
+        self._loop.watch(self._socket, self._receive)
+        try:
+            self._socket.bind(f"tcp://{host}:{port or '*'}")
+        except zmq.ZMQError as error:
+            self._loop.close()
+            raise ConfigError(
+                f"cannot listen on {host}:{port}: {error.strerror}; choose another bind_host or port (0 takes a free one)"
+            ) from error
+        bound = self._socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
+        self.port = int(bound.rpartition(":")[2])
+        self.endpoint = f"{host}:{self.port}"
+        self._loop.start()
+
+    def handle(self, op: str, handler: Handler) -> None:
+        """Answer requests of ``op`` with ``handler(body)``."""
+        self._handlers[op] = handler
+
+    def close(self) -> None:
+        """Stop answering. Idempotent, callable from any thread."""
+        self._loop.close(_LINGER_MS)
+
+    # -- on the thread ----------------------------------------------------------
+
+    def _receive(self) -> None:
+        for _ in range(_BATCH):
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._answer(frames)
+
+    def _answer(self, frames: list[bytes]) -> None:
+        try:
+            if len(frames) != 2:
+                raise messages.MalformedError("wrong number of frames")
+            message = messages.unpack(frames[1])
+        except messages.MalformedError as error:
+            self.malformed += 1
+            logger.debug("dropped a malformed request: %s", error)
+            return
+        reply = partial(self._reply, frames[0], message["id"])
+        try:
+            answer = self._call(message)
+        except KVConnectError as error:
+            reply(error)
+        except Exception as error:  # a fault of ours: the peer must hear of it, the server must live on
+            logger.exception("the handler of %r failed", message.get("op"))
+            reply(KVConnectError(f"internal error in {message.get('op')!r}: {type(error).__name__}"))
+        else:
+            if isinstance(answer, Future):
+                answer.add_done_callback(lambda done: self._loop.soon(lambda: reply(_outcome(done))) and None)
+            else:
+                reply(answer)
+
+    def _call(self, message: dict[str, Any]) -> Reply | Future[Reply]:
+        messages.check_version(message)
+        op, body = message.get("op"), message.get("body")
+        handler = self._handlers.get(op) if isinstance(op, str) else None
+        if handler is None or not isinstance(body, dict):
+            raise KVConnectError(f"unknown operation {op!r}")
+        return handler(body)
+
+    def _reply(self, peer: bytes, number: int, answer: Reply | KVConnectError) -> None:
+        try:
+            data = (
+                messages.pack_error(number, answer)
+                if isinstance(answer, KVConnectError)
+                else messages.pack_reply(number, answer)
+            )
+        except KVConnectError as error:
+            data = messages.pack_error(number, error)
+        try:
+            self._socket.send_multipart([peer, data], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            logger.debug("a reply was dropped, its peer is gone: %s", error)
+
+
+def _outcome(done: Future[Reply]) -> Reply | KVConnectError:
+    if done.cancelled():
+        return ClosedError("the peer gave up answering")
+    error = done.exception()
+    if error is None:
+        return done.result()
+    return error if isinstance(error, KVConnectError) else KVConnectError(f"internal error: {type(error).__name__}")
+
+
+class ControlClient:
+    """Asks any number of peers, on one thread. A vanished peer fails its own calls only."""
+
+    def __init__(self, name: str = "kvconnect-control-client") -> None:
+        """Start the thread, called ``name``."""
+        self._loop = Loop(name)
+        self._peers: dict[str, _Peer] = {}
+        self._number = 0
+        self._loop.start()
+
+    def call(self, endpoint: str, op: str, body: Mapping[str, Any], timeout_s: float) -> Future[dict[str, Any]]:
+        """Send a request; never blocks.
+
+        The future fails with `DeadlineError` (no answer in time; the request may
+        still have been carried out), `BrokenError` (the peer is gone or refuses
+        connections; likewise), `ClosedError` (this client was closed) or the
+        `KVConnectError` that the peer answered with. Calls to one peer arrive in order.
+        Its callbacks run on the client's thread.
+        """
+        future: Future[dict[str, Any]] = Future()
+        future.set_running_or_notify_cancel()  # from here on nobody can cancel: results never clash
+        if not self._loop.soon(lambda: self._send(endpoint, op, body, timeout_s, future)):
+            future.set_exception(ClosedError("the control client was closed"))
+        return future
+
+    def later(self, delay_s: float, call: Callable[[], None]) -> Timer:
+        """Make ``call`` on the client's thread in ``delay_s`` seconds."""
+        return self._loop.later(delay_s, call)
+
+    def soon(self, call: Callable[[], None]) -> bool:
+        """Make ``call`` on the client's thread; ``False`` if the client was closed."""
+        return self._loop.soon(call)
+
+    def close(self) -> None:
+        """Fail what is unanswered and end the thread. Idempotent, callable from any thread."""
+        self._loop.soon(self._close_peers)
+        self._loop.close(_LINGER_MS)
+
+    # -- on the thread ----------------------------------------------------------
+
+    def _send(
+        self, endpoint: str, op: str, body: Mapping[str, Any], timeout_s: float, future: Future[dict[str, Any]]
+    ) -> None:
+        self._number += 1
+        try:
+            data = messages.pack_request(self._number, op, body)
+            peer = self._peers.get(endpoint) or self._connect(endpoint)
+            peer.send(self._number, data, future)
+        except KVConnectError as error:
+            future.set_exception(error)
+            return
+        timer = self._loop.later(timeout_s, partial(self._expire, peer, self._number, op, timeout_s))
+        future.add_done_callback(lambda _: timer.cancel())
+
+    def _connect(self, endpoint: str) -> _Peer:
+        peer = _Peer(endpoint, self._loop, self._lost)
+        self._peers[endpoint] = peer
+        return peer
+
+    def _expire(self, peer: _Peer, number: int, op: str, timeout_s: float) -> None:
+        future = peer.pending.pop(number, None)
+        if future is not None:
+            future.set_exception(DeadlineError(f"{peer.endpoint} did not answer {op!r} within {timeout_s:g} s"))
+            if not peer.connected:
+                # Not to be delivered late, when the caller has long acted on the failure.
+                self._lost(peer, f"{peer.endpoint} cannot be reached")
+
+    def _lost(self, peer: _Peer, reason: str) -> None:
+        if self._peers.get(peer.endpoint) is peer:
+            del self._peers[peer.endpoint]
+        peer.end(BrokenError(reason))
+
+    def _close_peers(self) -> None:
+        peers, self._peers = self._peers, {}
+        for peer in peers.values():
+            peer.fail(ClosedError("the control client was closed"))
+
+
+_ENDED = {
+    zmq.EVENT_DISCONNECTED: "closed the connection",
+    zmq.EVENT_CLOSED: "refuses connections",
+    zmq.EVENT_CONNECT_RETRIED: "cannot be reached",
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "does not speak the control protocol",
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "does not speak the control protocol",
+}
+
+
+class _Peer:
+    """One connection of the client, and the calls that wait on it. Lives on the client's thread."""
+
+    def __init__(self, endpoint: str, loop: Loop, lost: Callable[[_Peer, str], None]) -> None:
+        self.endpoint = endpoint
+        self.pending: dict[int, Future[dict[str, Any]]] = {}
+        self.connected = False
+        self._loop, self._lost = loop, lost
+        self._socket: zmq.Socket[bytes] = loop.context.socket(zmq.DEALER)
+        _tune(self._socket)
+        # A reconnecting socket would replay what it had queued; a new one never does.
+        self._socket.setsockopt(zmq.RECONNECT_IVL, -1)
+        self._socket.setsockopt(zmq.IPV6, int(endpoint.count(":") > 1))
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | sum(_ENDED))
+        loop.watch(self._socket, self._receive)
+        loop.watch(self._monitor, self._notice)
+        try:
+            self._socket.connect(address(endpoint))
+        except (zmq.ZMQError, ConfigError) as error:
+            self.end(BrokenError(str(error)))
+            raise BrokenError(f"{endpoint} cannot be reached: {error}") from error
+
+    def send(self, number: int, data: bytes, future: Future[dict[str, Any]]) -> None:
+        try:
+            self._socket.send(data, zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            raise BrokenError(f"{self.endpoint} takes no more requests: {error.strerror}") from error
+        self.pending[number] = future
+
+    def _receive(self) -> None:
+        for _ in range(_BATCH):
+            if self._socket.closed:
+                return
+            try:
+                data = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._take(data)
+
+    def _take(self, data: bytes) -> None:
+        try:
+            message = messages.unpack(data)
+        except messages.MalformedError as error:
+            logger.debug("dropped a malformed reply of %s: %s", self.endpoint, error)
+            return
+        future = self.pending.pop(message["id"], None)
+        if future is None:
+            return  # came after its deadline
+        try:
+            messages.check_version(message)
+            if "error" in message:
+                raise messages.error_of(message)
+            body = message.get("body")
+            if not isinstance(body, dict):
+                raise BrokenError(f"{self.endpoint} sent a reply without a body")
+        except KVConnectError as error:
+            future.set_exception(error)
+        else:
+            future.set_result(body)
+
+    def _notice(self) -> None:
+        event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))["event"]
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self.connected = True
+        elif event in _ENDED:
+            if event == zmq.EVENT_DISCONNECTED:
+                self._receive()  # replies that arrived before the connection ended
+            self._lost(self, f"{self.endpoint} {_ENDED[event]}")
+
+    def fail(self, error: KVConnectError) -> None:
+        pending, self.pending = self.pending, {}
+        for future in pending.values():
+            future.set_exception(error)
+
+    def end(self, error: KVConnectError) -> None:
+        if not self._socket.closed:
+            self._socket.disable_monitor()
+            self._loop.unwatch(self._monitor)
+            self._loop.unwatch(self._socket)
+        self.fail(error)
+
+
+def wait_for(future: Future[dict[str, Any]], timeout_s: float) -> dict[str, Any]:
+    """Wait for a call's answer in a thread that may block; raise its `KVConnectError`."""
+    start = time.monotonic()
+    try:
+        return future.result(timeout_s)
+    except TimeoutError as error:
+        raise DeadlineError(f"no answer within {time.monotonic() - start:.1f} s") from error

@@ -1,0 +1,161 @@
+"""One thread that waits for sockets, timers and posted calls, all at once.
+
+The control channel's server and client each run on one. ZeroMQ sockets belong to
+the thread; everything else reaches it through `Loop.soon` and `Loop.later`.
+"""
+
+from __future__ import annotations
+
+import collections
+import heapq
+import itertools
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+
+import zmq
+
+logger = logging.getLogger(__name__)
+
+_JOIN_S = 5.0
+
+
+class Timer:
+    """A call that will be made later unless cancelled."""
+
+    __slots__ = ("call", "when")
+
+    def __init__(self, when: float, call: Callable[[], None]) -> None:
+        self.when = when
+        self.call: Callable[[], None] | None = call
+
+    def cancel(self) -> None:
+        """Forget the call; harmless if it was made already."""
+        self.call = None
+
+
+class Loop:
+    """A named daemon thread around a poller. Thread-safe, except where noted."""
+
+    def __init__(self, name: str) -> None:
+        self.context = zmq.Context()
+        self._poller = zmq.Poller()
+        self._handlers: dict[zmq.Socket[bytes], Callable[[], None]] = {}
+        self._posted: collections.deque[Callable[[], None]] = collections.deque()
+        self._timers: list[tuple[float, int, Timer]] = []
+        self._order = itertools.count()
+        self._gate = threading.Lock()
+        self._open = True
+        self._pid = os.getpid()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._poller.register(self._wake, zmq.POLLIN)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Start the thread. Before this the creator may `watch` its own sockets."""
+        self._thread.start()
+
+    def soon(self, call: Callable[[], None]) -> bool:
+        """Make ``call`` on the thread; ``False`` if the loop has ended (it will not be made)."""
+        with self._gate:
+            if not self._open:
+                return False
+            self._posted.append(call)
+            # Waking costs a system call; one pending wake-up serves all that is posted.
+            if len(self._posted) == 1:
+                os.eventfd_write(self._wake, 1)
+            return True
+
+    def later(self, delay_s: float, call: Callable[[], None]) -> Timer:
+        """Make ``call`` on the thread in ``delay_s`` seconds, unless the loop ends before."""
+        timer = Timer(time.monotonic() + delay_s, call)
+        self.soon(lambda: heapq.heappush(self._timers, (timer.when, next(self._order), timer)))
+        return timer
+
+    def watch(self, sock: zmq.Socket[bytes], handler: Callable[[], None]) -> None:
+        """Call ``handler`` while ``sock`` can be read. Only on the thread (or before `start`)."""
+        self._handlers[sock] = handler
+        self._poller.register(sock, zmq.POLLIN)
+
+    def unwatch(self, sock: zmq.Socket[bytes]) -> None:
+        """Stop watching and close ``sock``. Only on the thread."""
+        if self._handlers.pop(sock, None) is not None:
+            self._poller.unregister(sock)
+        sock.close(linger=0)
+
+    @property
+    def on_thread(self) -> bool:
+        """Whether the caller runs on the loop's thread."""
+        return threading.current_thread() is self._thread
+
+    def close(self, linger_ms: int = 0) -> None:
+        """End the thread and close its sockets; what was sent has ``linger_ms`` to leave."""
+        if os.getpid() != self._pid:
+            self._open = False  # a forked child has no such thread, and the eventfd is its parent's
+            return
+        with self._gate:
+            was_open, self._open = self._open, False
+            if was_open:
+                self._linger_ms = linger_ms
+                os.eventfd_write(self._wake, 1)
+        if self._thread.ident is None:
+            self._finish()
+        elif not self.on_thread:
+            self._thread.join(_JOIN_S)
+
+    _linger_ms = 0
+
+    # -- on the thread ----------------------------------------------------------
+
+    def _run(self) -> None:
+        while self._open:
+            ready = self._poller.poll(self._wait_ms())
+            for sock, _ in ready:
+                if isinstance(sock, int):
+                    self._clear_wake()
+                elif sock in self._handlers:
+                    self._guarded(self._handlers[sock])
+            self._run_posted()
+            self._run_timers()
+        self._run_posted()  # what was posted before the end may still send
+        self._finish()
+
+    def _wait_ms(self) -> int | None:
+        if self._posted:
+            return 0
+        if not self._timers:
+            return None
+        return max(0, int((self._timers[0][0] - time.monotonic()) * 1000) + 1)
+
+    def _clear_wake(self) -> None:
+        try:
+            os.eventfd_read(self._wake)
+        except BlockingIOError:
+            pass  # several wake-ups were merged into one
+
+    def _run_posted(self) -> None:
+        for _ in range(len(self._posted)):
+            self._guarded(self._posted.popleft())
+
+    def _run_timers(self) -> None:
+        now = time.monotonic()
+        while self._timers and self._timers[0][0] <= now:
+            timer = heapq.heappop(self._timers)[2]
+            if timer.call is not None:
+                self._guarded(timer.call)
+
+    def _guarded(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception:  # one bad callback must not end the thread that serves every peer
+            logger.exception("a callback on %s failed", self._thread.name)
+
+    def _finish(self) -> None:
+        for sock in self._handlers:
+            sock.close(linger=self._linger_ms)
+        self._handlers.clear()
+        self.context.term()
+        with self._gate:
+            os.close(self._wake)
