@@ -1,0 +1,1 @@
+"""``python -m kvconnect demo``: two real vLLM engines on one machine, one prefilling, one decoding."""
