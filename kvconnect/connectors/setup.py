@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
@@ -71,6 +72,9 @@ def engine(vllm_config: VllmConfig, kv: KVCacheConfig, preset: str | None) -> En
     _require(pipe.name, preset)
     marks = fingerprint.fingerprint(vllm_config, kv)
     parallel = vllm_config.parallel_config
+    if config.port:
+        # Data-parallel engines of one host share the configuration; each has its own scheduler.
+        config = dataclasses.replace(config, port=config.port + parallel.data_parallel_index)
     settings = EndSettings(
         engine_id=str(transfer.engine_id),
         fingerprint=marks,
