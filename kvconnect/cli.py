@@ -1,0 +1,120 @@
+"""The command line: ``python -m kvconnect list | proxy | demo``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+from kvconnect import __version__
+from kvconnect.errors import ConfigError, KVConnectError
+
+#: What argparse itself exits with when the command line is wrong.
+USAGE_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0, or 2 after a one-line error."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    if rest and options.command != "demo":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    commands: dict[str, Callable[[], int]] = {
+        "list": lambda: _list(as_json=options.json),
+        "proxy": lambda: _proxy(options),
+        "demo": lambda: _demo(rest),
+    }
+    try:
+        return commands[options.command]()
+    except KVConnectError as error:
+        print(f"kvconnect {options.command}: error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        return 128 + 2  # as a shell reports SIGINT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m kvconnect", description="vLLM KV connectors over swappable pipes.")
+    parser.add_argument("--version", action="version", version=f"kvconnect {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    listing = commands.add_parser("list", help="show the registered pipes, buffers and connectors")
+    listing.add_argument("--json", action="store_true", help="as JSON, one object per backend")
+
+    # Its options are its own: all arguments go through, --help too.
+    commands.add_parser("demo", help="run a prefilling and a decoding engine and compare", add_help=False)
+    _add_proxy(commands.add_parser("proxy", help="serve a prefilling and a decoding server as one"))
+    return parser
+
+
+def _add_proxy(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=_port, default=8000, help="port to listen on (default: %(default)s)")
+    for leg, port in (("prefill", 8100), ("decode", 8200)):
+        parser.add_argument(
+            f"--{leg}",
+            nargs="+",
+            action="extend",
+            metavar="URL",
+            help=f"{leg} servers, used in turn (default: http://127.0.0.1:{port})",
+        )
+    seconds = {"type": float, "metavar": "SECONDS", "default": argparse.SUPPRESS}
+    parser.add_argument("--connect-timeout", dest="connect_timeout_s", help="for opening a connection", **seconds)
+    parser.add_argument(
+        "--prefill-timeout", dest="prefill_timeout_s", help="for a prefill; then D computes alone", **seconds
+    )
+    parser.add_argument(
+        "--decode-timeout", dest="decode_timeout_s", help="for headers, and between pieces of an answer", **seconds
+    )
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a TCP port (0 to 65535)")
+    return int(text)
+
+
+def _list(*, as_json: bool) -> int:
+    from kvconnect import listing
+
+    rows = listing.rows()
+    if as_json:
+        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
+        return 0
+    table = [("KIND", "NAME", "AVAILABLE", "FROM", "TARGET")]
+    table += [
+        (row.kind, row.name, "yes" if row.available else "no", f"{row.distribution} {row.version}".strip(), row.target)
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    notes = ["", *(f"{row.reason}; {row.cure}".rstrip("; ") for row in rows)]
+    for cells, note in zip(table, notes, strict=True):
+        print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
+        if note:
+            print(f"{'':{widths[0]}}  └ {note}")
+    return 0
+
+
+def _proxy(options: argparse.Namespace) -> int:
+    try:
+        from kvconnect.proxy.serve import serve
+        from kvconnect.proxy.settings import Settings
+    except ModuleNotFoundError as error:
+        cure = "pip install 'kvconnect[proxy]'"
+        raise ConfigError(f"the proxy needs the module {error.name!r} ({cure})") from error
+    fields = {field.name for field in dataclasses.fields(Settings)}
+    given = {name: value for name, value in vars(options).items() if name in fields and value is not None}
+    settings = Settings(**given)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request
+    serve(settings, options.host, options.port)
+    return 0
+
+
+def _demo(arguments: Sequence[str]) -> int:
+    status = importlib.import_module("kvconnect.demo.main").main(list(arguments))
+    return int(status or 0)
