@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import pydoc_data.topics
@@ -113,12 +114,11 @@ def _scratch(root: Path) -> Iterator[Path]:
 
 def _write_tokenizer(folder: Path, max_positions: int) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         special_tokens=list(SPECIAL),
@@ -127,7 +127,7 @@ def _write_tokenizer(folder: Path, max_positions: int) -> None:
     )
     tokenizer.train_from_iterator(training_text(), trainer)
     begin, end = SPECIAL[:2]
-    fast = PreTrainedTokenizerFast(
+    fast = _transformers().PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=begin, eos_token=end, pad_token=end, model_max_length=max_positions
     )
     fast.chat_template = CHAT_TEMPLATE
@@ -154,6 +154,11 @@ def _write_weights(folder: Path, variant: Variant, shape: Shape) -> None:
     save_file(dict(model.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def _transformers() -> Any:
+    """Import the library without its types, which are partial."""
+    return importlib.import_module("transformers")
+
+
 def _common(shape: Shape) -> dict[str, Any]:
     import torch
 
@@ -175,31 +180,28 @@ def _common(shape: Shape) -> dict[str, Any]:
 
 
 def _llama(shape: Shape) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(LlamaConfig(**_common(shape)))
+    hf = _transformers()
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**_common(shape)))
 
 
 def _mla(shape: Shape) -> Any:
     """Multi-head latent attention, as in DeepSeek-V2: one compressed vector a token instead of K and V."""
-    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
-
+    hf = _transformers()
     common = _common(shape)
     common["num_key_value_heads"] = shape.heads
     # vLLM's CPU kernel is compiled for the latent size of the released models only.
     latent = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64}
     dense = {"first_k_dense_replace": shape.layers, "n_routed_experts": 2, "num_experts_per_tok": 1}
     common.update(latent, q_lora_rank=None, head_dim=64, moe_intermediate_size=64, n_shared_experts=1, **dense)
-    return DeepseekV2ForCausalLM(DeepseekV2Config(**common))
+    return hf.DeepseekV2ForCausalLM(hf.DeepseekV2Config(**common))
 
 
 def _sliding(shape: Shape) -> Any:
     """Layers in turn with a sliding window and with full attention: two KV-cache groups."""
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
+    hf = _transformers()
     kinds = ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(shape.layers)]
-    return Gemma3ForCausalLM(
-        Gemma3TextConfig(
+    return hf.Gemma3ForCausalLM(
+        hf.Gemma3TextConfig(
             **_common(shape),
             sliding_window=shape.sliding_window,
             layer_types=kinds,
