@@ -17,15 +17,15 @@ def register() -> None:
     Imports vLLM's factory and nothing else, so it is cheap and makes no CUDA
     context. Calling it again does nothing.
     """
-    # vLLM does not catch what a plugin raises: an error here would stop engines
-    # that use no connector at all. One that does ask for a connector is told
-    # "Unsupported connector type" by vLLM, below the reason logged here.
     try:
         from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
         for entry in registry.connectors().values():
             _register(KVConnectorFactory, entry)
-    except Exception:
+    # vLLM does not catch what a plugin raises: an error here would stop engines
+    # that use no connector at all. One that does ask for a connector is told
+    # "Unsupported connector type" by vLLM, below the reason logged here.
+    except Exception:  # noqa: BLE001
         _log.exception("kvconnect's connectors were not registered with vLLM")
 
 

@@ -62,14 +62,13 @@ def _add_proxy(parser: argparse.ArgumentParser) -> None:
             metavar="URL",
             help=f"{leg} servers, used in turn (default: http://127.0.0.1:{port})",
         )
-    seconds = {"type": float, "metavar": "SECONDS", "default": argparse.SUPPRESS}
-    parser.add_argument("--connect-timeout", dest="connect_timeout_s", help="for opening a connection", **seconds)
-    parser.add_argument(
-        "--prefill-timeout", dest="prefill_timeout_s", help="for a prefill; then D computes alone", **seconds
-    )
-    parser.add_argument(
-        "--decode-timeout", dest="decode_timeout_s", help="for headers, and between pieces of an answer", **seconds
-    )
+    _add_seconds(parser, "connect", "for opening a connection")
+    _add_seconds(parser, "prefill", "for a whole prefill; afterwards the decode server computes alone")
+    _add_seconds(parser, "decode", "for the decode server's headers, and between pieces of its answer")
+
+
+def _add_seconds(parser: argparse.ArgumentParser, what: str, text: str) -> None:
+    parser.add_argument(f"--{what}-timeout", dest=f"{what}_timeout_s", type=float, metavar="SECONDS", help=text)
 
 
 def _port(text: str) -> int:

@@ -159,8 +159,8 @@ def _entries(kind: Kind) -> dict[str, Entry]:
 
 
 @functools.lru_cache(maxsize=16)
-def _scan(kind: Kind, path: tuple[str, ...]) -> Mapping[str, Entry]:
-    """Read the entry points on ``path`` (the cache's key: reading them opens every distribution's files)."""
+def _scan(kind: Kind, _path: tuple[str, ...]) -> Mapping[str, Entry]:
+    """Read the entry points on ``sys.path`` (the cache's key: reading them opens every distribution's files)."""
     found: dict[str, Entry] = {}
     for point in importlib.metadata.entry_points(group=GROUPS[kind]):
         owner = point.dist

@@ -6,19 +6,21 @@ import json
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import httpx
 from starlette.applications import Starlette
-from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from kvconnect.proxy import legs
 from kvconnect.proxy.settings import Settings
 from kvconnect.proxy.upstream import GatewayError, Upstream
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.types import Receive, Scope, Send
 
 _log = logging.getLogger("kvconnect.proxy")
 
@@ -144,7 +146,7 @@ async def _relay(
             except httpx.HTTPError as error:
                 # Returning without the last message makes the server cut the
                 # connection: the client sees a broken answer, as it was.
-                _log.warning("%s broke off in mid-answer: %s", leg.leg, error or type(error).__name__)
+                _log.warning("%s broke off in mid-answer: %s", leg.leg, type(error).__name__)
                 return
             await send({"type": "http.response.body", "body": b""})
     except GatewayError as failure:

@@ -99,10 +99,7 @@ def request_headers(headers: Headers, name: bytes) -> Headers:
 def end_to_end(headers: Headers) -> Headers:
     """Drop the headers that belong to one connection only."""
     named = {
-        token.strip().lower()
-        for key, value in headers
-        if key.lower() == b"connection"
-        for token in value.split(b",")
+        token.strip().lower() for key, value in headers if key.lower() == b"connection" for token in value.split(b",")
     }
     return [(key, value) for key, value in headers if key.lower() not in _HOP_BY_HOP | named]
 
