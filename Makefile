@@ -1,0 +1,86 @@
+# Everything below needs Python 3.11, make and gcc; the rest is installed into $(VENV).
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+UV     := $(BIN)/uv
+UV_VERSION ?= 0.13.8
+
+# Where torch's CPU build (torch==…+cpu, on no public index but PyTorch's) comes
+# from: a folder with its wheel, if pip is configured with one, else that index.
+FIND_LINKS ?= $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null || echo "$$PIP_FIND_LINKS")
+TORCH_FOLDER = $(firstword $(foreach d,$(FIND_LINKS),$(if $(wildcard $(d)/torch-*+cpu*.whl),$(d))))
+TORCH_SOURCE ?= $(if $(TORCH_FOLDER),--find-links $(TORCH_FOLDER),--extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match)
+
+# Options for pytest: make test PYTEST="-x -k proxy"
+PYTEST ?=
+# Options for the demo: make demo DEMO="--help"
+DEMO ?=
+# Options for the benchmarks: make bench BENCH="--help"
+BENCH ?=
+# The interpreter of a machine with GPUs, with CUDA builds of torch and vLLM.
+GPU_PYTHON ?= python3
+
+.NOTPARALLEL:
+.PHONY: help venv demo test test-unit test-vllm test-full test-gpu lint format bench lock
+
+help:
+	@echo "make venv       install everything into $(VENV) (about 3 GB), once"
+	@echo "make demo       two vLLM engines on this machine hand KV over"
+	@echo "make test       units, contracts and real engines (test-unit, then test-vllm)"
+	@echo "make test-full  the same with the slow ones"
+	@echo "make test-gpu   what needs CUDA, with GPU_PYTHON=$(GPU_PYTHON)"
+	@echo "make lint       ruff, mypy, import-linter; make format rewrites"
+	@echo "make bench      pipes against memcpy, sockets, NIXL and gloo"
+	@echo "make lock       resolve requirements/cpu.in anew"
+
+venv: $(VENV)/.kvconnect
+
+$(UV):
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "uv==$(UV_VERSION)"
+
+# Stamps, so that a second call does nothing.
+$(VENV)/.locked: requirements/cpu.lock | $(UV)
+	$(UV) pip install --python $(BIN)/python --no-deps $(TORCH_SOURCE) -r requirements/cpu.lock
+	@touch $@
+
+$(VENV)/.kvconnect: pyproject.toml $(VENV)/.locked
+	$(UV) pip install --python $(BIN)/python --no-deps --editable .
+	@touch $@
+
+demo: venv
+	$(BIN)/python -m kvconnect demo $(DEMO)
+
+test: test-unit test-vllm
+
+test-unit: venv
+	$(BIN)/python -m pytest -m "not vllm and not gpu and not slow" $(PYTEST)
+
+# Verbose, since one case may take a minute; names as they pass are the progress.
+test-vllm: venv
+	$(BIN)/python -m pytest -v --durations=10 -m "vllm and not gpu and not slow" tests/vllm $(PYTEST)
+
+test-full: venv
+	$(BIN)/python -m pytest -v --durations=20 -m "not gpu" $(PYTEST)
+
+test-gpu:
+	$(GPU_PYTHON) -m pytest -v -m gpu $(PYTEST)
+
+lint: venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: venv
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: venv
+	$(BIN)/python -m bench $(BENCH)
+
+lock: $(UV)
+	$(UV) pip compile requirements/cpu.in --python-version 3.11 $(TORCH_SOURCE) \
+		--override requirements/exclude.txt --no-emit-find-links --no-emit-index-url \
+		--custom-compile-command "make lock" -o requirements/cpu.lock
