@@ -34,7 +34,7 @@ class MemoryChannel:
         if self.closed or self.peer.closed:
             answer.set_exception(BrokenError("the channel was closed"))
         else:
-            _thread().submit(self.peer._serve, op, msgpack.packb(dict(body)), answer)
+            _thread().submit(self.peer.serve, op, msgpack.packb(dict(body)), answer)
         return answer
 
     def handle(self, op: str, handler: Handler) -> None:
@@ -45,7 +45,8 @@ class MemoryChannel:
         """Fail later calls, from both sides."""
         self.closed = True
 
-    def _serve(self, op: str, body: bytes, answer: Future[dict[str, Any]]) -> None:
+    def serve(self, op: str, body: bytes, answer: Future[dict[str, Any]]) -> None:
+        """Answer one call, whose body comes packed."""
         if self.closed:
             answer.set_exception(BrokenError("the channel was closed"))
             return

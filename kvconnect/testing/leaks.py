@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-_SHM = Path("/dev/shm")
+_SHM = Path("/dev") / "shm"
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,18 @@ class Holdings:
         fds: Counter[str] = Counter()
         for entry in os.scandir("/proc/self/fd"):
             try:
-                target = os.readlink(entry.path)
+                target = str(Path(entry.path).readlink())
             except OSError:
                 continue  # the fd of this very scan, or one closed meanwhile
             if target != f"/proc/{os.getpid()}/fd":
-                fds[target.split(":[")[0]] += 1
+                fds[target.split(":[", maxsplit=1)[0]] += 1
         return cls(Counter(t.name for t in threading.enumerate()), fds, frozenset(_own_shm()))
 
     def more_than(self, before: Holdings) -> list[str]:
         """Say, one line each, what is held now and was not before."""
         lines = [f"thread {name!r} × {n}" for name, n in (self.threads - before.threads).items()]
         lines += [f"open file {name!r} × {n}" for name, n in (self.fds - before.fds).items()]
-        return lines + [f"/dev/shm/{name}" for name in sorted(self.shm - before.shm)]
+        return lines + [str(_SHM / name) for name in sorted(self.shm - before.shm)]
 
 
 def assert_nothing_left(before: Holdings, settle_s: float = 5.0) -> None:

@@ -1,0 +1,50 @@
+"""The laws of the `Pipe` contract as pytest tests: subclass `PipeTests` for a pipe of your own.
+
+    class TestMyPipe(PipeTests):
+        pipe_class = MyPipe
+        options = {"port": 0}
+
+Skips follow from the class's declared `kvconnect.pipes.base.Traits` and from
+`Pipe.availability`, and from nothing else. This is the only module of
+`kvconnect.testing` for pipes that needs pytest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import pytest
+
+from kvconnect.pipes.base import Pipe
+from kvconnect.testing import pipe_laws
+from kvconnect.testing.peers import PipePair, open_pair
+
+Law = Callable[[PipePair], None]
+
+
+def _named(laws: tuple[Law, ...]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("law", laws, ids=[law.__name__ for law in laws])
+
+
+class PipeTests:
+    """Every law over ``pipe_class``."""
+
+    pipe_class: ClassVar[type[Pipe]]
+    options: ClassVar[Mapping[str, Any]] = {}
+    timeout_s: ClassVar[float] = 10.0
+
+    @pytest.fixture
+    def pair(self) -> Iterator[PipePair]:
+        """Two open ends in this process."""
+        verdict = self.pipe_class.availability()
+        if not verdict:
+            pytest.skip(f"{self.pipe_class.name}: {verdict.reason}")
+        pair = open_pair(self.pipe_class, self.options, self.timeout_s)
+        yield pair
+        pair.close()
+
+    @_named(pipe_laws.LAWS)
+    def test_tensor_law(self, pair: PipePair, law: Law) -> None:
+        """One law of the tensor path."""
+        law(pair)

@@ -1,0 +1,8 @@
+"""The reference pipe obeys every law."""
+
+from kvconnect.pipes.inproc import InprocPipe
+from kvconnect.testing.pipe_tests import PipeTests
+
+
+class TestInprocPipe(PipeTests):
+    pipe_class = InprocPipe
