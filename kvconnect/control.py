@@ -78,8 +78,8 @@ class ControlServer:
             raise ConfigError(
                 f"cannot listen on {host}:{port}: {error.strerror}; choose another bind_host or port (0 takes a free one)"
             ) from error
-        bound = self._socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
-        self.port = int(bound.rpartition(":")[2])
+        bound = bytes(self._socket.getsockopt(zmq.LAST_ENDPOINT))  # type: ignore[arg-type]
+        self.port = int(bound.rstrip(b"\0").rpartition(b":")[2])
         self.endpoint = f"{host}:{self.port}"
         self._loop.start()
 
@@ -304,7 +304,7 @@ class _Peer:
             future.set_result(body)
 
     def _notice(self) -> None:
-        event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))["event"]
+        event = zmq.Event(parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))["event"])
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self.connected = True
         elif event in _ENDED:

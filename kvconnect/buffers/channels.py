@@ -1,0 +1,153 @@
+"""Channels beside pipes, and the pipes' lives: all over one control server and client per worker."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from kvconnect.buffers import fields
+from kvconnect.control import ControlClient, ControlServer
+from kvconnect.errors import BrokenError, HandshakeError, KVConnectError
+from kvconnect.pipes.base import Message
+
+logger = logging.getLogger(__name__)
+
+_MAX_HELD = 64
+
+ChannelHandler = Callable[[dict[str, Any]], Message]
+
+
+class PeerChannel:
+    """A `Channel` to the other end of one pipe.
+
+    A call that comes before its handler waits for it: the two ends attach at
+    different times.
+    """
+
+    def __init__(self, pipe: str, endpoint: str, client: ControlClient, timeout_s: float) -> None:
+        """Reach the other end of the pipe named ``pipe`` at its worker's ``endpoint``."""
+        self.pipe, self.endpoint = pipe, endpoint
+        self._client, self._timeout_s = client, timeout_s
+        self._lock = threading.Lock()
+        self._handlers: dict[str, ChannelHandler] = {}
+        self._held: list[tuple[str, dict[str, Any], Future[Message]]] = []
+        self._closed = False
+
+    def call(self, op: str, body: Message) -> Future[dict[str, Any]]:
+        """Ask the other end."""
+        message = {"pipe": self.pipe, "op": op, "body": dict(body)}
+        return self._client.call(self.endpoint, "pipe.call", message, self._timeout_s)
+
+    def handle(self, op: str, handler: ChannelHandler) -> None:
+        """Answer the other end's calls of ``op``, those that wait for it included."""
+        with self._lock:
+            self._handlers[op] = handler
+            due = [held for held in self._held if held[0] == op]
+            self._held = [held for held in self._held if held[0] != op]
+        for _, body, future in due:
+            _settle(future, handler, body)
+
+    def serve(self, op: str, body: dict[str, Any]) -> Message | Future[Message]:
+        """Answer one call, on the control server's thread."""
+        with self._lock:
+            handler = self._handlers.get(op)
+            if handler is None:
+                if self._closed or len(self._held) >= _MAX_HELD:
+                    raise BrokenError(f"this end of the pipe does not answer {op!r}")
+                future: Future[Message] = Future()
+                self._held.append((op, body, future))
+                return future
+        return handler(body)
+
+    def close(self) -> None:
+        """Fail the calls that still wait for a handler."""
+        with self._lock:
+            self._closed = True
+            held, self._held = self._held, []
+        for _, _, future in held:
+            future.set_exception(BrokenError("the other end of the pipe was closed"))
+
+
+class Channels:
+    """All channels of one worker, and a watch over the peers at their other ends."""
+
+    def __init__(
+        self,
+        server: ControlServer,
+        client: ControlClient,
+        timeout_s: float,
+        watch_s: float,
+        on_lost: Callable[[str], None],
+    ) -> None:
+        """Call ``on_lost(pipe)`` when the other end of a pipe is gone; look every ``watch_s``."""
+        self._client, self._timeout_s, self._watch_s, self._on_lost = client, timeout_s, watch_s, on_lost
+        self._lock = threading.Lock()
+        self._channels: dict[str, PeerChannel] = {}
+        server.handle("pipe.call", self._call)
+        server.handle("pipe.ping", self._ping)
+
+    def open(self, pipe: str, endpoint: str) -> PeerChannel:
+        """Make the channel of a new pipe."""
+        channel = PeerChannel(pipe, endpoint, self._client, self._timeout_s)
+        with self._lock:
+            if pipe in self._channels:
+                raise HandshakeError(f"pipe {pipe} is open already")
+            self._channels[pipe] = channel
+        self._watch(channel)
+        return channel
+
+    def close(self, pipe: str) -> None:
+        """Forget a pipe's channel."""
+        with self._lock:
+            channel = self._channels.pop(pipe, None)
+        if channel is not None:
+            channel.close()
+
+    def _call(self, body: dict[str, Any]) -> Message | Future[Message]:
+        pipe, op = fields.text(body, "pipe"), fields.text(body, "op")
+        with self._lock:
+            channel = self._channels.get(pipe)
+        if channel is None:
+            raise BrokenError("the other end of the pipe was closed")
+        return channel.serve(op, fields.mapping(body, "body"))
+
+    def _ping(self, body: dict[str, Any]) -> Message:
+        with self._lock:
+            return {"known": fields.text(body, "pipe") in self._channels}
+
+    # A pipe says nothing when its peer's process vanishes while nothing moves. The
+    # ping finds out, so that a producer does not collect the ends of dead consumers.
+
+    def _watch(self, channel: PeerChannel) -> None:
+        self._client.later(self._watch_s, lambda: self._look_after(channel))
+
+    def _look_after(self, channel: PeerChannel) -> None:
+        if self._channels.get(channel.pipe) is channel:
+            call = self._client.call(channel.endpoint, "pipe.ping", {"pipe": channel.pipe}, self._watch_s)
+            call.add_done_callback(lambda answer: self._seen(channel, answer))
+
+    def _seen(self, channel: PeerChannel, answer: Future[dict[str, Any]]) -> None:
+        try:
+            known = answer.result().get("known") is True
+        except KVConnectError as error:
+            logger.debug("the other end of pipe %s is gone: %s", channel.pipe, error)
+            known = False
+        if known:
+            self._watch(channel)
+        elif self._channels.get(channel.pipe) is channel:
+            self._on_lost(channel.pipe)
+
+
+def _settle(future: Future[Message], handler: ChannelHandler, body: dict[str, Any]) -> None:
+    try:
+        answer = handler(body)
+    except KVConnectError as error:
+        future.set_exception(error)
+    except Exception as error:  # a fault of a third party's pipe: the other end must hear of it
+        logger.exception("a pipe's handler failed")
+        future.set_exception(KVConnectError(f"internal error: {type(error).__name__}"))
+    else:
+        future.set_result(answer)

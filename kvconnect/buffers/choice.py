@@ -1,0 +1,71 @@
+"""Which pipe joins two workers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kvconnect import registry
+from kvconnect.buffers import fields
+from kvconnect.errors import ConfigError, HandshakeError
+from kvconnect.pipes.base import Pipe
+
+
+def describe_pipes(wanted: str, device: str) -> dict[str, dict[str, Any]]:
+    """Describe the pipe ``wanted`` – or every available one, if ``"auto"`` – for ``device``.
+
+    Raises:
+        UnknownBackendError, UnavailableBackendError: the pipe asked for cannot be had.
+
+    """
+    if wanted != "auto":
+        return {wanted: dict(registry.pipe(wanted).descriptor(device))}
+    found = {}
+    for name in registry.pipes():
+        try:
+            cls = registry.pipe(name)
+        except ConfigError:
+            continue  # not installed, or not for this machine
+        if device.partition(":")[0] in cls.traits.devices:
+            found[name] = dict(cls.descriptor(device))
+    return found
+
+
+def choose_pipe(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str, type[Pipe], dict[str, str]]:
+    """Choose the nearest pipe that both workers have and that joins them.
+
+    Args:
+        ours: `WorkerEnd.describe`'s answer here.
+        theirs: the peer's.
+
+    Returns:
+        its name, its class, and why each other one was passed over.
+
+    Raises:
+        HandshakeError: there is none; says why for each.
+
+    """
+    mine, other = fields.mapping(ours, "pipes"), fields.mapping(theirs, "pipes")
+    passed = {name: "only one side has it" for name in {*mine, *other} - (mine.keys() & other.keys())}
+    best: tuple[str, type[Pipe]] | None = None
+    for name, cls in sorted(_classes(mine.keys() & other.keys()).items(), key=_nearness):
+        verdict = cls.can_reach(mine[name], other[name]) and cls.can_reach(other[name], mine[name])
+        if not verdict:
+            passed[name] = verdict.reason
+        elif best is None:
+            best = (name, cls)
+        else:
+            passed[name] = f"{best[0]} is nearer"
+    if best is None:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(passed.items()))
+        raise HandshakeError(f"no pipe joins the two engines ({reasons or 'neither has any'})")
+    return *best, passed
+
+
+def _classes(names: set[str]) -> dict[str, type[Pipe]]:
+    return {name: registry.pipe(name) for name in names}
+
+
+def _nearness(item: tuple[str, type[Pipe]]) -> tuple[int, bool, bool, str]:
+    name, cls = item
+    return int(cls.traits.reach), not cls.traits.zero_copy, not cls.traits.one_sided, name

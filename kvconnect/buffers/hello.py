@@ -1,0 +1,119 @@
+"""What engines tell each other first, and whether they fit.
+
+Errors say *ours* and *theirs* from the asking engine's side, since it is the one
+that reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvconnect.buffers import fields
+from kvconnect.buffers.base import EndSettings
+from kvconnect.errors import HandshakeError
+
+_MAX_LEASE_MS = 1 << 32
+_MAX_PARTS = 1 << 12
+
+
+@dataclass(frozen=True)
+class Hello:
+    """An engine's description of itself.
+
+    Args:
+        engine: vLLM's engine id.
+        incarnation: chosen at random when the engine's buffer starts.
+        fingerprint: what must agree, by name.
+        num_parts: workers, each holding one part of every entry.
+        role: ``"producer"``, ``"consumer"`` or ``"both"``.
+        lease_s: how long claims last unless renewed.
+        workers: `WorkerEnd.describe`'s answers, by rank.
+
+    """
+
+    engine: str
+    incarnation: str
+    fingerprint: Mapping[str, str | int]
+    num_parts: int
+    role: str
+    lease_s: float
+    workers: tuple[Mapping[str, Any], ...] = ()
+
+    @classmethod
+    def of(cls, settings: EndSettings, incarnation: str, workers: Sequence[Mapping[str, Any]] = ()) -> Hello:
+        """Describe the engine that has these settings."""
+        role = "both" if settings.produces and settings.consumes else "producer" if settings.produces else "consumer"
+        return cls(
+            settings.engine_id,
+            incarnation,
+            dict(settings.fingerprint),
+            settings.num_parts,
+            role,
+            settings.options.lease_s,
+            tuple(workers),
+        )
+
+    def to_wire(self) -> dict[str, Any]:
+        """Plain data for msgpack."""
+        return {
+            "engine": self.engine,
+            "incarnation": self.incarnation,
+            "fingerprint": dict(self.fingerprint),
+            "num_parts": self.num_parts,
+            "role": self.role,
+            "lease_ms": int(self.lease_s * 1000),
+            "workers": [dict(worker) for worker in self.workers],
+        }
+
+    @classmethod
+    def from_wire(cls, data: Mapping[str, Any]) -> Hello:
+        """Read a peer's hello; raise `HandshakeError` naming the malformed field."""
+        fingerprint = fields.mapping(data, "fingerprint")
+        workers = data.get("workers", [])
+        if not isinstance(workers, list) or not all(isinstance(worker, dict) for worker in workers):
+            raise HandshakeError("field 'workers' must be a list of maps")
+        return cls(
+            fields.text(data, "engine"),
+            fields.text(data, "incarnation"),
+            fingerprint,
+            fields.number(data, "num_parts", _MAX_PARTS, least=1),
+            fields.text(data, "role"),
+            fields.number(data, "lease_ms", _MAX_LEASE_MS, least=1) / 1000,
+            tuple(workers),
+        )
+
+
+def check_fit(ours: Hello, theirs: Hello) -> None:
+    """Raise `HandshakeError` naming the first fingerprint field that differs, ours and theirs."""
+    for name in [*ours.fingerprint, *(name for name in theirs.fingerprint if name not in ours.fingerprint)]:
+        mine, other = ours.fingerprint.get(name, "(absent)"), theirs.fingerprint.get(name, "(absent)")
+        if mine != other:
+            raise HandshakeError(
+                f"{name} differs: ours {mine!r}, theirs {other!r} (engine {theirs.engine}); start both engines alike"
+            )
+    if ours.num_parts != theirs.num_parts:
+        raise HandshakeError(
+            f"number of workers differs: ours {ours.num_parts}, theirs {theirs.num_parts} (engine {theirs.engine})"
+        )
+
+
+def check_shapes(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """Compare two workers' memory layouts (`WorkerEnd.describe`) layer by layer.
+
+    Raises:
+        HandshakeError: names the first layer that differs, ours and theirs.
+
+    """
+    from kvconnect.paging import PagedLayout
+
+    mine = PagedLayout.from_wire(fields.mapping(ours, "layout")).shape()
+    other = PagedLayout.from_wire(fields.mapping(theirs, "layout")).shape()
+    for index in range(max(len(mine), len(other))):
+        a = mine[index] if index < len(mine) else "(absent)"
+        b = other[index] if index < len(other) else "(absent)"
+        if a != b:
+            raise HandshakeError(
+                f"memory layout differs at layer {index}: ours {a}, theirs {b} ([name, group, bytes a block])"
+            )

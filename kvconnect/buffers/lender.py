@@ -1,0 +1,240 @@
+"""The owner's side of lending: a ledger behind a control server.
+
+Lives in the producer's scheduler process. The scheduling thread and the server's
+thread share the ledger under one lock that is never held across I/O.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from kvconnect.buffers import fields
+from kvconnect.buffers.base import LookupKey
+from kvconnect.buffers.hello import Hello, check_fit
+from kvconnect.buffers.ledger import Blocks, Entry, Ledger, digest_of
+from kvconnect.buffers.ticket import Ticket
+from kvconnect.control import ControlServer
+from kvconnect.errors import ClosedError, HandshakeError
+
+logger = logging.getLogger(__name__)
+
+_MAX_GENERATION = 1 << 62
+_MAX_WAITING = 1024
+
+Body = dict[str, Any]
+
+
+class Lender:
+    """Offers entries to peers and keeps account of who has them."""
+
+    def __init__(
+        self, me: Hello, server: ControlServer, advertised: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Answer peers at ``server``, which they reach as ``advertised``."""
+        self._me, self._at, self._clock = me, advertised, clock
+        self._lock = threading.Lock()
+        self._ledger = Ledger(me.lease_s)
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._workers: list[dict[str, Any]] | None = None
+        self._waiting: list[Future[Mapping[str, Any]]] = []
+        self._refused: set[tuple[str, str]] = set()
+        self._closed = False
+        self._server = server
+        for op, handler in {
+            "hello": self._hello,
+            "match": self._match,
+            "claim": self._claim,
+            "renew": self._renew,
+            "release": self._release,
+            "abandon": self._abandon,
+        }.items():
+            server.handle(op, handler)
+
+    # -- the scheduling thread ----------------------------------------------------
+
+    def offer(
+        self, key: LookupKey, blocks: Blocks, *, label: str | None, asked: bool, replace: bool = False
+    ) -> dict[str, Any]:
+        """Insert an entry and return its ticket."""
+        with self._lock:
+            if self._closed:
+                raise ClosedError("the buffer was closed")
+            entry = self._ledger.insert(key, blocks, self._clock(), label=label, asked=asked, replace=replace)
+            self._counts["offered"] += 1
+        return self._ticket(entry)
+
+    def drain_released(self) -> list[Blocks]:
+        """Return the blocks of entries that ended since the last call."""
+        with self._lock:
+            self._ledger.expire(self._clock())
+            ended = self._ledger.drain()
+            self._counts.update(_COUNTED[entry.ended] for entry in ended if entry.ended)
+        return [entry.blocks for entry in ended]
+
+    def reclaim(self, num_blocks: int) -> None:
+        """End unclaimed, unasked entries, oldest first, until they held ``num_blocks``."""
+        with self._lock:
+            self._ledger.reclaim(num_blocks)
+
+    def evict(self) -> bool:
+        """End the oldest unclaimed entry; ``False`` if there is none."""
+        with self._lock:
+            return self._ledger.evict()
+
+    @property
+    def unasked_blocks(self) -> int:
+        """Blocks that `reclaim` could end."""
+        with self._lock:
+            return self._ledger.unasked_blocks
+
+    @property
+    def busy(self) -> bool:
+        """Whether an entry is asked for or claimed."""
+        with self._lock:
+            return self._ledger.busy
+
+    def clear(self) -> bool:
+        """End all unclaimed entries; ``False`` if claimed ones remain."""
+        with self._lock:
+            return self._ledger.clear()
+
+    def introduce(self, workers: Sequence[Mapping[str, Any]]) -> None:
+        """Learn this engine's workers, and answer the hellos that waited for them."""
+        with self._lock:
+            self._workers = [dict(worker) for worker in workers]
+            waiting, self._waiting = self._waiting, []
+        answer = self._introduction()
+        for future in waiting:
+            future.set_result(answer)
+
+    def stats(self) -> dict[str, int]:
+        """Counters since the start."""
+        with self._lock:
+            return {name: self._counts[name] for name in _NAMES}
+
+    def close(self) -> None:
+        """Stop answering; every entry ends."""
+        with self._lock:
+            self._closed = True
+            waiting, self._waiting = self._waiting, []
+        for future in waiting:
+            future.set_exception(ClosedError("the peer is shutting down"))
+        self._server.close()
+
+    # -- the server's thread --------------------------------------------------------
+
+    def _hello(self, body: Body) -> Mapping[str, Any] | Future[Mapping[str, Any]]:
+        caller = Hello.from_wire(body)
+        try:
+            check_fit(caller, self._me)
+        except HandshakeError as error:
+            self._refuse(caller, error)
+            raise
+        if self._me.role == "consumer":
+            raise HandshakeError(f"role differs: engine {self._me.engine} is a consumer and lends nothing")
+        with self._lock:
+            if self._workers is None:
+                future: Future[Mapping[str, Any]] = Future()
+                # Callers give up at their deadline; the oldest of very many surely have.
+                self._waiting = [*self._waiting[-_MAX_WAITING:], future]
+                return future
+        return self._introduction()
+
+    def _introduction(self) -> dict[str, Any]:
+        return {**self._me.to_wire(), "workers": self._workers or []}
+
+    def _refuse(self, caller: Hello, error: HandshakeError) -> None:
+        with self._lock:
+            self._counts["refused"] += 1
+            first = (caller.engine, str(error)) not in self._refused
+            if len(self._refused) < _MAX_WAITING:
+                self._refused.add((caller.engine, str(error)))
+        if first:
+            logger.warning("engine %s does not fit, its requests will be recomputed: %s", caller.engine, error)
+
+    def _match(self, body: Body) -> Mapping[str, Any]:
+        key, taker = fields.read_key(body), fields.text(body, "taker")
+        label = fields.text(body, "label") if body.get("label") else None
+        with self._lock:
+            self._ledger.expire(self._clock())
+            entry = self._ledger.find(key, label, taker)
+        if entry is None:
+            return {}
+        return {"ticket": self._ticket(entry), "labelled": label is not None and entry.label == label}
+
+    def _claim(self, body: Body) -> Mapping[str, Any]:
+        grant, taker = fields.text(body, "grant"), fields.text(body, "taker")
+        with self._lock:
+            ok = self._try_claim(body, grant, taker)
+        return {"state": "ok" if ok else "gone"}
+
+    def _try_claim(self, body: Body, grant: str, taker: str) -> bool:
+        """Claim the entry that ``body`` names; called under the lock."""
+        now = self._clock()
+        self._ledger.expire(now)
+        entry = self._ledger.get(fields.text(body, "entry"))
+        if entry is None or entry.generation != fields.number(body, "generation", _MAX_GENERATION):
+            return False
+        fresh = grant not in entry.shares
+        if not self._ledger.claim(entry, grant, taker, self._me.num_parts, now):
+            return False
+        self._counts["taken"] += fresh
+        return True
+
+    def _renew(self, body: Body) -> Mapping[str, Any]:
+        grants, done = fields.texts(body, "grants"), fields.texts(body, "done")
+        with self._lock:
+            now = self._clock()
+            self._ledger.expire(now)
+            gone = [grant for grant in grants if not self._ledger.renew(grant, now)]
+            for grant in done:
+                self._ledger.settle(grant)
+        return {"gone": gone}
+
+    def _release(self, body: Body) -> Mapping[str, Any]:
+        grant, taker = fields.text(body, "grant"), fields.text(body, "taker")
+        part = fields.number(body, "part", self._me.num_parts)
+        generation = fields.number(body, "generation", _MAX_GENERATION)
+        read = fields.text(body, "blocks")
+        with self._lock:
+            self._ledger.expire(self._clock())
+            entry = self._ledger.get(fields.text(body, "entry"))
+            # Who read other blocks than the entry's (a ticket that was tampered with)
+            # has read nothing that anybody vouched for.
+            honest = entry is not None and digest_of(entry.blocks) == read
+            # The claim may have been overtaken: it comes from another process.
+            if honest and self._try_claim(body, grant, taker):
+                answer = self._ledger.release(grant, part, generation)
+            else:
+                answer = "stale"
+            self._counts["stale"] += answer == "stale"
+        return {"answer": answer}
+
+    def _abandon(self, body: Body) -> Mapping[str, Any]:
+        with self._lock:
+            for grant in fields.texts(body, "grants"):
+                self._ledger.abandon(grant, self._clock())
+        return {}
+
+    def _ticket(self, entry: Entry) -> dict[str, Any]:
+        return Ticket(
+            self._at, self._me.engine, self._me.incarnation, entry.id, entry.generation, entry.key, entry.blocks
+        ).to_wire()
+
+
+_COUNTED = {
+    "taken": "released",
+    "settled": "failed",
+    "expired": "expired",
+    "reclaimed": "reclaimed",
+    "replaced": "replaced",
+    "evicted": "reclaimed",
+    "cleared": "cleared",
+}
+_NAMES = ("offered", "taken", "stale", "refused", *dict.fromkeys(_COUNTED.values()))

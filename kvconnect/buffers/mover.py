@@ -1,0 +1,308 @@
+"""The end in a worker process: it reads peers' blocks, and lets peers read its own."""
+
+from __future__ import annotations
+
+import collections
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from kvconnect.buffers import fields
+from kvconnect.buffers.address import advertised, listen_address
+from kvconnect.buffers.base import Claim, EndSettings, WorkerEnd
+from kvconnect.buffers.channels import Channels
+from kvconnect.buffers.choice import describe_pipes
+from kvconnect.buffers.crew import Crew
+from kvconnect.buffers.hello import Hello
+from kvconnect.buffers.ledger import digest_of
+from kvconnect.buffers.links import Link, Links, PipeServer, foreign
+from kvconnect.control import ControlClient, ControlServer
+from kvconnect.errors import BrokenError, ClosedError, DeadlineError, KVConnectError, LoadError, StaleError
+from kvconnect.loop import Timer
+from kvconnect.paging import BlockIds, PagedMemory
+from kvconnect.pipes.base import Transfer
+
+logger = logging.getLogger(__name__)
+
+#: How long a cancelled transfer may take to let go of its blocks before its pipe is ended.
+_LET_GO_S = 5.0
+_CLOSE_S = 5.0
+_THREADS = 2
+
+
+@dataclass(eq=False)
+class _Read:
+    """One load under way. Lives on the control client's thread."""
+
+    claim: Claim
+    remote: BlockIds
+    local: BlockIds
+    transfer: Transfer
+    release: bool
+    started: float
+    link: Link | None = None
+    inner: Transfer | None = None
+    timer: Timer | None = None
+    tries: int = 0
+    stopped: KVConnectError | None = None
+
+
+class Mover(WorkerEnd):
+    """Loads claimed blocks over pipes, and has the owner confirm each load."""
+
+    def __init__(self, settings: EndSettings, rank: int, memory: PagedMemory) -> None:
+        """Serve ``memory`` as part ``rank``; waits for nobody.
+
+        Raises:
+            ConfigError: the pipe asked for cannot be had, or the address cannot be bound.
+
+        """
+        options = settings.options
+        self._options, self._rank, self._memory = options, rank, memory
+        self._incarnation = secrets.token_hex(8)
+        pipes = describe_pipes(settings.pipe.name, memory.device)
+        host, _ = listen_address(options)
+        self._server = ControlServer(host, 0, name="kvconnect-mover-server")
+        self._client = ControlClient(name="kvconnect-mover-client")
+        self._lock = threading.Lock()
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._reads: set[_Read] = set()
+        self._closed = False
+        self._description = {
+            "rank": rank,
+            "endpoint": advertised(options, host, self._server.port),
+            "pipes": pipes,
+            "layout": memory.layout.to_wire(),
+            "device": memory.device,
+        }
+        me = Hello.of(settings, self._incarnation)
+        channels = Channels(self._server, self._client, options.transfer_timeout_s, options.lease_s, self._lost)
+        self._asking = Crew("kvconnect-pipe-asks", _THREADS)
+        self._serving = Crew("kvconnect-pipe-serves", _THREADS)
+        self._starting = Crew("kvconnect-read-starts", 1)
+        mine = self._description
+        self._links = Links(settings, mine, memory, me, self._client, channels, self._asking)
+        self._pipes = PipeServer(settings, mine, memory, me, self._server, channels, self._serving)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what peers need to read this worker's blocks."""
+        return dict(self._description)
+
+    def read(
+        self, claim: Claim, remote: BlockIds, local: BlockIds, on_done: Callable[[Transfer], None]
+    ) -> Transfer:
+        """Start a load. See `WorkerEnd.read`.
+
+        ``remote`` must be blocks of the claim: nobody vouches for others.
+        """
+        return self._start(claim, remote, local, on_done, release=True)
+
+    def fetch(self, claim: Claim, remote: BlockIds, local: BlockIds, on_done: Callable[[Transfer], None]) -> Transfer:
+        """Copy blocks as `read` does, but leave the release (and so the confirmation) to the caller."""
+        return self._start(claim, remote, local, on_done, release=False)
+
+    def release(self, claim: Claim) -> Future[dict[str, Any]]:
+        """Tell the owner that this worker's part has been read; the answer says ``ok`` or ``stale``."""
+        body = {
+            "grant": claim.grant,
+            "entry": claim.data["entry"],
+            "generation": claim.data["generation"],
+            "taker": claim.data["taker"],
+            "part": self._rank,
+            "blocks": digest_of(claim.blocks),
+        }
+        return self._client.call(claim.data["at"], "release", body, self._options.release_timeout_s)
+
+    def stats(self) -> dict[str, int]:
+        """Counters since the start."""
+        with self._lock:
+            return dict(self._counts)
+
+    def close(self) -> None:
+        """Cancel what runs, end pipes and threads."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            reads = list(self._reads)
+        for read in reads:
+            self._client.soon(lambda read=read: self._stop(read, ClosedError("the buffer was closed")))  # type: ignore[misc]
+        deadline = time.monotonic() + _CLOSE_S
+        over = [read.transfer for read in reads if not _over(read.transfer, deadline)]
+        self._server.close()
+        for pipe in (*self._links.take_all(), *self._pipes.take_all()):
+            pipe.abort()
+        self._client.close()
+        for crew in (self._starting, self._asking, self._serving):
+            crew.close()
+        for transfer in over:
+            transfer.finish(LoadError("the buffer was closed"))
+
+    # -- reading ------------------------------------------------------------------------
+
+    def _start(
+        self,
+        claim: Claim,
+        remote: BlockIds,
+        local: BlockIds,
+        on_done: Callable[[Transfer], None],
+        *,
+        release: bool,
+    ) -> Transfer:
+        transfer = Transfer(self._memory.layout.nbytes(local), lambda: self._cancelled(read))
+        read = _Read(claim, remote, local, transfer, release, time.monotonic())
+        transfer.add_done_callback(on_done)
+        with self._lock:
+            refused = self._closed
+            if not refused:
+                self._reads.add(read)
+        if refused or not self._client.soon(lambda: self._begin(read)):
+            self._finish(read, ClosedError("the buffer was closed"))
+        return transfer
+
+    def _cancelled(self, read: _Read) -> None:
+        self._client.soon(lambda: self._stop(read, LoadError("the load was cancelled")))
+
+    # The rest is on the client's thread.
+
+    def _begin(self, read: _Read) -> None:
+        timeout_s = self._options.transfer_timeout_s
+        late = DeadlineError(f"the load did not end within {timeout_s:g} s")
+        read.timer = self._client.later(timeout_s, lambda: self._stop(read, late))
+        try:
+            _check_owned(read)
+            self._memory.layout.check(read.local)
+        except KVConnectError as error:
+            self._finish(read, error)
+        else:
+            self._link(read)
+
+    def _link(self, read: _Read) -> None:
+        read.tries += 1
+        try:
+            at, incarnation = fields.text(read.claim.data, "at"), fields.text(read.claim.data, "incarnation")
+        except KVConnectError as error:
+            self._finish(read, error)
+            return
+        self._links.get(at, incarnation, lambda link: self._linked(read, link))
+
+    def _linked(self, read: _Read, link: Link | KVConnectError) -> None:
+        if read.transfer.done:
+            return
+        if isinstance(link, KVConnectError):
+            self._finish(read, link)
+            return
+        read.link = link
+        pipe = link.pipe
+
+        def move() -> None:
+            try:
+                if pipe is None or read.transfer.cancelled:
+                    raise ClosedError("the pipe was closed")
+                inner = pipe.read_blocks(read.remote, read.local)
+            except Exception as error:  # a third party's pipe may raise anything; the engine must hear of it
+                inner = Transfer(0)
+                inner.finish(foreign(error))
+            self._client.soon(lambda: self._moving(read, inner))
+
+        # Placing many blocks takes a while, too long for a thread that serves all peers,
+        # and must not wait for a pipe that is slow to open.
+        if not self._starting.submit(move):
+            self._finish(read, ClosedError("the buffer was closed"))
+
+    def _moving(self, read: _Read, inner: Transfer) -> None:
+        read.inner = inner
+        if read.stopped is not None:
+            inner.cancel()
+
+        def over(_: Transfer) -> None:
+            self._client.soon(lambda: self._moved(read, inner))
+
+        inner.add_done_callback(over)
+
+    def _moved(self, read: _Read, inner: Transfer) -> None:
+        error, link = inner.error, read.link
+        if isinstance(error, (BrokenError, ClosedError)) and link is not None:
+            self._links.drop(link)
+            if read.stopped is None and read.tries == 1:
+                # The pipe may have been dead for long. The owner is asked anew, once.
+                read.link = read.inner = None
+                self._link(read)
+                return
+        if read.stopped is not None or error is not None:
+            self._finish(read, read.stopped or error)
+        elif read.release:
+            with self._lock:
+                self._counts["microseconds_on_wire"] += int((time.monotonic() - read.started) * 1e6)
+            self.release(read.claim).add_done_callback(lambda answer: self._confirmed(read, answer))
+        else:
+            self._finish(read, None)
+
+    def _confirmed(self, read: _Read, answer: Future[dict[str, Any]]) -> None:
+        try:
+            verdict = answer.result().get("answer")
+        except KVConnectError as error:
+            self._finish(read, error)
+            return
+        ok = verdict == "ok"
+        self._finish(read, None if ok else StaleError("the owner's lease on the blocks had ended before they were read"))
+
+    def _stop(self, read: _Read, error: KVConnectError) -> None:
+        """Give up. A transfer under way keeps its blocks until its pipe has let go of them."""
+        if read.transfer.done or read.stopped is not None:
+            return
+        read.stopped = error
+        link, inner = read.link, read.inner
+        if link is None:
+            self._finish(read, error)
+        elif inner is not None:
+            inner.cancel()
+            if not inner.done:
+                self._client.later(_LET_GO_S, lambda: None if inner.done else self._links.drop(link))
+
+    def _finish(self, read: _Read, error: KVConnectError | None) -> None:
+        if read.timer is not None:
+            read.timer.cancel()
+        with self._lock:
+            self._reads.discard(read)
+            if read.transfer.done:
+                return
+            if error is None:
+                self._counts.update(loads=1, bytes=read.transfer.nbytes)
+            else:
+                self._counts[f"failed_{type(error).__name__.removesuffix('Error').lower()}"] += 1
+        read.transfer.finish(_as_load_error(read, error))
+
+    def _lost(self, pipe: str) -> None:
+        self._links.lost(pipe)
+        self._pipes.lost(pipe)
+
+
+def _check_owned(read: _Read) -> None:
+    """Raise `LoadError` unless all that is to be read belongs to the claim."""
+    if len(read.remote) > len(read.claim.blocks):
+        raise LoadError(f"the claim has {len(read.claim.blocks)} groups, {len(read.remote)} are to be read")
+    for group, (wanted, owned) in enumerate(zip(read.remote, read.claim.blocks, strict=False)):
+        if not set(owned).issuperset(wanted):
+            raise LoadError(f"blocks of group {group} are to be read that the claim does not cover")
+
+
+def _as_load_error(read: _Read, error: KVConnectError | None) -> KVConnectError | None:
+    if error is None or isinstance(error, (LoadError, DeadlineError)):
+        return error
+    failed = LoadError(f"KV could not be read from {read.claim.data.get('at')}: {error}")
+    failed.__cause__ = error
+    return failed
+
+
+def _over(transfer: Transfer, deadline: float) -> bool:
+    try:
+        transfer.wait(max(0.0, deadline - time.monotonic()))
+    except KVConnectError:
+        pass  # its own error is the engine's business; only whether it is over counts here
+    return transfer.done

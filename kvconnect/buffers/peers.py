@@ -1,0 +1,114 @@
+"""The engines one end has met: hello once, remember who fits and who does not.
+
+Everything here runs on the control client's thread, except `Peers.met`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvconnect.buffers.base import Miss
+from kvconnect.buffers.hello import Hello, check_fit
+from kvconnect.control import ControlClient
+from kvconnect.errors import HandshakeError, KVConnectError
+
+logger = logging.getLogger(__name__)
+
+#: A peer that failed is not asked again for this long, so that it costs one time-out and not one per request.
+RETRY_S = 3.0
+
+
+@dataclass(eq=False)
+class Peer:
+    """One endpoint: met (``hello``), or failed (``failure``), or neither yet."""
+
+    endpoint: str
+    hello: Hello | None = None
+    failure: Miss | None = None
+    retry_at: float = 0.0
+    waiting: list[Callable[[Peer], None]] = field(default_factory=list)
+
+    def is_met(self, incarnation: str | None) -> bool:
+        """Whether this very incarnation (any, if ``None``) has been met."""
+        return self.hello is not None and incarnation in (None, self.hello.incarnation)
+
+
+class Peers:
+    """Acquaintances by endpoint."""
+
+    def __init__(
+        self, me: Hello, client: ControlClient, timeout_s: float, check: Callable[[Hello], None] | None = None
+    ) -> None:
+        """Introduce ourselves as ``me``; ``check`` raises `HandshakeError` at further misfits."""
+        self._me = me
+        self._client = client
+        self._timeout_s = timeout_s
+        self._check = check
+        self._peers: dict[str, Peer] = {}
+        self._logged: set[tuple[str, str]] = set()
+
+    def met(self, endpoint: str, incarnation: str | None = None) -> Hello | None:
+        """Return the hello of a peer that was met and not lost since. Any thread."""
+        peer = self._peers.get(endpoint)
+        hello = peer.hello if peer is not None else None
+        return hello if hello is not None and incarnation in (None, hello.incarnation) else None
+
+    def failed_before(self, endpoint: str) -> bool:
+        """Whether the last attempt to meet this endpoint failed."""
+        peer = self._peers.get(endpoint)
+        return peer is not None and peer.failure is not None
+
+    def meet(self, endpoint: str, then: Callable[[Peer], None], incarnation: str | None = None) -> None:
+        """Call ``then`` once the endpoint has been met or has failed; at once if that is known."""
+        peer = self._peers.setdefault(endpoint, Peer(endpoint))
+        if peer.is_met(incarnation) or (peer.failure and time.monotonic() < peer.retry_at):
+            then(peer)
+            return
+        peer.waiting.append(then)
+        if len(peer.waiting) == 1:
+            self._client.call(endpoint, "hello", self._me.to_wire(), self._timeout_s).add_done_callback(
+                lambda answer: self._heard(peer, answer)
+            )
+
+    def lost(self, endpoint: str, error: KVConnectError) -> None:
+        """Forget a peer whose connection broke; the next `meet` starts afresh, a little later."""
+        peer = self._peers.get(endpoint)
+        if peer is not None and not peer.waiting:
+            self._fail(peer, "unreachable", error)
+
+    def _heard(self, peer: Peer, answer: Future[dict[str, Any]]) -> None:
+        try:
+            hello = Hello.from_wire(answer.result())
+            check_fit(self._me, hello)
+            if self._check is not None:
+                self._check(hello)
+        except HandshakeError as error:
+            self._fail(peer, "mismatch", error)
+        except KVConnectError as error:
+            self._fail(peer, "unreachable", error)
+        else:
+            peer.hello, peer.failure = hello, None
+            self._logged = {entry for entry in self._logged if entry[0] != peer.endpoint}
+        waiting, peer.waiting = peer.waiting, []
+        for then in waiting:
+            then(peer)
+
+    def _fail(self, peer: Peer, cause: str, error: KVConnectError) -> None:
+        peer.hello, peer.failure = None, Miss(cause, str(error))
+        peer.retry_at = time.monotonic() + RETRY_S
+        if (peer.endpoint, cause) not in self._logged:
+            self._logged.add((peer.endpoint, cause))
+            logger.warning("peer %s: %s; requests for its KV will be recomputed: %s", peer.endpoint, cause, error)
+
+
+def worker_of(hello: Hello, rank: int) -> Mapping[str, Any]:
+    """Return the description of worker ``rank``; raise `HandshakeError` if the peer has none."""
+    for worker in hello.workers:
+        if worker.get("rank") == rank:
+            return worker
+    raise HandshakeError(f"engine {hello.engine} describes no worker of rank {rank}")

@@ -1,0 +1,325 @@
+"""The taker's side of lending: find entries at their owners and keep them from expiring.
+
+Lives in the consumer's scheduler process. The scheduling thread leaves a request
+with `Taker.look` and polls `Taker.found`; the search itself is a state machine
+on the control client's one thread, so that only the answers need a lock.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import secrets
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvconnect.buffers import fields
+from kvconnect.buffers.base import Claim, EndSettings, Miss, Want
+from kvconnect.buffers.directory import Producers
+from kvconnect.buffers.hello import Hello, check_shapes
+from kvconnect.buffers.peers import Peer, Peers
+from kvconnect.buffers.renewal import Renewal
+from kvconnect.buffers.ticket import Ticket
+from kvconnect.control import ControlClient
+from kvconnect.errors import BrokenError, HandshakeError, KVConnectError
+
+logger = logging.getLogger(__name__)
+
+#: How long an entry with the right content waits for a peer that may have the right label, too.
+_GRACE_S = 0.1
+
+
+@dataclass(eq=False)
+class Look:
+    """One request's search. ``answer``, ``consumed`` and ``over`` are under the taker's lock."""
+
+    request_id: str
+    want: Want
+    grant: str
+    ticket: Ticket | None = None
+    answer: Claim | Miss | None = None
+    consumed: bool = False
+    over: bool = False
+    #: Where the grant is, once it has been asked for.
+    at: str | None = None
+    cause: Miss | None = None
+    claiming: bool = False
+    waiting: set[str] = field(default_factory=set)
+    offers: list[Ticket] = field(default_factory=list)
+
+
+class Taker:
+    """Looks for KV by ticket, label and content, and holds what it found."""
+
+    def __init__(
+        self,
+        settings: EndSettings,
+        me: Hello,
+        client: ControlClient,
+        producers: Producers,
+        on_answer: Callable[[str], None] | None = None,
+    ) -> None:
+        """Search on ``client``'s thread, in the name of ``me``; ``on_answer`` hears of answers."""
+        self._options, self._name = settings.options, me.incarnation
+        self._client, self._producers, self._on_answer = client, producers, on_answer
+        self._peers = Peers(me, client, settings.options.connect_timeout_s, self._check_workers)
+        self._renewal = Renewal(client, self._peers, settings.options.lease_s, self._gone)
+        self._workers: Sequence[Mapping[str, Any]] = ()
+        self._lock = threading.Lock()
+        self._looks: dict[str, Look] = {}
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._bad_tickets_logged = False
+
+    # -- the scheduling thread ----------------------------------------------------
+
+    def look(self, request_id: str, want: Want) -> None:
+        """Start to look; a ticket of a peer that was met is answered here and now."""
+        look = Look(request_id, want, secrets.token_hex(8))
+        look.ticket = self._read_ticket(want)
+        with self._lock:
+            if request_id in self._looks:
+                return
+            self._looks[request_id] = look
+        ticket = look.ticket
+        if ticket and ticket.key == want.key and self._peers.met(ticket.at, ticket.incarnation):
+            self._answer(look, self._claim_of(look, ticket))
+            posted = self._client.soon(lambda: self._claim_ticket(look, ticket))
+        elif ticket or (self._options.content_lookup and self._producers.any()):
+            posted = self._client.soon(lambda: self._search(look))
+        else:
+            self._answer(look, look.cause or Miss("no_producer"))
+            return
+        if not posted:
+            self._answer(look, Miss("closed"))
+
+    def found(self, request_id: str) -> Claim | Miss | None:
+        """Return the answer, or ``None`` while there is none."""
+        with self._lock:
+            look = self._looks.get(request_id)
+            if look is None:
+                return Miss("absent", "nobody looked for this request")
+            look.consumed |= isinstance(look.answer, Claim)
+            return look.answer
+
+    def settle(self, request_id: str) -> None:
+        """Stop renewing; the owner hears with the next renewal that nothing is read any more."""
+        look = self._forget(request_id)
+        if look is not None:
+            self._client.soon(lambda: self._renewal.end(look.at, look.grant))
+
+    def abandon(self, request_id: str) -> None:
+        """Give back what was or will be claimed."""
+        look = self._forget(request_id)
+        if look is not None and not isinstance(look.answer, Miss):
+            self._client.soon(lambda: self._give_back(look))
+
+    def introduce(self, workers: Sequence[Mapping[str, Any]]) -> None:
+        """Learn our own workers, so that a peer with other memory shapes is refused at hello."""
+        self._workers = tuple(workers)
+
+    def stats(self) -> dict[str, int]:
+        """Counters since the start."""
+        with self._lock:
+            return dict(self._counts)
+
+    def close(self) -> None:
+        """Give everything back, as far as peers can be reached."""
+        with self._lock:
+            looks, self._looks = list(self._looks.values()), {}
+        for look in looks:
+            look.over = True
+            self._client.soon(lambda look=look: self._give_back(look))  # type: ignore[misc]
+
+    # -- answers, any thread ----------------------------------------------------------
+
+    def _read_ticket(self, want: Want) -> Ticket | None:
+        if want.ticket is None:
+            return None
+        try:
+            return Ticket.from_wire(want.ticket)
+        except HandshakeError as error:
+            with self._lock:
+                self._counts["bad_tickets"] += 1
+                first, self._bad_tickets_logged = not self._bad_tickets_logged, True
+            if first:
+                logger.warning("a ticket cannot be read, its request will be looked up by content: %s", error)
+            return None
+
+    def _answer(self, look: Look, answer: Claim | Miss, *, instead: bool = False) -> bool:
+        """Set the answer; ``instead`` takes back a claim that nobody has seen yet."""
+        with self._lock:
+            if look.over or look.consumed or (look.answer is not None and not instead):
+                return False
+            if isinstance(look.answer, Miss):
+                return False
+            look.answer = answer
+            if isinstance(answer, Miss):
+                self._counts[f"miss_{answer.cause}"] += 1
+            elif not instead:
+                self._counts["claimed"] += 1
+        if self._on_answer is not None:
+            self._on_answer(look.request_id)
+        return True
+
+    def _forget(self, request_id: str) -> Look | None:
+        with self._lock:
+            look = self._looks.pop(request_id, None)
+            if look is not None:
+                look.over = True
+            return look
+
+    # -- the client's thread: by ticket ---------------------------------------------
+
+    def _search(self, look: Look) -> None:
+        ticket = look.ticket
+        if ticket is not None and ticket.key == look.want.key:
+            self._peers.meet(ticket.at, lambda peer: self._by_ticket(look, ticket, peer), ticket.incarnation)
+        else:
+            self._by_content(look)
+
+    def _by_ticket(self, look: Look, ticket: Ticket, peer: Peer) -> None:
+        if look.over:
+            return
+        if peer.is_met(ticket.incarnation):
+            if self._answer(look, self._claim_of(look, ticket)):
+                self._claim_ticket(look, ticket)
+            return
+        look.cause = peer.failure or Miss("gone", f"engine {ticket.engine} was restarted")
+        self._by_content(look)
+
+    def _claim_ticket(self, look: Look, ticket: Ticket) -> None:
+        look.at = ticket.at
+        self._ask_claim(look, ticket).add_done_callback(lambda answer: self._ticket_claimed(look, ticket, answer))
+
+    def _ticket_claimed(self, look: Look, ticket: Ticket, answer: Future[dict[str, Any]]) -> None:
+        miss = self._refusal(ticket, answer)
+        if miss is not None:
+            # Too late if the engine acts on the claim by now: then the owner's answer to
+            # the workers' release decides.
+            self._answer(look, miss, instead=True)
+        elif not look.over:
+            self._renewal.add(ticket.at, look.grant)
+
+    # -- the client's thread: by label and content ------------------------------------
+
+    def _by_content(self, look: Look) -> None:
+        endpoints = set(self._producers.endpoints()) if self._options.content_lookup else set()
+        if look.ticket is not None and look.cause is None:
+            endpoints.add(look.ticket.at)
+        for endpoint in [endpoint for endpoint in endpoints if self._peers.failed_before(endpoint)]:
+            # Nobody waits for a peer that failed; it is tried again on the side.
+            endpoints.discard(endpoint)
+            self._peers.meet(endpoint, lambda _: None)
+        if not endpoints:
+            self._answer(look, look.cause or Miss("no_producer" if not self._producers.any() else "unreachable"))
+            return
+        look.waiting = endpoints
+        self._client.later(self._options.lookup_timeout_s, lambda: self._time_is_up(look))
+        for endpoint in list(endpoints):
+            self._peers.meet(endpoint, lambda peer: self._ask(look, peer))
+
+    def _ask(self, look: Look, peer: Peer) -> None:
+        if peer.failure is not None or look.answer is not None or look.over:
+            self._heard(look, peer.endpoint, None)
+            return
+        body = {**fields.write_key(look.want.key), "label": look.want.label or "", "taker": self._name}
+        self._client.call(peer.endpoint, "match", body, self._options.lookup_timeout_s).add_done_callback(
+            lambda answer: self._heard(look, peer.endpoint, answer)
+        )
+
+    def _heard(self, look: Look, endpoint: str, answer: Future[dict[str, Any]] | None) -> None:
+        look.waiting.discard(endpoint)
+        labelled = False
+        try:
+            body = answer.result() if answer is not None else {}
+            if "ticket" in body:
+                offer = Ticket.from_wire(fields.mapping(body, "ticket"))
+                if offer.key != look.want.key:
+                    raise HandshakeError(f"{endpoint} offers KV of another content")
+                labelled = body.get("labelled") is True
+                look.offers.insert(0 if labelled else len(look.offers), offer)
+        except BrokenError as error:
+            self._peers.lost(endpoint, error)
+        except KVConnectError as error:
+            logger.debug("looking for %s at %s: %s", look.request_id, endpoint, error)
+        if labelled or not look.waiting:
+            self._try_best(look)
+        elif look.offers:
+            self._client.later(_GRACE_S, lambda: self._try_best(look))
+
+    def _try_best(self, look: Look) -> None:
+        if look.claiming or look.answer is not None or look.over:
+            return
+        if look.offers:
+            offer = look.offers.pop(0)
+            look.claiming, look.at = True, offer.at
+            self._ask_claim(look, offer).add_done_callback(lambda answer: self._offer_claimed(look, offer, answer))
+        elif not look.waiting:
+            self._answer(look, look.cause or Miss("absent"))
+
+    def _offer_claimed(self, look: Look, offer: Ticket, answer: Future[dict[str, Any]]) -> None:
+        look.claiming = False
+        if self._refusal(offer, answer) is not None:
+            look.at = None
+            self._try_best(look)
+        elif self._answer(look, self._claim_of(look, offer)):
+            self._renewal.add(offer.at, look.grant)
+        else:
+            self._give_back(look)  # the request was abandoned or out of time meanwhile
+
+    def _time_is_up(self, look: Look) -> None:
+        if not look.over and look.answer is None:
+            late = ", ".join(sorted(look.waiting))
+            self._answer(look, look.cause or Miss("timeout", f"no answer from {late}" if late else ""))
+
+    # -- the client's thread: claims ---------------------------------------------------
+
+    def _ask_claim(self, look: Look, ticket: Ticket) -> Future[dict[str, Any]]:
+        body = {"grant": look.grant, "entry": ticket.entry, "generation": ticket.generation, "taker": self._name}
+        return self._client.call(ticket.at, "claim", body, self._options.lookup_timeout_s)
+
+    def _refusal(self, ticket: Ticket, answer: Future[dict[str, Any]]) -> Miss | None:
+        """Return why a claim was not granted, if it was not."""
+        try:
+            state = answer.result().get("state")
+        except BrokenError as error:
+            self._peers.lost(ticket.at, error)
+            return Miss("unreachable", str(error))
+        except KVConnectError as error:
+            return Miss("unreachable", str(error))
+        return None if state == "ok" else Miss("gone", "the owner's lease has ended")
+
+    def _gone(self, grants: Sequence[str]) -> None:
+        """Owners say that these grants have ended: those nobody has seen yet become misses."""
+        ended = set(grants)
+        with self._lock:
+            looks = [look for look in self._looks.values() if look.grant in ended]
+        for look in looks:
+            self._answer(look, Miss("gone", "the claim has ended"), instead=True)
+
+    def _give_back(self, look: Look) -> None:
+        if look.at is None:
+            return
+        self._renewal.drop(look.at, look.grant)
+        # A peer that cannot be told will end the claim by itself.
+        self._client.call(look.at, "abandon", {"grants": [look.grant]}, self._options.release_timeout_s)
+
+    def _check_workers(self, hello: Hello) -> None:
+        theirs = {worker.get("rank"): worker for worker in hello.workers}
+        for ours in self._workers:
+            if ours.get("rank") in theirs:
+                check_shapes(ours, theirs[ours["rank"]])
+
+    def _claim_of(self, look: Look, ticket: Ticket) -> Claim:
+        data = {
+            "at": ticket.at,
+            "engine": ticket.engine,
+            "incarnation": ticket.incarnation,
+            "entry": ticket.entry,
+            "generation": ticket.generation,
+            "taker": self._name,
+        }
+        return Claim(look.grant, ticket.key, ticket.blocks, data)
