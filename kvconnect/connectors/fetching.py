@@ -98,7 +98,9 @@ class Fetching:
             return
         found = self._end.found(request.request_id)
         if tokens == 0 or not isinstance(found, Claim):
-            self._give_up(request.request_id, fetch)
+            # Our own prefix cache (or another connector) has it all: the entry has served its purpose.
+            self._end.settle(request.request_id)
+            fetch.phase = _Phase.OVER
             return
         remote, local = self._pair(found, table, fetch.local_tokens, tokens)
         gone = any(NULL_BLOCK in ids for ids in remote)
