@@ -17,6 +17,8 @@ import os
 import sys
 from multiprocessing.connection import wait
 from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import Any
 
 PROMPTS = [
     "Hello, my name is",
@@ -27,7 +29,7 @@ AT_PREFILL = PROMPTS[:2]
 TIMEOUT_S = 600
 
 
-def kv_transfer_config(connector: str, role: str, rank: int):
+def kv_transfer_config(connector: str, role: str, rank: int) -> Any:
     """Build vLLM's configuration of a connector, for old and new releases."""
     from vllm.config import KVTransferConfig
 
@@ -40,7 +42,7 @@ def kv_transfer_config(connector: str, role: str, rank: int):
     return KVTransferConfig(kv_connector=connector, kv_role=role, kv_connector_extra_config=extra | group)
 
 
-def make_llm(args: argparse.Namespace, role: str, rank: int):
+def make_llm(args: argparse.Namespace, role: str, rank: int) -> Any:
     """Start an engine on its CUDA device, or on the CPU."""
     if args.devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = args.devices[rank % len(args.devices)]
@@ -50,7 +52,7 @@ def make_llm(args: argparse.Namespace, role: str, rank: int):
         cores = len(os.sched_getaffinity(0))
         os.environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS=str(max(1, cores // 2)))
         place = {"dtype": "float32", "block_size": 32, "kv_cache_memory_bytes": 256 << 20}
-    os.environ.setdefault("HF_HUB_OFFLINE", "1" if os.path.isdir(args.model) else "0")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1" if Path(args.model).is_dir() else "0")
     from vllm import LLM
 
     return LLM(
@@ -95,7 +97,7 @@ def run_decode(args: argparse.Namespace, prefill_done: Event, decode_done: Event
         sys.exit("the decode node computed a prompt whose KV was at the prefill node")
 
 
-def tokens_from_p(llm) -> int:
+def tokens_from_p(llm: Any) -> int:
     """Return vLLM's own count of prompt tokens whose KV came from another engine."""
     return int(
         sum(

@@ -15,12 +15,12 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+import httpx
 
 Say = Callable[[str], None]
 
@@ -86,10 +86,10 @@ class Server:
     def is_healthy(self, timeout_s: float = 2.0) -> bool:
         """Ask the health address once."""
         try:
-            with urllib.request.urlopen(self.url + self.health, timeout=timeout_s) as answer:
-                return bool(answer.status == 200)
-        except (OSError, urllib.error.URLError):
+            answer = httpx.get(self.url + self.health, timeout=timeout_s, trust_env=False)
+        except httpx.HTTPError:
             return False
+        return answer.status_code == httpx.codes.OK
 
     def tail(self, lines: int = _TAIL_LINES) -> str:
         """Return the last lines of the log."""
@@ -103,12 +103,22 @@ class Server:
         """Build the error that says ``what`` happened and shows the log's end."""
         return ServerError(f"{self.name} {what}; the end of {self.log}:\n{self.tail()}")
 
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the process group, if it still exists."""
+    def terminate(self) -> None:
+        """Ask the process to end; it ends its own workers."""
         if self.process is not None:
-            # The group outlives its leader when a worker hangs, so `poll` is no test here.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, number)
+            self.process.terminate()
+
+    def finish(self, timeout_s: float) -> None:
+        """Wait for the end, and end at once whatever of the process group is left by then."""
+        if self.process is None:
+            return
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout_s)
+        # The group outlives its leader when a worker hangs, so an ended leader is no proof.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(5.0)
+        self.process = None
 
 
 def start(servers: Iterable[Server], say: Say) -> None:
@@ -147,17 +157,12 @@ def wait_ready(servers: Sequence[Server], timeout_s: float, say: Say) -> None:
 
 
 def stop(servers: Sequence[Server], grace_s: float = GRACE_S) -> None:
-    """End the servers' process groups: SIGTERM to all at once, then SIGKILL to what is left."""
-    started = [s for s in servers if s.process is not None]
-    for server in started:
-        server.signal(signal.SIGTERM)
+    """End the servers, all at once: SIGTERM, then SIGKILL to what is left after ``grace_s``."""
+    for server in servers:
+        server.terminate()
     deadline = time.monotonic() + grace_s
-    for server in started:
-        assert server.process is not None  # `started` holds no other
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            server.process.wait(max(0.0, deadline - time.monotonic()))
-        server.signal(signal.SIGKILL)
-        server.process.wait(5.0)
+    for server in servers:
+        server.finish(max(0.0, deadline - time.monotonic()))
 
 
 class _Deaths:
@@ -169,7 +174,7 @@ class _Deaths:
             if server.process is not None:
                 self._selector.register(os.pidfd_open(server.process.pid), selectors.EVENT_READ, server)
 
-    def __enter__(self) -> _Deaths:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -226,13 +231,12 @@ def engine(
     log_folder: Path,
     *,
     kv_transfer: Mapping[str, Any] | None = None,
-    port: int = 0,
     device: int | None = None,
     env: Mapping[str, str] | None = None,
     extra: Sequence[str] = (),
 ) -> Server:
     """Describe one vLLM server; ``device`` is a CUDA device, None the CPU."""
-    port = port or free_port()
+    port = free_port()
     arguments = [
         *("--model", options.model, "--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port)),
         *("--max-model-len", str(options.max_model_len), "--max-num-seqs", str(options.max_num_seqs)),
@@ -247,7 +251,7 @@ def engine(
         command=("vllm.entrypoints.openai.api_server", *arguments, *place[0], *options.extra, *extra),
         port=port,
         log=log_folder / f"{name}.log",
-        env=_COMMON_ENV | place[1] | dict(env or {}),
+        env=_COMMON_ENV | _sockets(log_folder) | place[1] | dict(env or {}),
     )
 
 
@@ -258,6 +262,15 @@ _COMMON_ENV = {
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+
+
+def _sockets(folder: Path) -> dict[str, str]:
+    """Keep vLLM's socket files, which it never removes, in the run's folder, if a socket's path may be that long."""
+    return {"VLLM_RPC_BASE_PATH": str(folder.absolute())} if len(str(folder.absolute())) < _SOCKET_PATH else {}
+
+
+#: 107 characters are what Linux allows; vLLM adds a UUID.
+_SOCKET_PATH = 107 - 1 - 36
 
 
 def _cpu(options: EngineOptions) -> tuple[list[str], dict[str, str]]:

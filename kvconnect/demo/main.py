@@ -132,11 +132,12 @@ def _text(model: str, tokens: int, skip: int) -> str:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    text = "\n".join(local_model.training_text()[skip : skip + 5])
+    # More characters than these tokens can have, and not so many that the tokenizer warns.
+    text = "\n".join(local_model.training_text()[skip : skip + 5])[: 6 * tokens]
     return str(tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"][:tokens]))
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 

@@ -60,9 +60,17 @@ def find_load(log: Path, request_id: str) -> Load | None:
 
 
 _HEADERS = (
-    ("request", "prompt\ntokens", "fetched\nfrom P", "bytes on\nthe wire", "ms on\nthe wire", "pipe")
-    + ("D first token\nwith, ms", "D first token\nwithout, ms", "client first\ntoken, ms", "output equals\none engine")
-)  # fmt: skip
+    "request",
+    "prompt\ntokens",
+    "fetched\nfrom P",
+    "bytes on\nthe wire",
+    "ms on\nthe wire",
+    "pipe",
+    "D first token\nwith, ms",
+    "D first token\nwithout, ms",
+    "client first\ntoken, ms",
+    "output equals\none engine",
+)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -82,8 +90,9 @@ def _cells(header: str, from_end: int) -> str:
 
 
 def _row(row: Row) -> list[str]:
-    load = row.load
-    fetched = ["0", "0", "-", "-"] if load is None else [str(load.tokens), f"{load.nbytes:,}", f"{load.ms:.1f}", load.pipe]
+    fetched = ["0", "0", "-", "-"]
+    if (load := row.load) is not None:
+        fetched = [str(load.tokens), f"{load.nbytes:,}", f"{load.ms:.1f}", load.pipe]
     times = [f"{row.with_ms:.0f}", f"{row.without_ms:.0f}", f"{row.client_ms:.0f}"]
     return [row.name, str(row.prompt_tokens), *fetched, *times, "yes" if row.equal else "NO"]
 

@@ -1,0 +1,39 @@
+"""One fleet of engines a pipe, shared by all cases of this folder."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.vllm.fleet import Fleet, Plan
+
+#: Connector name by pipe.
+CONNECTORS = {"tcp": "KvConnectTcp", "shm": "KvConnectShm"}
+#: For starting a whole fleet on two cores that do nothing else.
+START_S = 420.0
+
+
+@pytest.fixture(scope="session", params=sorted(CONNECTORS))
+def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """Two producers and two consumers over one pipe; the second consumer has a tiny KV cache.
+
+    Session-scoped and parametrized: pytest runs all cases of one pipe, stops its
+    fleet, and starts the next.
+    """
+    plan = Plan(connector=CONNECTORS[request.param])
+    with running(plan, tmp_path_factory.mktemp(f"fleet-{request.param}")) as fleet:
+        yield fleet
+
+
+@contextlib.contextmanager
+def running(plan: Plan, folder: Path) -> Iterator[Fleet]:
+    """Run a fleet for a while."""
+    fleet = Fleet(plan, folder)
+    try:
+        fleet.start(START_S)
+        yield fleet
+    finally:
+        fleet.stop()
