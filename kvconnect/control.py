@@ -76,9 +76,10 @@ class ControlServer:
         except zmq.ZMQError as error:
             self._loop.close()
             raise ConfigError(
-                f"cannot listen on {host}:{port}: {error.strerror}; choose another bind_host or port (0 takes a free one)"
+                f"cannot listen on {host}:{port}: {error.strerror}; "
+                "choose another bind_host or port (0 takes a free one)"
             ) from error
-        bound = bytes(self._socket.getsockopt(zmq.LAST_ENDPOINT))  # type: ignore[arg-type]
+        bound = bytes(self._socket.getsockopt(zmq.LAST_ENDPOINT))
         self.port = int(bound.rstrip(b"\0").rpartition(b":")[2])
         self.endpoint = f"{host}:{self.port}"
         self._loop.start()

@@ -7,6 +7,7 @@ the thread; everything else reaches it through `Loop.soon` and `Loop.later`.
 from __future__ import annotations
 
 import collections
+import contextlib
 import heapq
 import itertools
 import logging
@@ -130,10 +131,8 @@ class Loop:
         return max(0, int((self._timers[0][0] - time.monotonic()) * 1000) + 1)
 
     def _clear_wake(self) -> None:
-        try:
+        with contextlib.suppress(BlockingIOError):  # several wake-ups may have been merged into one
             os.eventfd_read(self._wake)
-        except BlockingIOError:
-            pass  # several wake-ups were merged into one
 
     def _run_posted(self) -> None:
         for _ in range(len(self._posted)):

@@ -46,9 +46,10 @@ def choose_pipe(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str
 
     """
     mine, other = fields.mapping(ours, "pipes"), fields.mapping(theirs, "pipes")
-    passed = {name: "only one side has it" for name in {*mine, *other} - (mine.keys() & other.keys())}
+    shared = mine.keys() & other.keys()
+    passed = dict.fromkeys({*mine, *other} - shared, "only one side has it")
     best: tuple[str, type[Pipe]] | None = None
-    for name, cls in sorted(_classes(mine.keys() & other.keys()).items(), key=_nearness):
+    for name, cls in sorted(((name, registry.pipe(name)) for name in shared), key=_nearness):
         verdict = cls.can_reach(mine[name], other[name]) and cls.can_reach(other[name], mine[name])
         if not verdict:
             passed[name] = verdict.reason
@@ -60,10 +61,6 @@ def choose_pipe(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str
         reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(passed.items()))
         raise HandshakeError(f"no pipe joins the two engines ({reasons or 'neither has any'})")
     return *best, passed
-
-
-def _classes(names: set[str]) -> dict[str, type[Pipe]]:
-    return {name: registry.pipe(name) for name in names}
 
 
 def _nearness(item: tuple[str, type[Pipe]]) -> tuple[int, bool, bool, str]:

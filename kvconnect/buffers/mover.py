@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import secrets
 import threading
@@ -20,7 +21,8 @@ from kvconnect.buffers.choice import describe_pipes
 from kvconnect.buffers.crew import Crew
 from kvconnect.buffers.hello import Hello
 from kvconnect.buffers.ledger import digest_of
-from kvconnect.buffers.links import Link, Links, PipeServer, foreign
+from kvconnect.buffers.links import Link, Links, Station, foreign
+from kvconnect.buffers.serving import PipeServer
 from kvconnect.control import ControlClient, ControlServer
 from kvconnect.errors import BrokenError, ClosedError, DeadlineError, KVConnectError, LoadError, StaleError
 from kvconnect.loop import Timer
@@ -64,7 +66,6 @@ class Mover(WorkerEnd):
         """
         options = settings.options
         self._options, self._rank, self._memory = options, rank, memory
-        self._incarnation = secrets.token_hex(8)
         pipes = describe_pipes(settings.pipe.name, memory.device)
         host, _ = listen_address(options)
         self._server = ControlServer(host, 0, name="kvconnect-mover-server")
@@ -80,22 +81,20 @@ class Mover(WorkerEnd):
             "layout": memory.layout.to_wire(),
             "device": memory.device,
         }
-        me = Hello.of(settings, self._incarnation)
+        me = Hello.of(settings, secrets.token_hex(8))
         channels = Channels(self._server, self._client, options.transfer_timeout_s, options.lease_s, self._lost)
         self._asking = Crew("kvconnect-pipe-asks", _THREADS)
         self._serving = Crew("kvconnect-pipe-serves", _THREADS)
         self._starting = Crew("kvconnect-read-starts", 1)
-        mine = self._description
-        self._links = Links(settings, mine, memory, me, self._client, channels, self._asking)
-        self._pipes = PipeServer(settings, mine, memory, me, self._server, channels, self._serving)
+        station = Station(settings, me, self._description, memory, self._client, channels)
+        self._links = Links(station, self._asking)
+        self._pipes = PipeServer(station, self._server, self._serving)
 
     def describe(self) -> dict[str, Any]:
         """Return what peers need to read this worker's blocks."""
         return dict(self._description)
 
-    def read(
-        self, claim: Claim, remote: BlockIds, local: BlockIds, on_done: Callable[[Transfer], None]
-    ) -> Transfer:
+    def read(self, claim: Claim, remote: BlockIds, local: BlockIds, on_done: Callable[[Transfer], None]) -> Transfer:
         """Start a load. See `WorkerEnd.read`.
 
         ``remote`` must be blocks of the claim: nobody vouches for others.
@@ -205,7 +204,7 @@ class Mover(WorkerEnd):
                 if pipe is None or read.transfer.cancelled:
                     raise ClosedError("the pipe was closed")
                 inner = pipe.read_blocks(read.remote, read.local)
-            except Exception as error:  # a third party's pipe may raise anything; the engine must hear of it
+            except Exception as error:  # noqa: BLE001 - a third party's may raise anything
                 inner = Transfer(0)
                 inner.finish(foreign(error))
             self._client.soon(lambda: self._moving(read, inner))
@@ -249,8 +248,8 @@ class Mover(WorkerEnd):
         except KVConnectError as error:
             self._finish(read, error)
             return
-        ok = verdict == "ok"
-        self._finish(read, None if ok else StaleError("the owner's lease on the blocks had ended before they were read"))
+        stale = StaleError("the owner's lease on the blocks had ended before they were read")
+        self._finish(read, None if verdict == "ok" else stale)
 
     def _stop(self, read: _Read, error: KVConnectError) -> None:
         """Give up. A transfer under way keeps its blocks until its pipe has let go of them."""
@@ -280,7 +279,7 @@ class Mover(WorkerEnd):
 
     def _lost(self, pipe: str) -> None:
         self._links.lost(pipe)
-        self._pipes.lost(pipe)
+        self._pipes.drop(pipe)
 
 
 def _check_owned(read: _Read) -> None:
@@ -301,8 +300,7 @@ def _as_load_error(read: _Read, error: KVConnectError | None) -> KVConnectError 
 
 
 def _over(transfer: Transfer, deadline: float) -> bool:
-    try:
+    # Its own error is the engine's business; only whether it is over counts here.
+    with contextlib.suppress(KVConnectError):
         transfer.wait(max(0.0, deadline - time.monotonic()))
-    except KVConnectError:
-        pass  # its own error is the engine's business; only whether it is over counts here
     return transfer.done

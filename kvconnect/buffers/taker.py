@@ -18,9 +18,10 @@ from typing import Any
 
 from kvconnect.buffers import fields
 from kvconnect.buffers.base import Claim, EndSettings, Miss, Want
+from kvconnect.buffers.choice import choose_pipe
 from kvconnect.buffers.directory import Producers
 from kvconnect.buffers.hello import Hello, check_shapes
-from kvconnect.buffers.peers import Peer, Peers
+from kvconnect.buffers.peers import Peer, Peers, worker_of
 from kvconnect.buffers.renewal import Renewal
 from kvconnect.buffers.ticket import Ticket
 from kvconnect.control import ControlClient
@@ -308,10 +309,11 @@ class Taker:
         self._client.call(look.at, "abandon", {"grants": [look.grant]}, self._options.release_timeout_s)
 
     def _check_workers(self, hello: Hello) -> None:
-        theirs = {worker.get("rank"): worker for worker in hello.workers}
+        # What the workers would find out with the first load, before any load is promised.
         for ours in self._workers:
-            if ours.get("rank") in theirs:
-                check_shapes(ours, theirs[ours["rank"]])
+            theirs = worker_of(hello, fields.number(ours, "rank", 1 << 12))
+            check_shapes(ours, theirs)
+            choose_pipe(ours, theirs)
 
     def _claim_of(self, look: Look, ticket: Ticket) -> Claim:
         data = {

@@ -128,4 +128,3 @@ def unpack_ids(text: Any) -> tuple[int, ...]:
     if len(ids) > _MAX_BLOCKS:
         raise HandshakeError(f"ticket field 'blocks' holds {len(ids)} blocks")
     return tuple(ids)
-

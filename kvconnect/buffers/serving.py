@@ -1,0 +1,118 @@
+"""Open pipes between workers: those that peers asked for."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvconnect import registry
+from kvconnect.buffers import fields
+from kvconnect.buffers.channels import PeerChannel
+from kvconnect.buffers.crew import Crew
+from kvconnect.buffers.hello import Hello, check_fit, check_shapes
+from kvconnect.buffers.links import Station, foreign
+from kvconnect.control import ControlServer
+from kvconnect.errors import BrokenError, ClosedError, HandshakeError
+from kvconnect.paging import PagedLayout
+from kvconnect.pipes.base import Message, Pipe
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Served:
+    """One pipe that a peer asked for."""
+
+    id: str
+    opened: Future[Message] = field(default_factory=Future)
+    ready: Future[Message] = field(default_factory=Future)
+    pipe: Pipe | None = None
+    dropped: bool = False
+
+
+class PipeServer:
+    """Pipes that peers' workers asked for, over this worker's memory."""
+
+    def __init__(self, station: Station, server: ControlServer, crew: Crew) -> None:
+        """Answer ``pipe.open``, ``pipe.ready`` and ``pipe.close`` at ``server``; open on ``crew``."""
+        self._station, self._channels, self._crew = station, station.channels, crew
+        self._served: dict[str, Served] = {}
+        server.handle("pipe.open", self._handle_open)
+        server.handle("pipe.ready", self._handle_ready)
+        server.handle("pipe.close", self._handle_close)
+
+    def drop(self, pipe: str) -> None:
+        """End a served pipe; unknown ones are ignored."""
+        served = self._served.pop(pipe, None)
+        if served is not None:
+            served.dropped = True
+            self._channels.close(pipe)
+            if served.pipe is not None:
+                self._crew.submit(served.pipe.abort)
+
+    def take_all(self) -> list[Pipe]:
+        """Forget every pipe and return them, for whoever closes."""
+        all_, self._served = list(self._served.values()), {}
+        for served in all_:
+            served.dropped = True
+        return [served.pipe for served in all_ if served.pipe is not None]
+
+    @property
+    def count(self) -> int:
+        """Pipes served now."""
+        return len(self._served)
+
+    # -- on the server's thread ---------------------------------------------------------
+
+    def _handle_open(self, body: dict[str, Any]) -> Future[Message]:
+        check_fit(Hello.from_wire(fields.mapping(body, "hello")), self._station.me)
+        worker = fields.mapping(body, "worker")
+        check_shapes(worker, self._station.worker)
+        name = fields.text(body, "name")
+        if name not in self._station.worker["pipes"]:
+            raise HandshakeError(f"pipe differs: ours {name!r}, theirs one of {sorted(self._station.worker['pipes'])}")
+        served = Served(fields.text(body, "pipe"))
+        if served.id in self._served:
+            raise HandshakeError(f"pipe {served.id} is open already")
+        channel = self._channels.open(served.id, fields.text(worker, "endpoint"))
+        self._served[served.id] = served
+        message, layout = fields.mapping(body, "message"), fields.mapping(worker, "layout")
+        if not self._crew.submit(lambda: self._open(served, name, message, PagedLayout.from_wire(layout), channel)):
+            raise ClosedError("the peer is shutting down")
+        return served.opened
+
+    def _handle_ready(self, body: dict[str, Any]) -> Future[Message]:
+        served = self._served.get(fields.text(body, "pipe"))
+        if served is None:
+            raise BrokenError("the peer has closed its end of the pipe")
+        return served.ready
+
+    def _handle_close(self, body: dict[str, Any]) -> Message:
+        self.drop(fields.text(body, "pipe"))
+        return {}
+
+    # -- on the crew: may block -------------------------------------------------------------
+
+    def _open(self, served: Served, name: str, theirs: Message, layout: PagedLayout, channel: PeerChannel) -> None:
+        def exchange(message: Message) -> Message:
+            served.opened.set_result({"message": dict(message)})
+            return theirs
+
+        try:
+            served.pipe = registry.pipe(name).open(self._station.spec(name, "serves", exchange))
+            if not served.opened.done():
+                served.opened.set_result({"message": {}})
+            served.pipe.attach(self._station.memory, layout, channel)
+        except Exception as error:  # noqa: BLE001 - a third party's pipe may raise anything; the peer must hear of it
+            failure = foreign(error)
+            logger.warning("a pipe for a peer could not be opened: %s", failure)
+            for future in (served.opened, served.ready):
+                if not future.done():
+                    future.set_exception(failure)
+            self.drop(served.id)
+            return
+        served.ready.set_result({})
+        if served.dropped:
+            served.pipe.abort()
