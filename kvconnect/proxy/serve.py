@@ -30,6 +30,7 @@ def serve(settings: Settings, host: str, port: int) -> None:
         build(settings),
         log_config=None,
         log_level="warning",
+        ws="none",  # no endpoint of vLLM that we pass speaks it
         # The servers' own headers go through instead.
         server_header=False,
         date_header=False,

@@ -1,0 +1,35 @@
+"""For all tests: what a run may not leave behind."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+def _children() -> list[str]:
+    """Command lines of this process's children, less those of the interpreter's own resource tracker."""
+    found = []
+    for task in Path("/proc/self/task").iterdir():
+        for pid in (task / "children").read_text().split():
+            try:
+                command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue  # it has ended meanwhile
+            if command and "multiprocessing.resource_tracker" not in command:
+                found.append(f"{pid}: {command[:200]}")
+    return found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left_running() -> Iterator[None]:
+    """Fail the run if it leaves a child process, or a thread that would keep the interpreter alive."""
+    before = set(_children())
+    yield
+    threads = [t.name for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]
+    assert not threads, f"threads left running: {threads}"
+    children = [line for line in _children() if line not in before]
+    assert not children, f"processes left running by {os.getpid()}: {children}"

@@ -1,0 +1,267 @@
+"""What a client sees when an engine fails, and what an engine sees when a client does."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import threading
+import time
+
+import httpx
+import pytest
+
+from tests.proxy.servers import WAIT_S, Call, answers, says
+
+
+def unused_url() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422])
+def test_a_prefill_refusal_that_is_the_requests_fault_is_passed_on(stage, status):
+    error = {"error": {"message": "min_tokens must be less", "code": status}}
+    stage.prefill[0].behave = says(status, error, (b"x-from", b"prefill"))
+    answer = stage.post({"prompt": "x"})
+    assert (answer.status_code, answer.json()) == (status, error)
+    assert answer.headers["x-from"] == "prefill"
+    assert not stage.decode[0].seen
+
+
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504])
+def test_a_prefill_failure_of_the_servers_own_leaves_the_decode_server_alone(stage, caplog, status):
+    stage.prefill[0].behave = says(status, {"error": "no"})
+    answer = stage.post({"prompt": "x", "min_tokens": 2}, headers={"X-Request-Id": "r1"})
+    assert (answer.status_code, answer.json()["id"]) == (200, "d")
+    assert answer.headers["x-kvconnect-fallback"] == f"prefill answered {status}"
+    assert stage.decode[0].seen[0].body == {"prompt": "x", "min_tokens": 2}
+    assert stage.decode[0].seen[0].header("x-request-id") == "r1"
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "kvconnect.proxy"]
+    assert line == f"request r1: prefill answered {status}; the decode server computes it alone"
+
+
+def test_a_prefill_server_that_is_down_leaves_the_decode_server_alone(make_stage):
+    stage = make_stage(prefill=0, prefill_urls=(unused_url(),))
+    answer = stage.post({"prompt": "x"})
+    assert (answer.status_code, answer.json()["id"]) == (200, "d")
+    assert answer.headers["x-kvconnect-fallback"] == "prefill unreachable"
+
+
+def test_a_server_that_is_down_is_passed_over_for_the_next(make_stage):
+    stage = make_stage(prefill_urls=(unused_url(),), decode_urls=(unused_url(),))
+    for _ in range(4):
+        answer = stage.post({"prompt": "x"})
+        assert (answer.status_code, answer.json()["id"]) == (200, "d")
+        assert "x-kvconnect-fallback" not in answer.headers
+    assert len(stage.prefill[0].seen) == len(stage.decode[0].seen) == 4
+
+
+def test_a_prefill_server_that_is_too_slow_is_given_up_and_told(make_stage):
+    stage = make_stage(prefill_timeout_s=0.3)
+    stage.prefill[0].behave = stage.prefill[0].hang()
+    answer = stage.post({"prompt": "x"})
+    assert (answer.status_code, answer.json()["id"]) == (200, "d")
+    assert answer.headers["x-kvconnect-fallback"] == "prefill timed out after 0.3 s"
+    assert stage.prefill[0].aborted.wait(WAIT_S)
+
+
+def test_a_prefill_answer_that_trickles_is_given_up_too(make_stage):
+    stage = make_stage(prefill_timeout_s=0.4)
+
+    async def trickle(call: Call) -> None:
+        await call.start(200)
+        await call.piece(b"{")
+        await call.until_gone()
+
+    stage.prefill[0].behave = trickle
+    assert stage.post({"prompt": "x"}).headers["x-kvconnect-fallback"] == "prefill timed out after 0.4 s"
+
+
+def test_a_prefill_answer_that_breaks_off_leaves_the_decode_server_alone(stage):
+    async def cut(call: Call) -> None:
+        await call.start(200, (b"content-length", b"1000"))
+        await call.piece(b"{", more=True)
+
+    stage.prefill[0].behave = cut
+    answer = stage.post({"prompt": "x"})
+    assert answer.json()["id"] == "d"
+    assert answer.headers["x-kvconnect-fallback"] == "prefill connection broke (RemoteProtocolError)"
+
+
+@pytest.mark.parametrize("status", [400, 404, 429, 500, 503])
+def test_the_decode_servers_errors_are_passed_on_as_they_are(stage, status):
+    error = {"error": {"message": "from decode", "code": status}}
+    stage.decode[0].behave = says(status, error, (b"retry-after", b"7"))
+    answer = stage.post({"prompt": "x"})
+    assert (answer.status_code, answer.json()) == (status, error)
+    assert answer.headers["retry-after"] == "7"
+    assert len(stage.decode[0].seen) == 1
+
+
+def test_a_decode_server_that_is_down_is_a_bad_gateway(make_stage):
+    stage = make_stage(decode=0, decode_urls=(unused_url(),))
+    answer = stage.post({"prompt": "x"})
+    assert answer.status_code == 502
+    assert answer.json()["error"]["message"] == "decode unreachable"
+
+
+def test_a_decode_server_that_does_not_answer_is_a_gateway_timeout(make_stage):
+    stage = make_stage(decode_timeout_s=0.3)
+    stage.decode[0].behave = stage.decode[0].hang()
+    answer = stage.post({"prompt": "x"})
+    assert answer.status_code == 504
+    assert answer.json()["error"]["message"] == "decode timed out after 0.3 s"
+    assert stage.decode[0].aborted.wait(WAIT_S)
+
+
+def test_a_decode_server_that_hangs_up_is_a_bad_gateway_and_not_asked_again(make_stage):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(WAIT_S)
+        accepted = []
+
+        def hang_up() -> None:
+            with contextlib.suppress(OSError):  # the listener's end
+                while True:
+                    connection, _ = listener.accept()
+                    accepted.append(connection.recv(1 << 16))
+                    connection.close()
+
+        thread = threading.Thread(target=hang_up, name="hangs-up", daemon=True)
+        thread.start()
+        stage = make_stage(decode=0, decode_urls=(f"http://127.0.0.1:{listener.getsockname()[1]}",))
+        answer = stage.post({"prompt": "x"})
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(WAIT_S)
+    assert answer.status_code == 502
+    assert answer.json()["error"]["message"].startswith("decode connection broke")
+    assert len(accepted) == 1
+
+
+def test_a_stream_arrives_piece_by_piece_and_byte_for_byte(stage):
+    pieces = [b'data: {"n": %d}\n\n' % i for i in range(5)] + [b": comment\r\n\r\n", b"data: [DONE]\n\n"]
+    turn: list[asyncio.Event] = []
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    async def stream(call: Call) -> None:
+        loops.append(asyncio.get_running_loop())
+        turn.append(asyncio.Event())
+        await call.start(200, (b"content-type", b"text/event-stream; charset=utf-8"))
+        for piece in pieces:
+            await call.piece(piece)
+            # The next is sent only once the client has this one: nobody may hold it back.
+            await asyncio.wait_for(turn[0].wait(), WAIT_S)
+            turn[0].clear()
+        await call.piece(b"", more=False)
+
+    stage.decode[0].behave = stream
+    got = []
+    with stage.client.stream("POST", "/v1/completions", json={"prompt": "x", "stream": True}) as answer:
+        assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+        for chunk in answer.iter_raw():
+            got.append(chunk)
+            loops[0].call_soon_threadsafe(turn[0].set)
+    assert got == pieces
+    assert stage.prefill[0].seen[0].body["stream"] is False
+    assert stage.decode[0].seen[0].body["stream"] is True
+
+
+def test_a_stream_that_breaks_off_ends_broken_for_the_client_too(stage):
+    async def cut(call: Call) -> None:
+        await call.start(200, (b"content-type", b"text/event-stream"))
+        await call.piece(b"data: 1\n\n")
+
+    stage.decode[0].behave = cut
+    got = []
+    with (
+        stage.client.stream("POST", "/v1/completions", json={"prompt": "x", "stream": True}) as answer,
+        pytest.raises(httpx.RemoteProtocolError),
+    ):
+        got.extend(answer.iter_raw())
+    assert b"".join(got) in (b"", b"data: 1\n\n")
+    stage.decode[0].behave = answers
+    assert stage.post({"prompt": "y"}).json()["id"] == "d"
+
+
+def hang_up_after(stage, *, leg) -> None:
+    """Send a request, wait until the leg works on it, and close the connection."""
+    body = json.dumps({"prompt": "x", "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with socket.create_connection(("127.0.0.1", stage.port), timeout=WAIT_S) as connection:
+        connection.sendall(head + body)
+        assert leg.busy.wait(WAIT_S)
+
+
+def test_a_client_that_leaves_during_prefill_aborts_it_and_nothing_is_decoded(stage):
+    stage.prefill[0].behave = stage.prefill[0].hang()
+    hang_up_after(stage, leg=stage.prefill[0])
+    assert stage.prefill[0].aborted.wait(WAIT_S)
+    # A later request has passed through whole, so an earlier decode leg would have shown.
+    stage.prefill[0].behave = says(200, {})
+    stage.post({"prompt": "y"})
+    assert [seen.body["prompt"] for seen in stage.decode[0].seen] == ["y"]
+
+
+def test_a_client_that_leaves_before_the_answer_begins_aborts_the_decode_leg(stage):
+    stage.decode[0].behave = stage.decode[0].hang()
+    hang_up_after(stage, leg=stage.decode[0])
+    assert stage.decode[0].aborted.wait(WAIT_S)
+
+
+def test_a_client_that_leaves_in_mid_stream_aborts_the_decode_leg(stage):
+    engine = stage.decode[0]
+    hang = engine.hang()
+
+    async def stream(call: Call) -> None:
+        await call.start(200, (b"content-type", b"text/event-stream"))
+        await call.piece(b"data: 1\n\n")
+        await hang(call)
+
+    engine.behave = stream
+    with stage.client.stream("POST", "/v1/completions", json={"prompt": "x", "stream": True}) as answer:
+        assert next(answer.iter_raw()) == b"data: 1\n\n"
+    assert engine.aborted.wait(WAIT_S)
+
+
+def test_many_requests_run_at_once(stage):
+    """One that hangs holds up no other."""
+    stage.decode[0].behave = stage.decode[0].hang()
+    body = json.dumps({"prompt": "slow"}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with socket.create_connection(("127.0.0.1", stage.port), timeout=WAIT_S) as connection:
+        connection.sendall(head + body)
+        assert stage.decode[0].busy.wait(WAIT_S)
+        stage.decode[0].behave = says(200, {"id": "fast"})
+        before = time.monotonic()
+        assert stage.post({"prompt": "fast"}).json() == {"id": "fast"}
+        assert time.monotonic() - before < WAIT_S / 2
+    assert stage.decode[0].aborted.wait(WAIT_S)
+
+
+def test_health_is_good_when_each_leg_has_a_server_that_is(make_stage):
+    down = unused_url()
+    stage = make_stage(decode_urls=(down,))
+    answer = stage.client.get("/health")
+    assert answer.status_code == 200
+    report = answer.json()
+    assert list(report["prefill"].values()) == ["ok"]
+    assert report["decode"].pop(down) != "ok"
+    assert list(report["decode"].values()) == ["ok"]
+    assert stage.prefill[0].seen[0].path == "/health"
+
+
+def test_health_is_bad_when_a_leg_has_none(stage):
+    stage.prefill[0].behave = says(503, {})
+    answer = stage.client.get("/health")
+    assert answer.status_code == 503
+    assert list(answer.json()["prefill"].values()) == ["answered 503"]
+    assert list(answer.json()["decode"].values()) == ["ok"]
+
+
+def test_health_does_not_wait_for_a_server_that_hangs(make_stage):
+    stage = make_stage(health_timeout_s=0.3)
+    stage.decode[0].behave = stage.decode[0].hang()
+    answer = stage.client.get("/health")
+    assert answer.status_code == 503
+    assert list(answer.json()["decode"].values()) == ["TimeoutError"]
