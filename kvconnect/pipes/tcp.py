@@ -1,0 +1,301 @@
+"""Tensors and blocks over TCP sockets, also between hosts.
+
+Tensors go on the callers' threads: a header and the tensor's own memory out in
+one call, and straight into the final tensor at the other end. Blocks go over a
+second connection (`kvconnect.pipes.tcp_blocks`), which one thread of the process
+serves for all pipes. The asking end makes both connections.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, ClassVar, Final, NoReturn
+
+import numpy as np
+import torch
+
+from kvconnect.errors import (
+    BrokenError,
+    BusyError,
+    ClosedError,
+    ConfigError,
+    DeadlineError,
+    EndOfPipe,
+    KVConnectError,
+    TensorRejectedError,
+)
+from kvconnect.pipes import reactor, vectored, wire
+from kvconnect.pipes.base import Channel, Pipe, PipeSpec, Reach, Traits, Transfer
+from kvconnect.pipes.tcp_blocks import BlockConnection
+from kvconnect.pipes.tcp_link import Link
+from kvconnect.pipes.tcp_meeting import Asking, Serving, TcpOptions
+from kvconnect.pipes.wire import HEADER_BYTES, Kind, Meta
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvconnect.paging import BlockIds, PagedLayout, PagedMemory
+
+_MAX_HEADER_BYTES: Final = HEADER_BYTES + 8 * wire.MAX_DIMS
+_MESSAGES: Final = frozenset({Kind.TENSOR, Kind.NONE, Kind.END})
+
+
+class _Turn:
+    """One thread at a time; a second is sent away."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            if self._closed:
+                raise ClosedError("this end was closed")
+            raise BusyError(f"another thread is in the middle of a {self._what} on this end")
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def take(self) -> bool:
+        """Take the last turn for good, unless somebody is at it."""
+        taken = self._lock.acquire(blocking=False)
+        self._closed = taken
+        return taken
+
+
+class TcpPipe(Pipe):
+    """One end of a pipe over TCP."""
+
+    name: ClassVar[str] = "tcp"
+    traits: ClassVar[Traits] = Traits(reach=Reach.NETWORK, zero_copy=True)
+
+    def __init__(self, spec: PipeSpec) -> None:
+        """Open this end.
+
+        Raises:
+            ConfigError: a wrong option, or an address that cannot be bound.
+            HandshakeError: the other end's message is not one of a TCP pipe.
+            BrokenError, DeadlineError: the other end cannot be reached.
+
+        """
+        self._options = TcpOptions.parse(spec.options)
+        self._timeout_s = spec.timeout_s
+        self._loop = reactor.shared()
+        self._sending, self._receiving = _Turn("send"), _Turn("receive")
+        self._state = threading.Lock()
+        self._closed = self._aborted = False
+        self._failure: KVConnectError | None = None
+        self._peer_ended = False
+        self._link: Future[Link] = Future()
+        self._blocks: BlockConnection | None = None
+        meeting = Serving if spec.side == "serves" else Asking
+        self._meeting: Serving | Asking = meeting(self._loop, spec, self._options, self._joined)
+
+    # -- tensors --------------------------------------------------------------------------
+
+    def send_tensor(self, tensor: Tensor | None) -> None:
+        """Send header and memory in one call, without a copy of a contiguous tensor."""
+        self._check_usable()
+        with self._sending:
+            header, dense = wire.encode(tensor)
+            nbytes = 0 if dense is None else dense.nbytes
+            if nbytes > self._options.max_message_bytes:
+                raise TensorRejectedError(
+                    f"a tensor of {nbytes} bytes is larger than pipe.max_message_bytes "
+                    f"({self._options.max_message_bytes})"
+                )
+            if self._peer_ended:
+                raise BrokenError("the other end was closed and receives no more")
+            link = self._connected()
+            self._send(link, header, dense, nbytes)
+
+    def _send(self, link: Link, header: bytes, dense: Tensor | None, nbytes: int) -> None:
+        head = np.frombuffer(header, dtype=np.uint8)
+        spans = [(head.ctypes.data, len(header))]
+        if dense is not None and nbytes:
+            spans.append((dense.data_ptr(), nbytes))
+        try:
+            link.send(vectored.pieces(*spans), len(header) + nbytes)
+        except (BrokenError, DeadlineError) as error:
+            self._fail(error)
+
+    def recv_tensor(self) -> Tensor | None:
+        """Receive straight into a new CPU tensor."""
+        self._check_usable()
+        with self._receiving:
+            link, meta = self._next_message()
+            if meta.kind is Kind.NONE:
+                return None
+            tensor = meta.empty()
+            self._recv_payload(link, tensor)
+            return tensor
+
+    def recv_tensor_into(self, out: Tensor) -> None:
+        """Receive straight into ``out`` if it is contiguous."""
+        self._check_usable()
+        with self._receiving:
+            link, meta = self._next_message()
+            fits = meta.kind is Kind.TENSOR and meta.shape == tuple(out.shape) and meta.dtype == out.dtype
+            straight = fits and out.is_contiguous() and out.device.type == "cpu" and not out.requires_grad
+            tensor = out if straight else meta.empty()
+            if meta.kind is Kind.TENSOR:
+                self._recv_payload(link, tensor)
+            if not fits:
+                what = "None" if meta.kind is Kind.NONE else f"{meta.shape} {meta.dtype}"
+                raise TensorRejectedError(f"received {what}, expected {tuple(out.shape)} {out.dtype}")
+            if tensor is not out:
+                with torch.no_grad():
+                    out.copy_(tensor)
+
+    def _next_message(self) -> tuple[Link, Meta]:
+        """Receive a header."""
+        if self._peer_ended:
+            raise EndOfPipe("the other end was closed")
+        link = self._connected()
+        meta = self._recv_meta(link)
+        if meta is None:
+            # Nothing of a message has come, so the pipe stays usable.
+            raise DeadlineError(f"no message within {self._timeout_s} s")
+        if meta.kind is Kind.END:
+            self._peer_ended = True
+            raise EndOfPipe("the other end was closed")
+        return link, meta
+
+    def _recv_meta(self, link: Link) -> Meta | None:
+        head = np.empty(_MAX_HEADER_BYTES, dtype=np.uint8)
+        address, view = head.ctypes.data, memoryview(head.data)
+        try:
+            came = link.recv(vectored.pieces((address, HEADER_BYTES)), HEADER_BYTES, idle=True)
+            if not came:
+                return None
+            more = wire.read(view[:HEADER_BYTES])
+            if more:
+                link.recv(vectored.pieces((address + HEADER_BYTES, more)), more)
+            meta = wire.decode(view[: HEADER_BYTES + more], self._options.max_message_bytes)
+            if meta.kind not in _MESSAGES:
+                raise BrokenError(f"the peer sent a {meta.kind.name} frame among tensors")
+        except (BrokenError, DeadlineError) as error:
+            self._fail(error)
+        return meta
+
+    def _recv_payload(self, link: Link, tensor: Tensor) -> None:
+        if not tensor.nbytes:
+            return
+        try:
+            link.recv(vectored.pieces((tensor.data_ptr(), tensor.nbytes)), tensor.nbytes)
+        except (BrokenError, DeadlineError) as error:
+            self._fail(error)
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise ClosedError("this end was closed")
+        if self._failure is not None:
+            raise BrokenError(str(self._failure)) from self._failure
+
+    def _connected(self) -> Link:
+        """Return the link; the serving end waits for the asking end's connection here."""
+        self._check_usable()
+        try:
+            return self._link.result(self._timeout_s)
+        except TimeoutError:
+            raise DeadlineError(f"the other end did not connect within {self._timeout_s} s") from None
+
+    def _fail(self, error: KVConnectError) -> NoReturn:
+        """Let the pipe be dead, and the error reach the caller."""
+        if self._closed:
+            raise ClosedError("this end was closed") from error
+        self._failure = error
+        raise error
+
+    # -- the end ----------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Say that no more comes, and end once the peer has what was sent."""
+        if not self._begin_end(at_once=False):
+            return
+        if self._blocks is not None:
+            self._blocks.close(wait=True)
+        link = self._link_or_none()
+        if link is not None:
+            self._say_end(link)
+
+    def _say_end(self, link: Link) -> None:
+        # In the middle of another thread's message there is no place for an end mark.
+        whole = self._failure is None and self._sending.take()
+        if not whole:
+            link.end(reset=False)
+            return
+        try:
+            header = np.frombuffer(wire.control(Kind.END), dtype=np.uint8)
+            link.send(vectored.pieces((header.ctypes.data, HEADER_BYTES)), HEADER_BYTES)
+        except (BrokenError, DeadlineError, ClosedError):
+            link.end(reset=False)  # nobody is left to be told
+        else:
+            link.linger(self._loop)
+
+    def abort(self) -> None:
+        """End at once; what the peer has not received is lost."""
+        self._begin_end(at_once=True)
+        if self._blocks is not None:
+            self._blocks.close(wait=False)
+        link = self._link_or_none()
+        if link is not None:
+            link.end(reset=True)
+
+    def _begin_end(self, *, at_once: bool) -> bool:
+        with self._state:
+            first, self._closed = not self._closed, True
+            if first and not self._link.done():
+                self._link.set_exception(ClosedError("this end was closed"))
+            self._aborted = self._aborted or at_once
+        if first:
+            self._meeting.end(at_once=at_once)
+        return first
+
+    def _link_or_none(self) -> Link | None:
+        return None if self._link.exception() is not None else self._link.result()
+
+    # -- blocks -----------------------------------------------------------------------------
+
+    def attach(self, local: PagedMemory, remote: PagedLayout, channel: Channel) -> None:
+        """Serve ``local`` over a connection of its own. The channel is not needed."""
+        if torch.device(local.device).type != "cpu":
+            raise ConfigError(f"the tcp pipe moves blocks in CPU memory, these are on {local.device!r}")
+        blocks = BlockConnection(self._loop, local, remote, self._options.chunk_bytes, self._timeout_s)
+        with self._state:
+            if self._closed:
+                raise ClosedError("this end was closed")
+            if self._blocks is not None:
+                raise BusyError("this pipe is attached to paged memory already")
+            self._blocks = blocks
+        self._meeting.meet_blocks(blocks)
+
+    def read_blocks(self, remote: BlockIds, local: BlockIds) -> Transfer:
+        """Ask for blocks; they arrive straight in their place."""
+        return self._attached_blocks().read(remote, local)
+
+    def write_blocks(self, local: BlockIds, remote: BlockIds) -> Transfer:
+        """Send blocks straight from their place into the peer's."""
+        return self._attached_blocks().write(local, remote)
+
+    def _attached_blocks(self) -> BlockConnection:
+        if self._closed:
+            raise ClosedError("this end was closed")
+        if self._blocks is None:
+            raise ClosedError("attach() this pipe to paged memory before moving blocks")
+        return self._blocks
+
+    def _joined(self, sock: socket.socket) -> None:
+        """Take over the tensors' connection, perhaps on the reactor's thread."""
+        link = Link(sock, self._timeout_s)
+        with self._state:
+            if not self._link.done():
+                self._link.set_result(link)
+                return
+        if self._aborted:
+            link.end(reset=True)
+        else:
+            self._say_end(link)  # closed before the peer came: it learns so in order

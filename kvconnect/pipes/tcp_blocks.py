@@ -1,0 +1,196 @@
+"""The block path of a TCP pipe: reads and writes of paged blocks over a connection of its own.
+
+A reader sends READ with the peer's block ids and gets DATA; a writer sends WRITE
+and DATA and gets ACK. Chunks of all transfers take turns; payloads go straight
+from and to the blocks. What the peer sends is checked before memory is touched,
+and costs it this connection if it is wrong. The socket belongs to the reactor's
+thread; `BlockConnection.read`, `write` and `close` may come from any.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+from kvconnect import blocks as paged
+from kvconnect.errors import BrokenError, ClosedError, HandshakeError, KVConnectError
+from kvconnect.paging import BlockIds, IoVec, PagedLayout, PagedMemory
+from kvconnect.pipes import reactor, tcp_frames
+from kvconnect.pipes.base import Transfer
+from kvconnect.pipes.reactor import Reactor, Timer
+from kvconnect.pipes.tcp_requests import BlockRequests
+
+#: Number, our pieces, transfer, packed ids of the peer's blocks.
+_Begin = Callable[[int, IoVec, Transfer, bytes], None]
+
+
+class BlockConnection:
+    """One end of a block connection. Its socket comes later; requests wait for it."""
+
+    def __init__(
+        self, loop: Reactor, local: PagedMemory, remote: PagedLayout, chunk_bytes: int, timeout_s: float
+    ) -> None:
+        """Prepare to serve ``local`` and to ask for blocks of ``remote``.
+
+        Args:
+            loop: what serves the connection.
+            local: this end's memory.
+            remote: the peer's layout.
+            chunk_bytes: most bytes of a transfer before another has its turn.
+            timeout_s: how long nothing may move while something should.
+
+        Raises:
+            HandshakeError: the two layouts have different shapes.
+
+        """
+        if local.layout.shape() != remote.shape():
+            raise HandshakeError(f"memory layouts differ: ours {local.layout.shape()}, theirs {remote.shape()}")
+        self._loop, self._local, self._remote = loop, local, remote
+        self._chunk_bytes, self._timeout_s = chunk_bytes, timeout_s
+        self._requests = BlockRequests(local, chunk_bytes)
+        self._numbers = itertools.count(1)
+        self._sock: socket.socket | None = None
+        self._events = 0
+        self._error: KVConnectError | None = None
+        self._progress = 0.0
+        self._timer: Timer | None = None
+
+    # -- from any thread ----------------------------------------------------------------
+
+    def read(self, remote: BlockIds, local: BlockIds) -> Transfer:
+        """Start to copy the peer's blocks into ours; see `Pipe.read_blocks`."""
+        return self._start(self._requests.read, local, remote)
+
+    def write(self, local: BlockIds, remote: BlockIds) -> Transfer:
+        """Start to copy our blocks into the peer's; see `Pipe.write_blocks`."""
+        return self._start(self._requests.write, local, remote)
+
+    def close(self, *, wait: bool) -> None:
+        """End; with ``wait``, the memory is not touched any more on return."""
+
+        def job() -> None:
+            self._fail(ClosedError("this end was closed"))
+
+        if wait:
+            self._loop.run(job, self._timeout_s)
+        else:
+            self._loop.call_soon(job)
+
+    def _start(self, begin: _Begin, local: BlockIds, remote: BlockIds) -> Transfer:
+        self._check_usable()
+        nbytes = paged.check_pair(self._local.layout, local, self._remote, remote)
+        ids = tcp_frames.pack_ids(remote)
+        if len(ids) > tcp_frames.max_ids_bytes(self._remote):
+            raise HandshakeError("more block ids than the peer's memory has blocks")
+        number = next(self._numbers) & 0xFFFFFFFF
+        transfer = Transfer(nbytes, lambda: self._loop.call_soon(lambda: self._cancel(number)))
+        if nbytes:
+            iov = self._local.iovec(local)
+            self._loop.call_soon(lambda: self._begin(begin, number, iov, transfer, ids))
+        else:
+            transfer.finish()
+        return transfer
+
+    def _check_usable(self) -> None:
+        error = self._error
+        if error is not None:
+            raise type(error)(str(error)) from error
+
+    # -- on the reactor's thread ----------------------------------------------------------
+
+    def connect(self, address: Any, family: int, hello: bytes) -> None:
+        """Connect to ``address`` and say ``hello`` first."""
+        if self._error is not None:
+            return
+        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        number = sock.connect_ex(address)
+        if number not in {0, errno.EINPROGRESS}:
+            sock.close()
+            self._fail(BrokenError(f"cannot reach the peer's blocks: {os.strerror(number)}"))
+            return
+        self._requests.writer.say_first(hello)
+        self.accept(sock)
+
+    def accept(self, sock: socket.socket) -> None:
+        """Take over a connected (or connecting) non-blocking socket."""
+        if self._error is not None or self._sock is not None:
+            sock.close()
+            return
+        self._sock = sock
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # Little more than a chunk waits in the kernel, so that a new transfer is not far behind it.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, self._chunk_bytes)
+        self._events = reactor.READ | reactor.WRITE
+        self._loop.watch(sock.fileno(), self._events, self._ready)
+
+    def _begin(self, begin: _Begin, number: int, iov: IoVec, transfer: Transfer, ids: bytes) -> None:
+        if self._error is not None:
+            transfer.finish(self._error)
+            return
+        begin(number, iov, transfer, ids)
+        self._ready(reactor.WRITE)
+
+    def _cancel(self, number: int) -> None:
+        if self._error is None:
+            self._requests.cancel(number)
+            self._ready(reactor.WRITE)
+
+    def _ready(self, events: int) -> None:
+        """Receive and send a chunk each, then watch for what is wanted next."""
+        try:
+            self._move(events)
+        except BrokenError as error:
+            self._fail(error)
+        except OSError as error:
+            self._fail(BrokenError(f"the connection failed: {error}"), error)
+
+    def _move(self, events: int) -> None:
+        if self._timer is None and self._requests.busy:
+            self._progress = time.monotonic()
+            self._timer = self._loop.call_later(self._timeout_s, self._look)
+        if self._sock is None:
+            return
+        fd, writer, moved = self._sock.fileno(), self._requests.writer, 0
+        if events & ~reactor.WRITE:
+            moved = self._requests.reader.pump(fd, self._chunk_bytes)
+        if writer.busy and self._sock is not None:
+            moved += writer.pump(fd)
+        if moved:
+            self._progress = time.monotonic()
+        if self._sock is None:
+            return  # whoever a finished transfer was reported to has closed the pipe
+        wanted = reactor.READ | (reactor.WRITE if writer.busy else 0)
+        if wanted != self._events:
+            self._events = wanted
+            self._loop.change(fd, wanted)
+
+    def _look(self) -> None:
+        """See whether anything moved lately; transfers have no deadline of their own."""
+        self._timer = None
+        if self._error is not None or not self._requests.busy:
+            return
+        left_s = self._progress + self._timeout_s - time.monotonic()
+        if left_s > 0:
+            self._timer = self._loop.call_later(left_s, self._look)
+        else:
+            self._fail(BrokenError(f"no byte moved for {self._timeout_s} s"))
+
+    def _fail(self, error: KVConnectError, cause: BaseException | None = None) -> None:
+        """End the connection and everything on it."""
+        if self._error is not None:
+            return
+        error.__cause__ = cause
+        self._error = error
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._sock is not None:
+            self._loop.unwatch(self._sock.fileno())
+            self._sock.close()
+            self._sock = None
+        for transfer in self._requests.clear():
+            transfer.finish(error)

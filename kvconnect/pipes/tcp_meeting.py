@@ -1,0 +1,189 @@
+"""How the two ends of a TCP pipe find each other, and the pipe's options.
+
+The serving end exchanges an address and two one-time tokens, one for the tensors'
+connection and one for the blocks'. The asking end connects to the first at once
+and to the second when it is attached to paged memory.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from kvconnect.config import parse_options
+from kvconnect.errors import BrokenError, ConfigError, DeadlineError, HandshakeError
+from kvconnect.pipes import tcp_listener
+from kvconnect.pipes.base import PipeSpec
+from kvconnect.pipes.reactor import Reactor
+from kvconnect.pipes.tcp_blocks import BlockConnection
+from kvconnect.pipes.tcp_listener import GREETING, TOKEN_BYTES
+
+_VERSION: Final = 1
+_WILDCARDS: Final = frozenset({"", "0.0.0.0", "::"})  # noqa: S104 - only looked for, to be refused
+#: How long the asking end may still arrive at a serving end that has closed, to be told so.
+_LATE_S: Final = 2.0
+
+#: Takes over a connected socket for tensors.
+Joined = Callable[[socket.socket], None]
+
+
+@dataclass(frozen=True)
+class TcpOptions:
+    """Options of the TCP pipe.
+
+    Args:
+        bind_host: address that the serving end listens on.
+        port: port that it listens on; 0 takes a free one. All pipes of a process share it.
+        advertise_host: address that the asking end is told, if it differs (NAT).
+        chunk_bytes: most bytes of one block transfer before another has its turn.
+        max_message_bytes: largest tensor that is sent, or accepted from the peer.
+        socket_buffer_bytes: the kernel's buffers for each connection; 0 leaves them to the kernel.
+
+    """
+
+    bind_host: str = "127.0.0.1"
+    port: int = 0
+    advertise_host: str | None = None
+    chunk_bytes: int = 1 << 20
+    max_message_bytes: int = 64 << 30
+    socket_buffer_bytes: int = 0
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any]) -> TcpOptions:
+        """Read a pipe's options; raise `ConfigError` if one is unknown or out of range."""
+        parsed = parse_options(cls, options, "pipe")
+        for name, least in (("chunk_bytes", 4096), ("max_message_bytes", 1), ("socket_buffer_bytes", 0)):
+            if getattr(parsed, name) < least:
+                raise ConfigError(f"pipe.{name} must be at least {least}, got {getattr(parsed, name)}")
+        if not 0 <= parsed.port <= 65535:
+            raise ConfigError(f"pipe.port must be a TCP port (0 to 65535), got {parsed.port}")
+        if parsed.bind_host in _WILDCARDS and not parsed.advertise_host:
+            raise ConfigError(f"pipe.advertise_host is needed when pipe.bind_host is {parsed.bind_host!r}")
+        return parsed
+
+    def tune(self, sock: socket.socket) -> None:
+        """Set a connection's buffers."""
+        if self.socket_buffer_bytes:
+            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                sock.setsockopt(socket.SOL_SOCKET, option, self.socket_buffer_bytes)
+
+
+class Serving:
+    """The end that listens."""
+
+    def __init__(self, loop: Reactor, spec: PipeSpec, options: TcpOptions, joined: Joined) -> None:
+        """Listen, and tell the other end where and with which tokens."""
+        self._loop, self._options, self._joined = loop, options, joined
+        self._lock = threading.Lock()
+        self._blocks: BlockConnection | None = None
+        self._parked: socket.socket | None = None
+        self._arrived = self._ended = False
+        self._listener = tcp_listener.acquire(loop, options.bind_host, options.port)
+        self._tokens = self._listener.expect(self._arrive), self._listener.expect(self._arrive_blocks)
+        try:
+            spec.exchange(
+                {
+                    "tcp": _VERSION,
+                    "host": options.advertise_host or options.bind_host,
+                    "port": self._listener.port,
+                    "token": self._tokens[0],
+                    "blocks": self._tokens[1],
+                }
+            )
+        except BaseException:
+            self._release()
+            raise
+
+    def meet_blocks(self, blocks: BlockConnection) -> None:
+        """Hand the blocks' connection over, now or when it arrives."""
+        with self._lock:
+            self._blocks, parked, self._parked = blocks, self._parked, None
+        if parked is not None:
+            self._loop.call_soon(lambda: blocks.accept(parked))
+
+    def end(self, *, at_once: bool) -> None:
+        """Expect nobody any more. Unless ``at_once``, who is on the way is still let in, to be told the end."""
+        with self._lock:
+            parked, self._parked = self._parked, None
+            late = not self._arrived and not at_once
+        if parked is not None:
+            parked.close()
+        if late:
+            self._loop.call_later(_LATE_S, self._release)
+        else:
+            self._release()
+
+    def _arrive(self, sock: socket.socket) -> None:
+        with self._lock:
+            self._arrived = True
+        self._options.tune(sock)
+        self._joined(sock)
+
+    def _arrive_blocks(self, sock: socket.socket) -> None:
+        self._options.tune(sock)
+        with self._lock:
+            blocks = self._blocks
+            if blocks is None and not self._ended:
+                self._parked = sock
+                return
+        if blocks is None:
+            sock.close()
+        else:
+            blocks.accept(sock)
+
+    def _release(self) -> None:
+        with self._lock:
+            first, self._ended = not self._ended, True
+        if first:
+            for token in self._tokens:
+                self._listener.forget(token)
+            tcp_listener.release(self._listener)
+
+
+class Asking:
+    """The end that connects."""
+
+    def __init__(self, loop: Reactor, spec: PipeSpec, options: TcpOptions, joined: Joined) -> None:
+        """Learn where the other end listens and connect.
+
+        Raises:
+            HandshakeError: the other end's message is malformed.
+            BrokenError, DeadlineError: it cannot be reached.
+
+        """
+        self._loop = loop
+        theirs = spec.exchange({"tcp": _VERSION})
+        host, port, token, self._blocks_token = _checked(theirs)
+        try:
+            sock = socket.create_connection((host, port), spec.timeout_s)
+            sock.sendall(GREETING + token)
+        except TimeoutError as error:
+            raise DeadlineError(f"no connection to {host!r} port {port} within {spec.timeout_s} s") from error
+        except OSError as error:
+            raise BrokenError(f"cannot reach {host!r} port {port}: {error}") from error
+        options.tune(sock)
+        self._family, self._address = sock.family, sock.getpeername()
+        joined(sock)
+
+    def meet_blocks(self, blocks: BlockConnection) -> None:
+        """Connect for blocks, in the background."""
+        hello = GREETING + self._blocks_token
+        self._loop.call_soon(lambda: blocks.connect(self._address, self._family, hello))
+
+    def end(self, *, at_once: bool) -> None:
+        """Nothing is held here."""
+
+
+def _checked(theirs: Mapping[str, Any]) -> tuple[str, int, bytes, bytes]:
+    host, port = theirs.get("host"), theirs.get("port")
+    tokens = [theirs.get("token"), theirs.get("blocks")]
+    if theirs.get("tcp") != _VERSION:
+        raise HandshakeError(f"ours is version {_VERSION} of the tcp pipe, theirs {theirs.get('tcp')!r}")
+    if not isinstance(host, str) or not isinstance(port, int) or not 0 < port <= 65535:
+        raise HandshakeError(f"the peer sent no address to connect to: {host!r} port {port!r}")
+    if not all(isinstance(token, bytes) and len(token) == TOKEN_BYTES for token in tokens):
+        raise HandshakeError("the peer sent no tokens")
+    return host, port, bytes(theirs["token"]), bytes(theirs["blocks"])

@@ -1,0 +1,225 @@
+"""Frames onto and off a non-blocking socket: chunks of many transfers, straight from and to their memory."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Final, Protocol
+
+import numpy as np
+
+from kvconnect.errors import BrokenError
+from kvconnect.paging import IoVec
+from kvconnect.pipes import vectored
+from kvconnect.pipes.tcp_frames import FRAME_BYTES, Frame, pack_data, unpack
+
+_SCRATCH_BYTES: Final = 256 << 10
+_NOTHING: Final[IoVec] = np.empty((0, 2), dtype=np.uint64)
+
+
+class Cursor:
+    """A stream of pieces that is taken from its front, part by part."""
+
+    def __init__(self, iov: IoVec) -> None:
+        self._iov = iov
+        # Once, not for each chunk: a large transfer has many thousand pieces.
+        self._ends = np.cumsum(iov[:, 1], dtype=np.uint64)
+        self.nbytes = int(self._ends[-1]) if len(iov) else 0
+        self.offset = 0
+
+    @property
+    def left(self) -> int:
+        """Bytes not taken yet."""
+        return self.nbytes - self.offset
+
+    def take(self, count: int) -> IoVec:
+        """Return the next ``count`` bytes' pieces, as an array of the caller's own."""
+        start, stop = self.offset, self.offset + count
+        first = int(np.searchsorted(self._ends, start, side="right"))
+        last = int(np.searchsorted(self._ends, stop, side="left"))
+        out = self._iov[first : last + 1].copy()
+        skip = start - (int(self._ends[first]) - int(out[0, 1]))
+        out[0, 0] += np.uint64(skip)
+        out[0, 1] -= np.uint64(skip)
+        out[-1, 1] -= np.uint64(int(self._ends[last]) - stop)
+        self.offset = stop
+        return out
+
+
+class Outgoing:
+    """A transfer whose bytes this end sends. ``left`` is called once its memory is not read any more."""
+
+    def __init__(self, side: int, transfer: int, iov: IoVec, left: Callable[[Outgoing], None]) -> None:
+        self.side, self.transfer, self.left = side, transfer, left
+        self.cursor = Cursor(iov)
+        self.dropped = False
+
+
+class FrameWriter:
+    """What goes out: short frames first, then one chunk of each transfer in turn."""
+
+    def __init__(self, chunk_bytes: int) -> None:
+        self._chunk_bytes = chunk_bytes
+        self._short: deque[bytes] = deque()
+        self._waiting: deque[Outgoing] = deque()
+        self._current: Outgoing | None = None
+        self._iov, self._left = _NOTHING, 0
+        self._blob = np.empty(0, dtype=np.uint8)
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is left to send."""
+        return bool(self._left or self._short or self._waiting)
+
+    def say(self, frame: bytes) -> None:
+        """Queue a short frame, ahead of all chunks."""
+        self._short.append(frame)
+
+    def say_first(self, words: bytes) -> None:
+        """Queue bytes ahead of everything that waits."""
+        self._short.appendleft(words)
+
+    def add(self, outgoing: Outgoing) -> None:
+        """Queue a transfer (not an empty one)."""
+        self._waiting.append(outgoing)
+
+    def drop(self, outgoing: Outgoing) -> None:
+        """Send no more of a transfer; a chunk that is on its way is completed first."""
+        if outgoing.dropped or (outgoing is not self._current and outgoing not in self._waiting):
+            return
+        outgoing.dropped = True
+        if outgoing is not self._current:
+            self._waiting.remove(outgoing)
+            outgoing.left(outgoing)
+
+    def pump(self, fd: int) -> int:
+        """Send up to one chunk; return the bytes sent.
+
+        Raises:
+            OSError: the connection failed.
+
+        """
+        if not self._left:
+            self._compose()
+        if not self._left:
+            return 0
+        try:
+            done = vectored.send(fd, self._iov)
+        except BlockingIOError:
+            return 0
+        self._left -= done
+        if self._left:
+            self._iov = vectored.advance(self._iov, done)
+        else:
+            self._sent()
+        return done
+
+    def _compose(self) -> None:
+        head, chunk = b"".join(self._short), _NOTHING
+        self._short.clear()
+        if self._waiting:
+            self._current = out = self._waiting.popleft()
+            count = min(out.cursor.left, self._chunk_bytes)
+            head += pack_data(out.side, out.transfer, out.cursor.offset, count)
+            chunk = out.cursor.take(count)
+            self._left = count
+        self._blob = np.frombuffer(head, dtype=np.uint8)  # keeps `head` alive
+        self._left += len(head)
+        self._iov = np.concatenate((vectored.pieces((self._blob.ctypes.data, len(head))), chunk))
+
+    def _sent(self) -> None:
+        out, self._current = self._current, None
+        if out is None:
+            return
+        if out.cursor.left and not out.dropped:
+            self._waiting.append(out)
+        else:
+            out.left(out)
+
+
+class FrameHandler(Protocol):
+    """What a `FrameReader` asks and tells."""
+
+    def begin(self, frame: Frame) -> IoVec | None:
+        """Check a frame and say where its payload goes; ``None``: nowhere. `BrokenError` ends the connection."""
+        ...
+
+    def end(self, frame: Frame) -> None:
+        """Act on a frame whose payload is complete."""
+        ...
+
+
+class FrameReader:
+    """What comes in: a header, checked, then its payload straight to where it belongs."""
+
+    def __init__(self, handler: FrameHandler) -> None:
+        self._handler = handler
+        self._head = np.empty(FRAME_BYTES, dtype=np.uint8)
+        self._head_iov = vectored.pieces((self._head.ctypes.data, FRAME_BYTES))
+        self._scratch = np.empty(0, dtype=np.uint8)
+        self.frame: Frame | None = None
+        #: Set when the connection ended, perhaps by whoever a frame was reported to.
+        self.stopped = False
+        self._left = 0
+        #: The rest of this frame's payload *and* the next header, so that one call fetches both.
+        self._iov = self._head_iov.copy()
+
+    def pump(self, fd: int, budget: int) -> int:
+        """Receive about ``budget`` bytes, or what has come; return how many.
+
+        Raises:
+            OSError: the connection failed.
+            BrokenError: the peer ended it, or does not keep to the protocol.
+
+        """
+        got = 0
+        while got < budget and not self.stopped:
+            try:
+                done = vectored.recv(fd, self._iov)
+            except BlockingIOError:
+                break
+            if not done:
+                raise BrokenError("the peer closed the connection")
+            got += done
+            self._take(done)
+        return got
+
+    def receiving(self, side: int, transfer: int) -> bool:
+        """Whether the payload being received belongs to this transfer."""
+        return self.frame is not None and (self.frame.side, self.frame.transfer) == (side, transfer)
+
+    def divert(self) -> None:
+        """Let the rest of the payload being received go nowhere."""
+        if self._left:
+            self._iov = np.concatenate((self._drain(self._left), self._iov[-1:]))
+
+    def _take(self, done: int) -> None:
+        self._iov = vectored.advance(self._iov, done)
+        if self.frame is not None:
+            self._left = max(0, self._left - done)
+            if self._left:
+                return
+            self._end(self.frame)
+        if not len(self._iov):
+            self._begin()
+
+    def _begin(self) -> None:
+        frame = unpack(self._head.tobytes())
+        place = self._handler.begin(frame)
+        if place is None:
+            place = self._drain(frame.nbytes)
+        self.frame, self._left = frame, frame.nbytes
+        self._iov = np.concatenate((place, self._head_iov))
+        if not frame.nbytes:
+            self._end(frame)
+
+    def _end(self, frame: Frame) -> None:
+        self.frame = None
+        self._handler.end(frame)
+
+    def _drain(self, nbytes: int) -> IoVec:
+        if not self._scratch.size:
+            self._scratch = np.empty(_SCRATCH_BYTES, dtype=np.uint8)
+        full, rest = divmod(nbytes, _SCRATCH_BYTES)
+        address = self._scratch.ctypes.data
+        return vectored.pieces(*[(address, _SCRATCH_BYTES)] * full, *[(address, rest)] * bool(rest))
