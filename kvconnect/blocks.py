@@ -84,6 +84,16 @@ def heap_memory(layout: PagedLayout) -> PagedMemory:
     return PagedMemory(layout, [region.data_ptr() for region in regions], "cpu", regions)
 
 
+def check_shapes(local: PagedLayout, remote: PagedLayout) -> None:
+    """Raise `HandshakeError` unless the two layouts have the same layers of the same sizes."""
+    ours, theirs = local.shape(), remote.shape()
+    if len(ours) != len(theirs):
+        raise HandshakeError(f"numbers of layers differ: ours {len(ours)}, theirs {len(theirs)}")
+    for mine, other in zip(ours, theirs, strict=True):
+        if mine != other:
+            raise HandshakeError(f"layers [name, group, bytes a block] differ: ours {mine}, theirs {other}")
+
+
 def check_pair(local: PagedLayout, local_blocks: BlockIds, remote: PagedLayout, remote_blocks: BlockIds) -> int:
     """Check that two selections of blocks can be copied onto each other; return their bytes.
 

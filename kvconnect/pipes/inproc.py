@@ -178,6 +178,7 @@ class InprocPipe(Pipe):
 
     def attach(self, local: PagedMemory, remote: PagedLayout, channel: Channel) -> None:
         """Show this end's memory to the other end."""
+        paged.check_shapes(local.layout, remote)
         with self._link.changed:
             self._check_usable()
             self._link.memory[self._side] = local

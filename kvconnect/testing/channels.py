@@ -7,7 +7,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -15,6 +15,7 @@ import msgpack
 
 from kvconnect import errors
 from kvconnect.errors import BrokenError, DeadlineError, KVConnectError
+from kvconnect.pipes.turns import Turns
 
 Body = Mapping[str, Any]
 Handler = Callable[[dict[str, Any]], Body]
@@ -34,7 +35,8 @@ class MemoryChannel:
         if self.closed or self.peer.closed:
             answer.set_exception(BrokenError("the channel was closed"))
         else:
-            _thread().submit(self.peer.serve, op, msgpack.packb(dict(body)), answer)
+            packed = msgpack.packb(dict(body))
+            _thread().add(lambda: self.peer.serve(op, packed, answer))
         return answer
 
     def handle(self, op: str, handler: Handler) -> None:
@@ -45,18 +47,18 @@ class MemoryChannel:
         """Fail later calls, from both sides."""
         self.closed = True
 
-    def serve(self, op: str, body: bytes, answer: Future[dict[str, Any]]) -> None:
-        """Answer one call, whose body comes packed."""
-        if self.closed:
-            answer.set_exception(BrokenError("the channel was closed"))
-            return
+    def serve(self, op: str, body: bytes, answer: Future[dict[str, Any]]) -> bool:
+        """Answer one call, whose body comes packed; a step of `Turns`."""
         try:
+            if self.closed:
+                raise BrokenError("the channel was closed")
             reply = self._handlers[op](msgpack.unpackb(body))
             answer.set_result(msgpack.unpackb(msgpack.packb(dict(reply))))
         except KVConnectError as error:
             answer.set_exception(error)
         except Exception as error:  # noqa: BLE001 - a bug in a handler must fail its call, not the thread
             answer.set_exception(KVConnectError(f"{op}: {error!r}"))
+        return False
 
 
 def memory_channels() -> tuple[MemoryChannel, MemoryChannel]:
@@ -66,18 +68,17 @@ def memory_channels() -> tuple[MemoryChannel, MemoryChannel]:
     return a, b
 
 
-class _Executor:
+class _Shared:
     lock = threading.Lock()
-    pool: ThreadPoolExecutor | None = None
+    turns: Turns | None = None
     pid = 0
 
 
-def _thread() -> ThreadPoolExecutor:
-    with _Executor.lock:
-        if _Executor.pool is None or _Executor.pid != os.getpid():
-            _Executor.pool = ThreadPoolExecutor(1, thread_name_prefix="kvconnect-test-channel")
-            _Executor.pid = os.getpid()
-        return _Executor.pool
+def _thread() -> Turns:
+    with _Shared.lock:
+        if _Shared.turns is None or _Shared.pid != os.getpid():
+            _Shared.turns, _Shared.pid = Turns("kvconnect-test-channel", 1), os.getpid()
+        return _Shared.turns
 
 
 class MemoryExchange:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import pytest
 
 from kvconnect.pipes.base import Pipe
-from kvconnect.testing import pipe_laws
+from kvconnect.testing import block_laws, pipe_laws
 from kvconnect.testing.peers import PipePair, open_pair
 
 Law = Callable[[PipePair], None]
@@ -47,4 +47,9 @@ class PipeTests:
     @_named(pipe_laws.LAWS)
     def test_tensor_law(self, pair: PipePair, law: Law) -> None:
         """One law of the tensor path."""
+        law(pair)
+
+    @_named(block_laws.LAWS)
+    def test_block_law(self, pair: PipePair, law: Law) -> None:
+        """One law of the block path."""
         law(pair)
