@@ -353,9 +353,7 @@ class WorkerEnd(ABC):
         """Return what peers need to read this worker's blocks; msgpack-able."""
 
     @abstractmethod
-    def read(
-        self, claim: Claim, remote: BlockIds, local: BlockIds, on_done: Callable[[Transfer], None]
-    ) -> Transfer:
+    def read(self, claim: Claim, remote: BlockIds, local: BlockIds, on_done: Callable[[Transfer], None]) -> Transfer:
         """Start to load ``remote`` of the owner's blocks into ``local`` of this worker's.
 
         The transfer succeeds only when the bytes are in place **and** the owner

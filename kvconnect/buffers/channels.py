@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Literal
 
 from kvconnect.buffers import fields
 from kvconnect.control import ControlClient, ControlServer
@@ -16,6 +16,9 @@ from kvconnect.pipes.base import Message
 logger = logging.getLogger(__name__)
 
 _MAX_HELD = 64
+
+Side = Literal["asks", "serves"]
+_OTHER: dict[Side, Side] = {"asks": "serves", "serves": "asks"}
 
 ChannelHandler = Callable[[dict[str, Any]], Message]
 
@@ -27,9 +30,11 @@ class PeerChannel:
     different times.
     """
 
-    def __init__(self, pipe: str, endpoint: str, client: ControlClient, timeout_s: float) -> None:
-        """Reach the other end of the pipe named ``pipe`` at its worker's ``endpoint``."""
-        self.pipe, self.endpoint = pipe, endpoint
+    def __init__(self, pipe: str, side: Side, endpoint: str, client: ControlClient, timeout_s: float) -> None:
+        """Be the end ``side`` of ``pipe``, and reach the other at its worker's ``endpoint``."""
+        self.pipe, self.side, self.endpoint = pipe, side, endpoint
+        # Both ends may live in one worker, so that a pipe's name is not enough.
+        self.name, self.peer = f"{pipe}/{side}", f"{pipe}/{_OTHER[side]}"
         self._client, self._timeout_s = client, timeout_s
         self._lock = threading.Lock()
         self._handlers: dict[str, ChannelHandler] = {}
@@ -38,7 +43,7 @@ class PeerChannel:
 
     def call(self, op: str, body: Message) -> Future[dict[str, Any]]:
         """Ask the other end."""
-        message = {"pipe": self.pipe, "op": op, "body": dict(body)}
+        message = {"pipe": self.peer, "op": op, "body": dict(body)}
         return self._client.call(self.endpoint, "pipe.call", message, self._timeout_s)
 
     def handle(self, op: str, handler: ChannelHandler) -> None:
@@ -80,29 +85,29 @@ class Channels:
         client: ControlClient,
         timeout_s: float,
         watch_s: float,
-        on_lost: Callable[[str], None],
+        on_lost: Callable[[str, Side], None],
     ) -> None:
-        """Call ``on_lost(pipe)`` when the other end of a pipe is gone; look every ``watch_s``."""
+        """Call ``on_lost(pipe, our side)`` when the other end of a pipe is gone; look every ``watch_s``."""
         self._client, self._timeout_s, self._watch_s, self._on_lost = client, timeout_s, watch_s, on_lost
         self._lock = threading.Lock()
         self._channels: dict[str, PeerChannel] = {}
         server.handle("pipe.call", self._call)
         server.handle("pipe.ping", self._ping)
 
-    def open(self, pipe: str, endpoint: str) -> PeerChannel:
-        """Make the channel of a new pipe."""
-        channel = PeerChannel(pipe, endpoint, self._client, self._timeout_s)
+    def open(self, pipe: str, side: Side, endpoint: str) -> PeerChannel:
+        """Make the channel of a new pipe's end."""
+        channel = PeerChannel(pipe, side, endpoint, self._client, self._timeout_s)
         with self._lock:
-            if pipe in self._channels:
+            if channel.name in self._channels:
                 raise HandshakeError(f"pipe {pipe} is open already")
-            self._channels[pipe] = channel
+            self._channels[channel.name] = channel
         self._watch(channel)
         return channel
 
-    def close(self, pipe: str) -> None:
-        """Forget a pipe's channel."""
+    def close(self, pipe: str, side: Side) -> None:
+        """Forget the channel of a pipe's end."""
         with self._lock:
-            channel = self._channels.pop(pipe, None)
+            channel = self._channels.pop(f"{pipe}/{side}", None)
         if channel is not None:
             channel.close()
 
@@ -125,20 +130,20 @@ class Channels:
         self._client.later(self._watch_s, lambda: self._look_after(channel))
 
     def _look_after(self, channel: PeerChannel) -> None:
-        if self._channels.get(channel.pipe) is channel:
-            call = self._client.call(channel.endpoint, "pipe.ping", {"pipe": channel.pipe}, self._watch_s)
+        if self._channels.get(channel.name) is channel:
+            call = self._client.call(channel.endpoint, "pipe.ping", {"pipe": channel.peer}, self._watch_s)
             call.add_done_callback(lambda answer: self._seen(channel, answer))
 
     def _seen(self, channel: PeerChannel, answer: Future[dict[str, Any]]) -> None:
         try:
             known = answer.result().get("known") is True
         except KVConnectError as error:
-            logger.debug("the other end of pipe %s is gone: %s", channel.pipe, error)
+            logger.debug("the other end of pipe %s is gone: %s", channel.name, error)
             known = False
         if known:
             self._watch(channel)
-        elif self._channels.get(channel.pipe) is channel:
-            self._on_lost(channel.pipe)
+        elif self._channels.get(channel.name) is channel:
+            self._on_lost(channel.pipe, channel.side)
 
 
 def _settle(future: Future[Message], handler: ChannelHandler, body: dict[str, Any]) -> None:

@@ -77,7 +77,8 @@ class Ledger:
         self._ended: list[Entry] = []
         self._generation = 0
         self._asked = 0
-        self._next_expiry = float("inf")
+        #: Nothing expires before this time.
+        self.next_expiry = float("inf")
 
     def __len__(self) -> int:
         """Count live entries."""
@@ -107,21 +108,20 @@ class Ledger:
     ) -> Entry:
         """Offer an entry; with ``replace``, end what is offered under the same key."""
         if replace:
-            for other in list(self._by_key.get(key, {}).values()):
-                if other.taker is None:
-                    self._end(other, "replaced")
+            for other in self.offered_under(key):
+                self._end(other, "replaced")
         self._generation += 1
         entry = Entry(secrets.token_hex(8), key, label, blocks, self._generation, asked, now + self.lease_s)
         self._entries[entry.id] = entry
         self._by_key.setdefault(key, {})[entry.id] = entry
         self._asked += asked
         self._count_unasked(entry, +1)
-        self._next_expiry = min(self._next_expiry, entry.expires)
+        self.next_expiry = min(self.next_expiry, entry.expires)
         return entry
 
     def expire(self, now: float) -> None:
         """Drop grants that were not renewed; end entries whose time is up."""
-        if now < self._next_expiry:
+        if now < self.next_expiry:
             return
         for entry in list(self._entries.values()):
             if entry.taker is None:
@@ -131,7 +131,7 @@ class Ledger:
             late = [grant for grant, share in entry.shares.items() if share.missing and share.expires <= now]
             if late:
                 self._drop(entry, late, "expired")
-        self._next_expiry = min(map(_expiry, self._entries.values()), default=float("inf"))
+        self.next_expiry = min(map(_expiry, self._entries.values()), default=float("inf"))
 
     def reclaim(self, num_blocks: int) -> None:
         """End offered entries nobody asked for, oldest first, until they held ``num_blocks``."""
@@ -159,6 +159,10 @@ class Ledger:
         """Return the entries that ended since the last call, each exactly once."""
         ended, self._ended = self._ended, []
         return ended
+
+    def offered_under(self, key: LookupKey) -> list[Entry]:
+        """Return what an insert with ``replace`` would end."""
+        return [entry for entry in self._by_key.get(key, {}).values() if entry.taker is None]
 
     # -- takers -----------------------------------------------------------------
 
@@ -195,7 +199,7 @@ class Ledger:
         expires = now + (self.lease_s if lease_s is None else lease_s)
         entry.shares[grant] = Share(set(range(parts)), expires)
         self._grants[grant] = entry
-        self._next_expiry = min(self._next_expiry, expires)
+        self.next_expiry = min(self.next_expiry, expires)
         return True
 
     def renew(self, grant: str, now: float) -> bool:
@@ -227,7 +231,7 @@ class Ledger:
         del entry.shares[grant], self._grants[grant]
         entry.taker, entry.expires = None, now + self.lease_s
         self._count_unasked(entry, +1)
-        self._next_expiry = min(self._next_expiry, entry.expires)
+        self.next_expiry = min(self.next_expiry, entry.expires)
 
     def settle(self, grant: str) -> None:
         """The taker is done with a grant, whatever it released: it needs nothing any more."""

@@ -34,9 +34,18 @@ class Lender:
     """Offers entries to peers and keeps account of who has them."""
 
     def __init__(
-        self, me: Hello, server: ControlServer, advertised: str, clock: Callable[[], float] = time.monotonic
+        self,
+        me: Hello,
+        server: ControlServer,
+        advertised: str,
+        on_ended: Callable[[], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Answer peers at ``server``, which they reach as ``advertised``."""
+        """Answer peers at ``server``, which they reach as ``advertised``.
+
+        ``on_ended`` is called when takers may have ended entries or given them back.
+        """
+        self._on_ended = on_ended or _nothing
         self._me, self._at, self._clock = me, advertised, clock
         self._lock = threading.Lock()
         self._ledger = Ledger(me.lease_s)
@@ -92,6 +101,16 @@ class Lender:
         """Blocks that `reclaim` could end."""
         with self._lock:
             return self._ledger.unasked_blocks
+
+    def expires_in(self) -> float:
+        """Seconds in which nothing expires."""
+        with self._lock:
+            return self._ledger.next_expiry - self._clock()
+
+    def replaceable(self, key: LookupKey) -> int:
+        """Blocks that an `offer` with ``replace`` would end."""
+        with self._lock:
+            return sum(entry.num_blocks for entry in self._ledger.offered_under(key))
 
     @property
     def busy(self) -> bool:
@@ -195,6 +214,7 @@ class Lender:
             gone = [grant for grant in grants if not self._ledger.renew(grant, now)]
             for grant in done:
                 self._ledger.settle(grant)
+        self._on_ended()
         return {"gone": gone}
 
     def _release(self, body: Body) -> Mapping[str, Any]:
@@ -214,18 +234,24 @@ class Lender:
             else:
                 answer = "stale"
             self._counts["stale"] += answer == "stale"
+        self._on_ended()
         return {"answer": answer}
 
     def _abandon(self, body: Body) -> Mapping[str, Any]:
         with self._lock:
             for grant in fields.texts(body, "grants"):
                 self._ledger.abandon(grant, self._clock())
+        self._on_ended()
         return {}
 
     def _ticket(self, entry: Entry) -> dict[str, Any]:
         return Ticket(
             self._at, self._me.engine, self._me.incarnation, entry.id, entry.generation, entry.key, entry.blocks
         ).to_wire()
+
+
+def _nothing() -> None:
+    """Nobody wants to hear."""
 
 
 _COUNTED = {

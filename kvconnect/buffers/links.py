@@ -13,11 +13,11 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from kvconnect.buffers import fields
 from kvconnect.buffers.base import EndSettings
-from kvconnect.buffers.channels import Channels
+from kvconnect.buffers.channels import Channels, Side
 from kvconnect.buffers.choice import choose_pipe
 from kvconnect.buffers.crew import Crew
 from kvconnect.buffers.hello import Hello, check_shapes
@@ -56,7 +56,7 @@ class Station:
     client: ControlClient
     channels: Channels
 
-    def spec(self, name: str, side: Literal["asks", "serves"], exchange: Callable[[Message], Message]) -> PipeSpec:
+    def spec(self, name: str, side: Side, exchange: Callable[[Message], Message]) -> PipeSpec:
         """Return the spec of one end; options belong to the pipe that the configuration names."""
         chosen = self.settings.pipe
         options = chosen.options if chosen.name == name else {}
@@ -136,7 +136,7 @@ class Links:
             del self._links[link.at, link.incarnation]
         pipe, link.pipe = link.pipe, None
         if pipe is not None:
-            self._channels.close(link.id)
+            self._channels.close(link.id, "asks")
             self._crew.submit(pipe.abort)
             self._client.call(link.endpoint, "pipe.close", {"pipe": link.id}, self._options.release_timeout_s)
 
@@ -158,7 +158,7 @@ class Links:
         except Exception as error:  # noqa: BLE001 - a third party's pipe may raise anything; the readers must hear of it
             failure = foreign(error)
             logger.warning("no pipe to %s: %s", link.at, failure)
-            self._channels.close(link.id)
+            self._channels.close(link.id, "asks")
             self._client.soon(lambda: self._opened(link, failure))
             return
 
@@ -174,7 +174,7 @@ class Links:
         check_shapes(self._station.worker, theirs)
         link.name, cls, passed = choose_pipe(self._station.worker, theirs)
         link.id, link.endpoint = secrets.token_hex(8), fields.text(theirs, "endpoint")
-        channel = self._channels.open(link.id, link.endpoint)
+        channel = self._channels.open(link.id, "asks", link.endpoint)
         timeout_s = self._options.connect_timeout_s
         exchanged = False
 

@@ -16,7 +16,7 @@ from typing import Any
 from kvconnect.buffers import fields
 from kvconnect.buffers.address import advertised, listen_address
 from kvconnect.buffers.base import Claim, EndSettings, WorkerEnd
-from kvconnect.buffers.channels import Channels
+from kvconnect.buffers.channels import Channels, Side
 from kvconnect.buffers.choice import describe_pipes
 from kvconnect.buffers.crew import Crew
 from kvconnect.buffers.hello import Hello
@@ -277,9 +277,11 @@ class Mover(WorkerEnd):
                 self._counts[f"failed_{type(error).__name__.removesuffix('Error').lower()}"] += 1
         read.transfer.finish(_as_load_error(read, error))
 
-    def _lost(self, pipe: str) -> None:
-        self._links.lost(pipe)
-        self._pipes.drop(pipe)
+    def _lost(self, pipe: str, side: Side) -> None:
+        if side == "asks":
+            self._links.lost(pipe)
+        else:
+            self._pipes.drop(pipe)
 
 
 def _check_owned(read: _Read) -> None:

@@ -48,7 +48,7 @@ class PipeServer:
         served = self._served.pop(pipe, None)
         if served is not None:
             served.dropped = True
-            self._channels.close(pipe)
+            self._channels.close(pipe, "serves")
             if served.pipe is not None:
                 self._crew.submit(served.pipe.abort)
 
@@ -76,7 +76,7 @@ class PipeServer:
         served = Served(fields.text(body, "pipe"))
         if served.id in self._served:
             raise HandshakeError(f"pipe {served.id} is open already")
-        channel = self._channels.open(served.id, fields.text(worker, "endpoint"))
+        channel = self._channels.open(served.id, "serves", fields.text(worker, "endpoint"))
         self._served[served.id] = served
         message, layout = fields.mapping(body, "message"), fields.mapping(worker, "layout")
         if not self._crew.submit(lambda: self._open(served, name, message, PagedLayout.from_wire(layout), channel)):

@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvconnect.buffers import fields
-from kvconnect.buffers.base import Claim, EndSettings, Miss, Want
+from kvconnect.buffers.base import Claim, Miss, Want
 from kvconnect.buffers.choice import choose_pipe
 from kvconnect.buffers.directory import Producers
 from kvconnect.buffers.hello import Hello, check_shapes
 from kvconnect.buffers.peers import Peer, Peers, worker_of
 from kvconnect.buffers.renewal import Renewal
 from kvconnect.buffers.ticket import Ticket
+from kvconnect.config import Config
 from kvconnect.control import ControlClient
 from kvconnect.errors import BrokenError, HandshakeError, KVConnectError
 
@@ -40,6 +41,7 @@ class Look:
     request_id: str
     want: Want
     grant: str
+    taker: str
     ticket: Ticket | None = None
     answer: Claim | Miss | None = None
     consumed: bool = False
@@ -57,17 +59,17 @@ class Taker:
 
     def __init__(
         self,
-        settings: EndSettings,
+        options: Config,
         me: Hello,
         client: ControlClient,
         producers: Producers,
         on_answer: Callable[[str], None] | None = None,
     ) -> None:
         """Search on ``client``'s thread, in the name of ``me``; ``on_answer`` hears of answers."""
-        self._options, self._name = settings.options, me.incarnation
+        self._options, self._name = options, me.incarnation
         self._client, self._producers, self._on_answer = client, producers, on_answer
-        self._peers = Peers(me, client, settings.options.connect_timeout_s, self._check_workers)
-        self._renewal = Renewal(client, self._peers, settings.options.lease_s, self._gone)
+        self._peers = Peers(me, client, options.connect_timeout_s, self._check_workers)
+        self._renewal = Renewal(client, self._peers, options.lease_s, self._gone)
         self._workers: Sequence[Mapping[str, Any]] = ()
         self._lock = threading.Lock()
         self._looks: dict[str, Look] = {}
@@ -76,9 +78,12 @@ class Taker:
 
     # -- the scheduling thread ----------------------------------------------------
 
-    def look(self, request_id: str, want: Want) -> None:
-        """Start to look; a ticket of a peer that was met is answered here and now."""
-        look = Look(request_id, want, secrets.token_hex(8))
+    def look(self, request_id: str, want: Want, taker: str | None = None) -> None:
+        """Start to look; a ticket of a peer that was met is answered here and now.
+
+        Looks of one ``taker`` (this engine, unless named) may share an entry.
+        """
+        look = Look(request_id, want, secrets.token_hex(8), taker or self._name)
         look.ticket = self._read_ticket(want)
         with self._lock:
             if request_id in self._looks:
@@ -226,7 +231,7 @@ class Taker:
         if peer.failure is not None or look.answer is not None or look.over:
             self._heard(look, peer.endpoint, None)
             return
-        body = {**fields.write_key(look.want.key), "label": look.want.label or "", "taker": self._name}
+        body = {**fields.write_key(look.want.key), "label": look.want.label or "", "taker": look.taker}
         self._client.call(peer.endpoint, "match", body, self._options.lookup_timeout_s).add_done_callback(
             lambda answer: self._heard(look, peer.endpoint, answer)
         )
@@ -279,7 +284,7 @@ class Taker:
     # -- the client's thread: claims ---------------------------------------------------
 
     def _ask_claim(self, look: Look, ticket: Ticket) -> Future[dict[str, Any]]:
-        body = {"grant": look.grant, "entry": ticket.entry, "generation": ticket.generation, "taker": self._name}
+        body = {"grant": look.grant, "entry": ticket.entry, "generation": ticket.generation, "taker": look.taker}
         return self._client.call(ticket.at, "claim", body, self._options.lookup_timeout_s)
 
     def _refusal(self, ticket: Ticket, answer: Future[dict[str, Any]]) -> Miss | None:
@@ -322,6 +327,6 @@ class Taker:
             "incarnation": ticket.incarnation,
             "entry": ticket.entry,
             "generation": ticket.generation,
-            "taker": self._name,
+            "taker": look.taker,
         }
         return Claim(look.grant, ticket.key, ticket.blocks, data)
