@@ -94,6 +94,14 @@ def test_a_server_that_ends_while_starting_shows_its_log(tmp_path: Path, module)
     assert time.monotonic() - began < 15, "an end is noticed, not waited out"
 
 
+def test_the_first_error_of_a_log_is_named_as_the_cause(tmp_path: Path) -> None:
+    one = server(tmp_path, "anything")
+    lines = ["(Worker pid=7) ValueError: block size 7", *(f"frame {i}" for i in range(100)), "RuntimeError: see above"]
+    one.log.write_text("\n".join(lines))
+    text = str(one.failure("ended"))
+    assert text.index("  ValueError: block size 7") < text.index("  RuntimeError: see above")
+
+
 def test_a_server_that_is_never_ready_is_given_up(tmp_path: Path, module) -> None:
     one = server(tmp_path, module("print('importing', flush=True); import time; time.sleep(60)"))
     engines.start([one], lambda _: None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import selectors
 import signal
 import socket
@@ -27,6 +28,7 @@ Say = Callable[[str], None]
 #: Seconds an engine gets after SIGTERM before SIGKILL.
 GRACE_S = 15.0
 _TAIL_LINES = 40
+_ERROR = re.compile(r"^(?:\(.*?\) )?((?:[A-Za-z_]\w*\.)*\w*(?:Error|Exception): .+)", re.MULTILINE)
 
 
 class ServerError(Exception):
@@ -100,8 +102,15 @@ class Server:
         return "\n".join(text.splitlines()[-lines:])
 
     def failure(self, what: str) -> ServerError:
-        """Build the error that says ``what`` happened and shows the log's end."""
-        return ServerError(f"{self.name} {what}; the end of {self.log}:\n{self.tail()}")
+        """Build the error that says ``what`` happened, names the log's first errors, and shows its end.
+
+        A failed engine is reported by each of its processes in turn: the root cause comes first.
+        """
+        text = f"{self.name} {what}; the end of {self.log}:\n{self.tail()}"
+        causes = dict.fromkeys(_ERROR.findall(self.tail(10_000)))
+        if causes:
+            text += "\nfirst errors:\n" + "\n".join(f"  {cause}" for cause in list(causes)[:3])
+        return ServerError(text)
 
     def terminate(self) -> None:
         """Ask the process to end; it ends its own workers."""
