@@ -85,6 +85,7 @@ class StaleError(LoadError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name closest to ``name``, or ``None`` if none is close."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return match[0] if match else None
+    """Return the known name closest to ``name``, whatever its case, or ``None`` if none is close."""
+    folded = {candidate.casefold(): candidate for candidate in known}
+    match = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.5)
+    return folded[match[0]] if match else None

@@ -1,0 +1,37 @@
+"""The errors' texts and what hangs on them."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from kvconnect import errors
+from kvconnect.errors import KVConnectError, UnavailableBackendError, UnknownBackendError, nearest
+
+ALL = [value for _, value in inspect.getmembers(errors, inspect.isclass) if value.__module__ == errors.__name__]
+
+
+@pytest.mark.parametrize("error", ALL, ids=lambda error: error.__name__)
+def test_every_error_is_a_kvconnect_error_and_says_what_it_means(error):
+    assert issubclass(error, KVConnectError)
+    assert error.__doc__
+
+
+def test_the_nearest_name_is_found_whatever_its_case():
+    known = ["KvConnect", "KvConnectTcp", "KvConnectShm"]
+    assert nearest("KVConnectTCP", known) == "KvConnectTcp"
+    assert nearest("kvconectshm", known) == "KvConnectShm"
+    assert nearest("mooncake", known) is None
+    assert nearest("x", []) is None
+
+
+def test_an_unknown_backend_says_what_there_is():
+    assert str(UnknownBackendError("pipe", "x", [])) == "unknown pipe 'x' (registered: none)"
+    assert str(UnknownBackendError("pipe", "x", ["tcp", "shm"])) == "unknown pipe 'x' (registered: shm, tcp)"
+
+
+def test_an_unavailable_backend_says_why_and_what_to_do():
+    assert str(UnavailableBackendError("pipe", "x", "no GPU")) == "pipe 'x' is not available: no GPU"
+    text = str(UnavailableBackendError("pipe", "x", "no cupy", "pip install cupy"))
+    assert text == "pipe 'x' is not available: no cupy (pip install cupy)"

@@ -1,0 +1,69 @@
+"""What an import may load, in fresh processes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+
+def loaded_by(code: str, env: dict[str, str] | None = None) -> set[str]:
+    """Run code in a fresh process and return the modules it has loaded at its end."""
+    report = "\nimport sys; print('\\n'.join(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code + report], check=False, capture_output=True, text=True, timeout=110, env=env
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import kvconnect",
+        "import kvconnect, kvconnect.errors, kvconnect.config, kvconnect.registry, kvconnect._plugin, kvconnect.cli",
+        "from kvconnect import Config, KVConnectError",
+        "from kvconnect import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass",
+    ],
+)
+def test_the_package_loads_without_torch_vllm_or_zmq(code):
+    assert not {"torch", "vllm", "zmq", "numpy", "msgpack"} & loaded_by(code)
+
+
+def test_the_proxy_loads_without_torch_vllm_or_zmq():
+    assert not {"torch", "vllm", "zmq", "numpy"} & loaded_by("import kvconnect.proxy.serve")
+
+
+def test_the_contracts_load_without_torch_or_vllm():
+    code = "from kvconnect import Grant, LookupBuffer, LookupKey, Pipe, PipeSpec, Traits, Transfer"
+    assert not {"torch", "vllm", "zmq"} & loaded_by(code)
+
+
+def test_every_public_name_resolves_and_is_listed():
+    import kvconnect
+
+    for name in kvconnect.__all__:
+        assert getattr(kvconnect, name) is not None
+        assert name in dir(kvconnect)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing_like_it'"):
+        _ = kvconnect.nothing_like_it
+
+
+def test_the_version_is_the_distributions():
+    import importlib.metadata
+
+    import kvconnect
+
+    assert importlib.metadata.version("kvconnect") == kvconnect.__version__
+
+
+@pytest.mark.timeout(120)
+def test_connectors_load_without_a_gpu_and_without_any_medium():
+    pytest.importorskip("vllm")
+    loaded = loaded_by(
+        "import kvconnect.connectors.named\nimport torch\nassert not torch.cuda.is_initialized()",
+    )
+    assert "vllm" in loaded
+    assert not {f"kvconnect.pipes.{medium}" for medium in ("inproc", "shm", "tcp")} & loaded
+    assert not {"cupy", "nixl"} & loaded
