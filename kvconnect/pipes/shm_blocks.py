@@ -1,0 +1,258 @@
+"""The block path of a shared-memory pipe: straight from paged memory to paged memory.
+
+Once both ends are attached they know each other's base addresses, and whoever
+asks for a transfer carries it out alone: ``process_vm_readv`` or ``writev``
+between the two canonical streams, a chunk at a time, by turns with all other
+transfers of the process. If either end may not read the other, both use the
+default block path instead.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from kvconnect import blocks as paged
+from kvconnect.errors import BrokenError, ClosedError, DeadlineError, HandshakeError, KVConnectError, LoadError
+from kvconnect.paging import BlockIds, PagedLayout, PagedMemory, place
+from kvconnect.pipes import turns
+from kvconnect.pipes.base import Channel, Transfer
+from kvconnect.pipes.peer_memory import Chunks, PeerMemory, SharedCopy, useful_threads
+from kvconnect.pipes.stream import BlockStream
+from kvconnect.pipes.turns import CHUNK_BYTES
+
+log = logging.getLogger(__name__)
+
+_OP = "shm.memory"
+
+
+class Guard(Protocol):
+    """What the block path asks of its pipe."""
+
+    def enter(self) -> None:
+        """Keep what the pipe holds until `leave`; raise `ClosedError` if it was closed."""
+
+    def leave(self) -> None:
+        """Undo `enter`."""
+
+    def check_open(self) -> None:
+        """Raise `ClosedError` if this end was closed."""
+
+    def check_peer(self) -> None:
+        """Raise `BrokenError` if the other end is not there any more."""
+
+
+@dataclass(frozen=True)
+class Word:
+    """What an end says of itself: can it read the other, is its stream up, where is its memory."""
+
+    direct: bool
+    streams: bool
+    bases: npt.NDArray[np.uint64]
+
+    @classmethod
+    def read(cls, body: Mapping[str, Any], regions: int) -> Word:
+        """Check a peer's word; raise `HandshakeError` if it is malformed."""
+        bases = body.get("bases")
+        if not isinstance(bases, list) or len(bases) != regions:
+            raise HandshakeError(f"the peer should have told {regions} base addresses, got {bases!r}")
+        if not all(isinstance(base, int) and 0 <= base < 1 << 64 for base in bases):
+            raise HandshakeError("a base address of the peer is not an address")
+        return cls(bool(body.get("direct")), bool(body.get("streams")), np.asarray(bases, dtype=np.uint64))
+
+
+@dataclass(eq=False)
+class _Ask:
+    transfer: Transfer
+    local: BlockIds
+    remote: BlockIds
+    reads: bool
+    #: The stream's transfer that carries this one out.
+    inner: Transfer | None = None
+
+
+class ShmBlocks:
+    """The block path of one end.
+
+    Args:
+        peer: the other end's memory, or ``None`` if it may not be read from here.
+        local: this end's paged memory.
+        remote: the other end's layout.
+        channel: to tell each other where the memory is.
+        guard: the pipe.
+        make_stream: makes the default block path, when that has to serve instead.
+
+    """
+
+    def __init__(
+        self,
+        peer: PeerMemory | None,
+        local: PagedMemory,
+        remote: PagedLayout,
+        channel: Channel,
+        guard: Guard,
+        make_stream: Callable[[], BlockStream],
+    ) -> None:
+        if local.layout.shape() != remote.shape():
+            raise HandshakeError(f"layouts differ: ours {local.layout.shape()}, theirs {remote.shape()}")
+        self._peer, self._local, self._remote, self._channel, self._guard = peer, local, remote, channel, guard
+        self._make_stream = make_stream
+        self._lock = threading.Lock()
+        self._theirs: Word | None = None
+        self._waiting: list[_Ask] = []
+        self._stream = make_stream() if peer is None else None
+        channel.handle(_OP, self._on_word)
+        # Whoever attaches second is heard by the first, and gets its answer.
+        self._tell()
+
+    def read(self, remote: BlockIds, local: BlockIds) -> Transfer:
+        """Start to copy the peer's blocks ``remote`` into ``local``; as `Pipe.read_blocks`."""
+        return self._begin(local, remote, reads=True)
+
+    def write(self, local: BlockIds, remote: BlockIds) -> Transfer:
+        """Start to copy ``local`` into the peer's blocks ``remote``; as `Pipe.write_blocks`."""
+        return self._begin(local, remote, reads=False)
+
+    def close(self) -> None:
+        """Fail what has not begun; transfers under way see that the pipe is closed."""
+        self._drop(ClosedError("this end was closed"))
+        if self._stream is not None:
+            self._stream.close()
+
+    # -- who can do what ----------------------------------------------------------
+
+    def _word(self) -> dict[str, Any]:
+        return {
+            "direct": self._peer is not None,
+            "streams": self._stream is not None,
+            "bases": self._local.bases.tolist(),
+        }
+
+    def _tell(self) -> None:
+        self._channel.call(_OP, self._word()).add_done_callback(self._answered)
+
+    def _answered(self, answer: Future[dict[str, Any]]) -> None:
+        error = answer.exception()
+        if error is None:
+            try:
+                self._learn(answer.result())
+            except KVConnectError as malformed:
+                self._drop(malformed)
+        elif isinstance(error, (BrokenError, ClosedError, DeadlineError)):
+            self._drop(error)
+        else:
+            # It is not attached yet, and will tell us when it is.
+            log.debug("the peer does not answer yet: %s", error)
+
+    def _on_word(self, body: dict[str, Any]) -> dict[str, Any]:
+        self._learn(body)
+        return self._word()
+
+    def _learn(self, body: Mapping[str, Any]) -> None:
+        word = Word.read(body, len(self._remote.region_bytes))
+        with self._lock:
+            # An answer may be older than a call that overtook it.
+            streams = word.streams or (self._theirs is not None and self._theirs.streams)
+            self._theirs = Word(word.direct, streams, word.bases)
+            fall_back = not (self._peer is not None and word.direct) and self._stream is None
+            if fall_back:
+                self._stream = self._make_stream()
+            asks, self._waiting = (self._waiting, []) if self._ready() else ([], self._waiting)
+        if fall_back:
+            self._tell()
+        for ask in asks:
+            self._start_late(ask)
+
+    def _ready(self) -> bool:
+        if self._theirs is None:
+            return False
+        return self._theirs.streams if self._stream is not None else True
+
+    # -- transfers ----------------------------------------------------------------
+
+    def _begin(self, local: BlockIds, remote: BlockIds, *, reads: bool) -> Transfer:
+        nbytes = paged.check_pair(self._local.layout, local, self._remote, remote)
+        self._guard.check_open()
+        transfer = Transfer(nbytes, lambda: self._cancelled(ask))
+        ask = _Ask(transfer, local, remote, reads)
+        with self._lock:
+            if not self._ready():
+                self._waiting.append(ask)
+                return transfer
+        if self._stream is not None:
+            return self._stream.read(remote, local) if reads else self._stream.write(local, remote)
+        self._guard.check_peer()
+        self._move(ask)
+        return transfer
+
+    def _start_late(self, ask: _Ask) -> None:
+        """Start a transfer that was asked for before the peer was attached."""
+        try:
+            if self._stream is None:
+                self._move(ask)
+                return
+            stream = self._stream
+            inner = stream.read(ask.remote, ask.local) if ask.reads else stream.write(ask.local, ask.remote)
+        except KVConnectError as error:
+            ask.transfer.finish(error)
+        else:
+            ask.inner = inner
+            inner.add_done_callback(lambda over: ask.transfer.finish(over.error))
+            if ask.transfer.cancelled:
+                inner.cancel()
+
+    def _move(self, ask: _Ask) -> None:
+        """Copy here and now, by turns."""
+        peer, theirs, guard, transfer = self._peer, self._theirs, self._guard, ask.transfer
+        if peer is None or theirs is None:
+            raise BrokenError("the peer's memory is not known")
+        here = Chunks(self._local.iovec(ask.local), CHUNK_BYTES)
+        there = Chunks(place(self._remote, theirs.bases, ask.remote), CHUNK_BYTES)
+        copy = peer.read if ask.reads else peer.write
+        if not len(here):
+            transfer.finish()
+            return
+
+        def check() -> None:
+            guard.check_open()
+            if transfer.cancelled:
+                raise LoadError("the transfer was cancelled")
+
+        def end(error: KVConnectError | None) -> None:
+            try:
+                # Only now is it certain that the memory was the peer's until the last byte.
+                guard.check_peer()
+            except KVConnectError as gone:
+                error = error or gone
+            finally:
+                guard.leave()
+                transfer.finish(error)
+
+        guard.enter()
+        work = SharedCopy(len(here), lambda i: copy(here[i], there[i]), check, end)
+        for _ in range(min(len(here), useful_threads())):
+            turns.shared().add(work.step)
+
+    def _drop(self, error: KVConnectError) -> None:
+        with self._lock:
+            asks, self._waiting = self._waiting, []
+        for ask in asks:
+            ask.transfer.finish(error)
+
+    def _cancelled(self, ask: _Ask) -> None:
+        """Somebody gave up ``ask``; one that is being copied here sees that by itself."""
+        with self._lock:
+            waits = ask in self._waiting
+            if waits:
+                self._waiting.remove(ask)
+        if waits:
+            ask.transfer.finish(LoadError("the transfer was cancelled"))
+        elif ask.inner is not None:
+            ask.inner.cancel()
