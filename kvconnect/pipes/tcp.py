@@ -28,6 +28,7 @@ from kvconnect.errors import (
 )
 from kvconnect.pipes import reactor, vectored, wire
 from kvconnect.pipes.base import Channel, Pipe, PipeSpec, Reach, Traits, Transfer
+from kvconnect.pipes.landing import Landing
 from kvconnect.pipes.tcp_blocks import BlockConnection
 from kvconnect.pipes.tcp_link import Link
 from kvconnect.pipes.tcp_meeting import Asking, Serving, TcpOptions
@@ -86,6 +87,7 @@ class TcpPipe(Pipe):
         self._loop = reactor.shared()
         self._sending, self._receiving = _Turn("send"), _Turn("receive")
         self._state = threading.Lock()
+        self._landing = Landing(self._loop)
         self._closed = self._aborted = False
         self._failure: KVConnectError | None = None
         self._peer_ended = False
@@ -129,7 +131,7 @@ class TcpPipe(Pipe):
             link, meta = self._next_message()
             if meta.kind is Kind.NONE:
                 return None
-            tensor = meta.empty()
+            tensor = self._landing.empty(meta)
             self._recv_payload(link, tensor)
             return tensor
 
@@ -140,7 +142,7 @@ class TcpPipe(Pipe):
             link, meta = self._next_message()
             fits = meta.kind is Kind.TENSOR and meta.shape == tuple(out.shape) and meta.dtype == out.dtype
             straight = fits and out.is_contiguous() and out.device.type == "cpu" and not out.requires_grad
-            tensor = out if straight else meta.empty()
+            tensor = out if straight else self._landing.empty(meta)
             if meta.kind is Kind.TENSOR:
                 self._recv_payload(link, tensor)
             if not fits:
@@ -251,6 +253,7 @@ class TcpPipe(Pipe):
             if first and not self._link.done():
                 self._link.set_exception(ClosedError("this end was closed"))
             self._aborted = self._aborted or at_once
+        self._landing.close()
         if first:
             self._meeting.end(at_once=at_once)
         return first
