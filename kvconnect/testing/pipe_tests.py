@@ -33,13 +33,19 @@ class PipeTests:
     pipe_class: ClassVar[type[Pipe]]
     options: ClassVar[Mapping[str, Any]] = {}
     timeout_s: ClassVar[float] = 10.0
+    #: How many pipes `test_many_pipes` opens at once (mind the limit of open files).
+    many_pipes: ClassVar[int] = 64
+
+    @pytest.fixture(autouse=True)
+    def available(self) -> None:
+        """Skip where the class says that it cannot run."""
+        verdict = self.pipe_class.availability()
+        if not verdict:
+            pytest.skip(f"{self.pipe_class.name}: {verdict.reason}")
 
     @pytest.fixture
     def pair(self) -> Iterator[PipePair]:
         """Two open ends in this process."""
-        verdict = self.pipe_class.availability()
-        if not verdict:
-            pytest.skip(f"{self.pipe_class.name}: {verdict.reason}")
         pair = open_pair(self.pipe_class, self.options, self.timeout_s)
         yield pair
         pair.close()
@@ -53,3 +59,7 @@ class PipeTests:
     def test_block_law(self, pair: PipePair, law: Law) -> None:
         """One law of the block path."""
         law(pair)
+
+    def test_many_pipes_are_served_by_a_fixed_set_of_threads(self) -> None:
+        """The number of threads does not grow with the number of pipes."""
+        block_laws.many_pipes_are_served_by_a_fixed_set_of_threads(self.pipe_class, self.options, self.many_pipes)

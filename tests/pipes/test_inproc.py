@@ -6,3 +6,4 @@ from kvconnect.testing.pipe_tests import PipeTests
 
 class TestInprocPipe(PipeTests):
     pipe_class = InprocPipe
+    many_pipes = 1000

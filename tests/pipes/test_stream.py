@@ -30,3 +30,4 @@ class ThreeMethodPipe(Pipe):
 
 class TestThreeMethodPipe(PipeTests):
     pipe_class: ClassVar[type[Pipe]] = ThreeMethodPipe
+    many_pipes = 1000

@@ -1,0 +1,334 @@
+"""The laws are laws: for each one a pipe that breaks it, and is caught."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvconnect import errors
+from kvconnect.pipes.base import Pipe, PipeSpec, Transfer
+from kvconnect.pipes.inproc import InprocPipe
+from kvconnect.testing import block_laws, pipe_laws
+from kvconnect.testing.peers import PipePair, open_pair
+
+Law = Callable[[PipePair], None]
+
+
+class Swaps(InprocPipe):
+    """Sends every second message before the first."""
+
+    held: Tensor | None = None
+
+    def send_tensor(self, tensor):
+        if self.held is None and tensor is not None and tensor.numel() > 1:
+            self.held = tensor.clone()
+            return
+        super().send_tensor(tensor)
+        if self.held is not None:
+            held, self.held = self.held, None
+            super().send_tensor(held)
+
+
+class TakesNoneForTheEnd(InprocPipe):
+    def recv_tensor(self):
+        if (got := super().recv_tensor()) is None:
+            raise errors.EndOfPipe("None")
+        return got
+
+
+class SendsSeveralBackwards(InprocPipe):
+    def send_tensors(self, tensors):
+        super().send_tensors(list(reversed(tensors)))
+
+
+class KeepsTheSendersMemory(InprocPipe):
+    def send_tensor(self, tensor):
+        queue, link = self._link.waiting[1 - self._side], self._link
+        with link.changed:
+            queue.append(tensor)
+            link.changed.notify_all()
+
+
+class ReceivesIntoOneBuffer(InprocPipe):
+    buffer: Tensor | None = None
+
+    def recv_tensor(self):
+        got = super().recv_tensor()
+        if got is None or (self.buffer is not None and self.buffer.shape != got.shape):
+            return got
+        self.buffer = got if self.buffer is None else self.buffer.copy_(got)
+        return self.buffer
+
+
+class FlattensScalars(InprocPipe):
+    def recv_tensor(self):
+        got = super().recv_tensor()
+        return got if got is None or got.dim() else got.reshape(1)
+
+
+class WidensBfloat16(InprocPipe):
+    def recv_tensor(self):
+        got = super().recv_tensor()
+        return got.float() if got is not None and got.dtype is torch.bfloat16 else got
+
+
+class SendsBeforeItLooks(InprocPipe):
+    """Refuses too late: a trace of the message is in the stream."""
+
+    def send_tensor(self, tensor):
+        try:
+            super().send_tensor(tensor)
+        except errors.TensorRejectedError:
+            super().send_tensor(torch.empty(0))
+            raise
+
+
+class ReceivesIntoWithoutLooking(InprocPipe):
+    def recv_tensor_into(self, out):
+        got = self.recv_tensor()
+        if got is not None:
+            out.flatten()[: got.numel()] = got.flatten()[: out.numel()]
+
+
+class LetsTwoReceive(InprocPipe):
+    def recv_tensor(self):
+        self._receiving = threading.Lock()
+        return super().recv_tensor()
+
+
+class LetsTwoSend(InprocPipe):
+    def send_tensor(self, tensor):
+        self._sending = threading.Lock()
+        super().send_tensor(tensor)
+
+
+class OneDirectionAtATime(InprocPipe):
+    def __init__(self, spec: PipeSpec) -> None:
+        super().__init__(spec)
+        self._sending = self._receiving
+
+
+class SleepsThroughItsClose(InprocPipe):
+    """Says `EndOfPipe` where its own end was closed."""
+
+    def _check_usable(self) -> None:
+        if self._link.closed[self._side]:
+            raise errors.EndOfPipe("closed")
+        super()._check_usable()
+
+
+class SleepsThroughItsAbort(InprocPipe):
+    """A blocked sender is not told that its own end was aborted."""
+
+    def abort(self) -> None:
+        self._link.closed[self._side] = True
+
+
+class SendsAfterItsClose(InprocPipe):
+    ended = False
+
+    def send_tensor(self, tensor):
+        if not self.ended:
+            super().send_tensor(tensor)
+
+    def close(self) -> None:
+        super().close()
+        self.ended = True
+
+
+class ClosesWithoutFlushing(InprocPipe):
+    def close(self) -> None:
+        self.abort()
+
+
+class AbortsPolitely(InprocPipe):
+    """Waits until the other end has received all."""
+
+    def abort(self) -> None:
+        with self._link.changed:
+            self._link.changed.wait_for(lambda: not self._link.waiting[1 - self._side], 4.0)
+        super().abort()
+
+
+class RecoversFromABrokenWire(InprocPipe):
+    def send_tensor(self, tensor):
+        try:
+            super().send_tensor(tensor)
+        except errors.BrokenError:
+            return
+
+
+class SendsIntoTheVoid(RecoversFromABrokenWire):
+    pass
+
+
+class DiesOfSilence(InprocPipe):
+    def recv_tensor(self):
+        try:
+            return super().recv_tensor()
+        except errors.DeadlineError:
+            self._link.broken = True
+            raise
+
+
+class HasNoDeadline(InprocPipe):
+    """Says so when nobody receives, and delivers the message all the same."""
+
+    def send_tensor(self, tensor):
+        try:
+            super().send_tensor(tensor)
+        except errors.DeadlineError:
+            self._link.waiting[1 - self._side].append(torch.zeros(1))
+            raise
+
+
+class LeavesAThread(InprocPipe):
+    stop = threading.Event()
+
+    def __init__(self, spec: PipeSpec) -> None:
+        super().__init__(spec)
+        threading.Thread(target=self.stop.wait, args=(20,), daemon=True, name="left").start()
+
+
+CAUGHT: list[tuple[type[Pipe], Law]] = [
+    (Swaps, pipe_laws.messages_arrive_in_the_order_sent),
+    (TakesNoneForTheEnd, pipe_laws.none_is_a_message_not_an_end),
+    (SendsSeveralBackwards, pipe_laws.several_tensors_at_once_arrive_in_order),
+    (KeepsTheSendersMemory, pipe_laws.memory_is_the_callers_again_when_a_send_returns),
+    (ReceivesIntoOneBuffer, pipe_laws.what_was_received_is_the_receivers_own),
+    (FlattensScalars, pipe_laws.shape_dtype_and_values_survive),
+    (WidensBfloat16, pipe_laws.shape_dtype_and_values_survive),
+    (SendsBeforeItLooks, pipe_laws.what_cannot_be_carried_is_refused_before_a_byte_moves),
+    (ReceivesIntoWithoutLooking, pipe_laws.a_tensor_can_be_received_into_its_final_memory),
+    (LetsTwoReceive, pipe_laws.a_second_receiver_is_busy_and_the_first_goes_on),
+    (LetsTwoSend, pipe_laws.a_second_sender_is_busy_and_the_first_goes_on),
+    (OneDirectionAtATime, pipe_laws.both_directions_work_at_once),
+    (SleepsThroughItsClose, pipe_laws.close_wakes_a_blocked_receiver),
+    (SleepsThroughItsAbort, pipe_laws.abort_wakes_a_blocked_sender),
+    (SendsAfterItsClose, pipe_laws.a_closed_end_says_so),
+    (ClosesWithoutFlushing, pipe_laws.all_that_was_sent_before_a_close_arrives_then_the_end),
+    (AbortsPolitely, pipe_laws.abort_never_blocks_and_ends_the_other_side),
+    (RecoversFromABrokenWire, pipe_laws.after_a_broken_wire_only_closing_remains),
+    (SendsIntoTheVoid, pipe_laws.sends_to_a_closed_peer_fail),
+    (DiesOfSilence, pipe_laws.a_silent_peer_is_a_deadline_and_no_harm),
+    (HasNoDeadline, pipe_laws.a_peer_that_does_not_receive_is_a_deadline),
+    (LeavesAThread, pipe_laws.opening_and_closing_leaves_nothing_behind),
+]
+
+
+class ReadsOneBlockTooMany(InprocPipe):
+    """Copies the first block over block 0, too."""
+
+    def read_blocks(self, remote, local):
+        transfer = super().read_blocks(remote, local)
+        if local and len(local[0]):
+            super().read_blocks([[remote[0][0]]], [[0]]).wait(5)
+        return transfer
+
+
+class WritesBackwards(InprocPipe):
+    def write_blocks(self, local, remote):
+        return super().write_blocks([list(reversed(ids)) for ids in local], remote)
+
+
+class KnowsOneGroup(InprocPipe):
+    def read_blocks(self, remote, local):
+        return super().read_blocks(remote[:1], local[:1])
+
+
+class MovesOneTransferAtATime(InprocPipe):
+    """A new transfer waits for the one before."""
+
+    last: Transfer | None = None
+
+    def read_blocks(self, remote, local):
+        if self.last is not None:
+            self.last.wait(20)
+        self.last = super().read_blocks(remote, local)
+        return self.last
+
+
+class SkipsBadIds(InprocPipe):
+    def read_blocks(self, remote, local):
+        try:
+            return super().read_blocks(remote, local)
+        except errors.HandshakeError:
+            transfer = Transfer(0)
+            transfer.finish()
+            return transfer
+
+
+class CancelsTooSoon(InprocPipe):
+    """Says that it is done while it goes on writing."""
+
+    def read_blocks(self, remote, local):
+        inner = super().read_blocks(remote, local)
+        outer = Transfer(inner.nbytes, on_cancel=lambda: outer.finish(errors.LoadError("cancelled")))
+        inner.add_done_callback(lambda done: outer.finish(done.error))
+        return outer
+
+
+class ReadsAfterItsClose(InprocPipe):
+    kept: PipeSpec | None = None
+
+    def read_blocks(self, remote, local):
+        try:
+            return super().read_blocks(remote, local)
+        except (errors.ClosedError, errors.BrokenError):
+            transfer = Transfer(0)
+            transfer.finish()
+            return transfer
+
+
+class AttachesAnything(InprocPipe):
+    def attach(self, local, remote, channel):
+        super().attach(local, local.layout, channel)
+
+
+class MixesUpTransfers(InprocPipe):
+    """The second of two transfers that run at once brings what the first one asked for."""
+
+    count = 0
+
+    def write_blocks(self, local, remote):
+        self.count += 1
+        return super().write_blocks(local if self.count % 2 else [[0] * len(ids) for ids in local], remote)
+
+
+CAUGHT_BLOCKS: list[tuple[type[Pipe], Law]] = [
+    (ReadsOneBlockTooMany, block_laws.reading_copies_exactly_the_blocks_asked_for),
+    (WritesBackwards, block_laws.writing_copies_exactly_the_blocks_given),
+    (KnowsOneGroup, block_laws.groups_have_block_ids_of_their_own),
+    (MixesUpTransfers, block_laws.many_transfers_run_both_ways_at_once),
+    (MovesOneTransferAtATime, block_laws.a_small_transfer_does_not_wait_behind_a_large_one),
+    (SkipsBadIds, block_laws.block_ids_out_of_range_fail_that_transfer_only),
+    (CancelsTooSoon, block_laws.a_cancelled_transfer_ends_and_the_pipe_goes_on),
+    (ReadsAfterItsClose, block_laws.ending_a_pipe_ends_its_transfers),
+    (AttachesAnything, block_laws.layouts_of_another_shape_are_refused),
+]
+
+
+@pytest.mark.parametrize(
+    ("broken", "law"),
+    [pytest.param(*case, id=f"{case[0].__name__}-{case[1].__name__}") for case in CAUGHT + CAUGHT_BLOCKS],
+)
+def test_a_law_catches_the_pipe_that_breaks_it(broken: type[Pipe], law: Law, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipe_laws, "LIMIT_S", 3.0)
+    monkeypatch.setattr(pipe_laws, "PROMPT_S", 2.0)
+    monkeypatch.setattr(pipe_laws, "SETTLE_S", 0.1)
+    pair = open_pair(broken, timeout_s=6.0)
+    try:
+        # A law fails by its own assertion, or by the pipe's error or a wait that ran out.
+        with pytest.raises((AssertionError, errors.KVConnectError, TimeoutError)):
+            law(pair)
+    finally:
+        pair.close()
+
+
+def test_every_law_has_a_pipe_that_it_catches() -> None:
+    assert {law for _, law in CAUGHT} == set(pipe_laws.LAWS)
+    assert {law for _, law in CAUGHT_BLOCKS} == set(block_laws.LAWS)
