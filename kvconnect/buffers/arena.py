@@ -87,7 +87,18 @@ def load(arena: Arena, ids: Ids) -> list[Tensor]:
         LoadError: the blocks do not hold an entry.
 
     """
-    stream = paged.gather_stream(arena.memory, [ids])
+    return decode(paged.gather_stream(arena.memory, [ids]))
+
+
+def decode(stream: Tensor) -> list[Tensor]:
+    """Read an entry's tensors out of its stream, uint8 ``[nbytes]``, as new ones.
+
+    Raises:
+        LoadError: the stream does not hold an entry.
+
+    """
+    if stream.nbytes < _LEAD.size:
+        raise LoadError("the entry is cut off")
     count, length = _LEAD.unpack(stream[: _LEAD.size].numpy().tobytes())
     headers = stream[_LEAD.size : _LEAD.size + length].numpy().tobytes()
     at = _LEAD.size + length
