@@ -53,6 +53,17 @@ def test_list_as_json_has_one_object_per_backend():
         assert bool(row["reason"]) is not row["available"]
 
 
+def test_a_reader_that_leaves_early_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "kvconnect", "list"]
+    try:
+        done = subprocess.run(command, check=False, stdout=write, stderr=subprocess.PIPE, text=True, timeout=50)
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_list_imports_neither_vllm_nor_a_connector():
     code = (
         "import sys\n"
@@ -113,9 +124,10 @@ def test_a_connector_of_a_module_that_is_not_there_says_so(only):
         assert (row.available, row.cure) == (False, "reinstall pigeons")
 
 
-def test_a_connector_without_a_pipe_of_its_own_needs_vllm_only(only, module):
+def test_a_connector_without_a_pipe_of_its_own_needs_vllm_only(only, module, monkeypatch):
     module("class Pigeon: pass\nclass Other:\n    pipe = 'none'\n")
-    pytest.importorskip("vllm")
+    find = listing.importlib.util.find_spec
+    monkeypatch.setattr(listing.importlib.util, "find_spec", lambda name: find("json" if name == "vllm" else name))
     assert only(connector("Pigeon", "pigeon_loft:Pigeon")).available
 
 
