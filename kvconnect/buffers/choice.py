@@ -7,7 +7,7 @@ from typing import Any
 
 from kvconnect import registry
 from kvconnect.buffers import fields
-from kvconnect.errors import ConfigError, HandshakeError
+from kvconnect.errors import ConfigError, HandshakeError, UnavailableBackendError
 from kvconnect.pipes.base import Pipe
 
 
@@ -15,19 +15,29 @@ def describe_pipes(wanted: str, device: str) -> dict[str, dict[str, Any]]:
     """Describe the pipe ``wanted`` – or every available one, if ``"auto"`` – for ``device``.
 
     Raises:
-        UnknownBackendError, UnavailableBackendError: the pipe asked for cannot be had.
+        UnknownBackendError, UnavailableBackendError: the pipe asked for cannot be had, or none can
+            carry this kind of memory.
 
     """
+    kind = device.partition(":")[0]
     if wanted != "auto":
-        return {wanted: dict(registry.pipe(wanted).descriptor(device))}
+        cls = registry.pipe(wanted)
+        if kind not in cls.traits.devices:
+            carried = " and ".join(sorted(cls.traits.devices))
+            reason = f"it carries {carried} memory, and this engine's KV cache is {kind} memory"
+            raise UnavailableBackendError("pipe", wanted, reason, "choose a pipe for it: python -m kvconnect list")
+        return {wanted: dict(cls.descriptor(device))}
     found = {}
     for name in registry.pipes():
         try:
             cls = registry.pipe(name)
         except ConfigError:
             continue  # not installed, or not for this machine
-        if device.partition(":")[0] in cls.traits.devices:
+        if kind in cls.traits.devices:
             found[name] = dict(cls.descriptor(device))
+    if not found:
+        reason = f"no pipe that is installed and can run here carries {kind} memory"
+        raise UnavailableBackendError("pipe", "auto", reason, "see: python -m kvconnect list")
     return found
 
 

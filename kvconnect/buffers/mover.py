@@ -196,7 +196,7 @@ class Mover(WorkerEnd):
         if isinstance(link, KVConnectError):
             self._finish(read, link)
             return
-        read.link = link
+        read.link, read.transfer.via = link, link.name
         pipe = link.pipe
 
         def move() -> None:
