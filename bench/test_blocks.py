@@ -1,0 +1,78 @@
+"""Paged blocks: 32 layers, one 32 KiB piece in each for a block, random ids on both sides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bench import rows
+from bench.conftest import Backend, Book
+from bench.memory import BLOCK_BYTES, PIECE_BYTES, Selection, draw
+from bench.near import REFERENCES, Near
+from bench.nixl import INITIATORS, Nixl
+from bench.timing import Race, clock
+
+#: Blocks → rounds: 16.8 MB and 268 MB.
+COUNTS = {16: 31, 256: 11}
+
+
+def _title(blocks: int) -> str:
+    return f"{blocks * BLOCK_BYTES / 1e6:.3g} MB"
+
+
+@pytest.mark.variants
+@pytest.mark.benchmark(timer=clock)
+@pytest.mark.parametrize("op", ["read", "write"])
+@pytest.mark.parametrize("blocks", COUNTS, ids=_title)
+def test_blocks(
+    benchmark: Any,
+    near: Near,
+    nixl: Nixl | None,
+    book: Book,
+    rounds: Callable[[int], int],
+    backend: Backend,
+    blocks: int,
+    op: str,
+) -> None:
+    if backend.is_variant and op == "write":
+        pytest.skip("options are measured in one direction only")
+    key = near.end(backend.pipe, backend.options)
+    pipe = near.attached(key)
+    rng = np.random.default_rng(blocks)
+    # One list of ids a round, the same for everyone in it.
+    chosen = [draw(rng, blocks) for _ in range(COUNTS[blocks])]
+    near.check_blocks(pipe, op, chosen[-1])
+    nbytes = blocks * BLOCK_BYTES
+    references: dict[str, Callable[[int], float]] = {"memcpy": lambda _: near.memcpy(nbytes, 1, into=True)}
+    for name in REFERENCES:
+        references[name] = partial(_packed, near, near.end(name), nbytes)
+    if nixl is not None:
+        references |= _nixl(nixl, chosen)
+    race = Race(lambda i: near.blocks(pipe, op, chosen[i]), references, rounds(COUNTS[blocks]), seed=blocks)
+    race.run(benchmark)
+    # The pipe's tensor path may belong to its block path now.
+    near.release(key)
+    case = rows.Case(f"blocks {_title(blocks)}, {op}", nbytes, PIECE_BYTES, is_blocks=True)
+    book.rows += rows.of_race(case, backend.label, race)
+
+
+def _packed(near: Near, end: str, nbytes: int, _round: int) -> float:
+    return near.tensors(end, nbytes, 1, into=True)
+
+
+def _nixl(nixl: Nixl, chosen: list[Selection]) -> dict[str, Callable[[int], float]]:
+    """NIXL moving the same pieces of the same blocks, in both directions."""
+    found: dict[str, Callable[[int], float]] = {}
+    for name in INITIATORS:
+        nixl.check(name, chosen[-1], chosen[-1].nbytes)
+        for op in ("read", "write"):
+            found[f"{name}-{op}"] = partial(_pieces, nixl, name, op, chosen)
+    return found
+
+
+def _pieces(nixl: Nixl, name: str, op: str, chosen: list[Selection], index: int) -> float:
+    return nixl.pieces(name, op, chosen[index])
