@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import kvconnect
+from kvconnect import registry
 
 # Looked for, not imported: that would take longer than all other tests here.
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -45,8 +51,6 @@ def test_the_contracts_load_without_torch_or_vllm():
 
 
 def test_every_public_name_resolves_and_is_listed():
-    import kvconnect
-
     for name in kvconnect.__all__:
         assert getattr(kvconnect, name) is not None
         assert name in dir(kvconnect)
@@ -55,10 +59,6 @@ def test_every_public_name_resolves_and_is_listed():
 
 
 def test_the_version_is_the_distributions():
-    import importlib.metadata
-
-    import kvconnect
-
     assert importlib.metadata.version("kvconnect") == kvconnect.__version__
 
 
@@ -71,3 +71,32 @@ def test_connectors_load_without_a_gpu_and_without_any_medium():
     assert "vllm" in loaded
     assert not {f"kvconnect.pipes.{medium}" for medium in ("inproc", "shm", "tcp")} & loaded
     assert not {"cupy", "nixl"} & loaded
+
+
+def medium_of(module: str, media: set[str]) -> str | None:
+    """Return the medium that a module belongs to: its own name, or its name's beginning."""
+    return next((m for m in media if module == m or module.startswith(f"{m}_")), None)
+
+
+def imported_pipes(source: str) -> set[str]:
+    """Return the modules of ``kvconnect.pipes`` that a source imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        found |= {name.split(".")[2] for name in names if name.startswith("kvconnect.pipes.")}
+    return found
+
+
+def test_no_module_of_a_medium_imports_one_of_another():
+    room = Path(kvconnect.__file__).parent / "pipes"
+    media = {name for name, entry in registry.pipes().items() if entry.distribution == "kvconnect"}
+    assert imported_pipes("import kvconnect.pipes.tcp\nfrom kvconnect.pipes.shm_lane import x") == {"tcp", "shm_lane"}
+    for path in room.glob("*.py"):
+        own = medium_of(path.stem, media)
+        others = {medium_of(module, media) for module in imported_pipes(path.read_text())} - {None, own}
+        assert not others, f"{path.name} imports {others}"
