@@ -99,34 +99,19 @@ def many_transfers_run_both_ways_at_once(pair: PipePair) -> None:
 
 
 def a_small_transfer_does_not_wait_behind_a_large_one(pair: PipePair) -> None:
-    """Counted in bytes: most of the large one is still to come when the small one is done."""
-    blocks = (LARGE_BYTES + _SMALL_BYTES) // _BLOCK
-    layout = separate_layers(1, blocks, 1, _BLOCK)
-    mine, theirs = noisy_memory(layout, 1), noisy_memory(layout, 2)
-    regions(mine)[0].zero_()
-    ends = attach(pair, mine, theirs)
-    count = LARGE_BYTES // _BLOCK
-    firsts = regions(mine)[0][::_BLOCK][:count]
+    """Counted in bytes: most of the large one is still to come when the small one is done.
 
-    def moved() -> int:
-        return int((firsts != 0).sum()) * _BLOCK
-
-    large = ends.here.read_blocks([range(count)], [range(count)])
-    ids = [range(count, blocks)]
-    before, after, read = moved(), [0], threading.Event()
-
-    def note(_: Transfer) -> None:
-        after[0] = moved()
-        read.set()
-
-    small = ends.here.read_blocks(ids, ids)
-    small.add_done_callback(note)
-    small.wait(LIMIT_S)
-    assert read.wait(LIMIT_S)
-    large.wait(LIMIT_S)
-    _equal(mine, theirs)
-    share = (after[0] - before) / LARGE_BYTES
-    assert share <= LARGE_SHARE, f"{share:.0%} of the large transfer moved before the small one was done"
+    The best of a few attempts counts, since the request itself may be held up on a
+    busy machine; behind a pipe that serves one after the other no attempt is good.
+    """
+    layout = separate_layers(1, (LARGE_BYTES + _SMALL_BYTES) // _BLOCK, 1, _BLOCK)
+    ends = attach(pair, noisy_memory(layout, 1), noisy_memory(layout, 2))
+    share = 1.0
+    for _ in range(3):
+        share = min(share, _moved_meanwhile(ends) / LARGE_BYTES)
+        if share <= LARGE_SHARE:
+            return
+    raise AssertionError(f"{share:.0%} of the large transfer moved before the small one was done")
 
 
 def block_ids_out_of_range_fail_that_transfer_only(pair: PipePair) -> None:
@@ -229,6 +214,28 @@ LAWS: tuple[Callable[[PipePair], None], ...] = (
 
 
 # -- what laws are made of ------------------------------------------------------
+
+
+def _moved_meanwhile(ends: Attached) -> int:
+    """Return the bytes of a large transfer that moved between the start and the end of a small one."""
+    memory = regions(ends.mine)[0]
+    memory.zero_()
+    count = LARGE_BYTES // _BLOCK
+    firsts = memory[::_BLOCK][:count]
+    moved, over = [0, 0], threading.Event()
+    large = ends.here.read_blocks([range(count)], [range(count)])
+
+    def note(_: Transfer) -> None:
+        moved[1] = int((firsts != 0).sum()) * _BLOCK
+        over.set()
+
+    moved[0] = int((firsts != 0).sum()) * _BLOCK
+    rest = [range(count, memory.nbytes // _BLOCK)]
+    ends.here.read_blocks(rest, rest).add_done_callback(note)
+    assert over.wait(LIMIT_S), "the small transfer never ended"
+    large.wait(LIMIT_S)
+    _equal(ends.mine, ends.theirs)
+    return moved[1] - moved[0]
 
 
 def _noisy(pair: PipePair, groups: int = 1, blocks: int = 64, piece: int = 1000) -> Attached:

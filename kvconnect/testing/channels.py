@@ -161,6 +161,10 @@ class ConnectionChannel:
         with self._writing:
             self._connection.close()
 
+    def join(self) -> None:
+        """Wait until the other process closes the connection or ends."""
+        self._reader.join()
+
     def _write(self, frame: list[Any]) -> None:
         try:
             with self._writing:

@@ -11,19 +11,20 @@ Skips follow from the class's declared `kvconnect.pipes.base.Traits` and from
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import pytest
 
-from kvconnect.pipes.base import Pipe
-from kvconnect.testing import block_laws, pipe_laws
+from kvconnect.pipes.base import Pipe, Reach
+from kvconnect.testing import block_laws, pipe_laws, process_laws
 from kvconnect.testing.peers import PipePair, open_pair
+from kvconnect.testing.processes import ProcessPeer
 
 Law = Callable[[PipePair], None]
 
 
-def _named(laws: tuple[Law, ...]) -> pytest.MarkDecorator:
+def _named(laws: Sequence[Callable[..., None]]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("law", laws, ids=[law.__name__ for law in laws])
 
 
@@ -63,3 +64,26 @@ class PipeTests:
     def test_many_pipes_are_served_by_a_fixed_set_of_threads(self) -> None:
         """The number of threads does not grow with the number of pipes."""
         block_laws.many_pipes_are_served_by_a_fixed_set_of_threads(self.pipe_class, self.options, self.many_pipes)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def peers(cls) -> Iterator[list[ProcessPeer]]:
+        """The process with the other ends, shared by the laws until one kills it."""
+        started: list[ProcessPeer] = []
+        yield started
+        for peer in started:
+            peer.close()
+
+    @pytest.fixture
+    def peer(self, peers: list[ProcessPeer]) -> ProcessPeer:
+        """A process with the other ends, alive."""
+        if self.pipe_class.traits.reach is Reach.PROCESS:
+            pytest.skip(f"{self.pipe_class.name} stays within one process")
+        if not peers or not peers[-1].alive:
+            peers.append(ProcessPeer(self.pipe_class, self.options))
+        return peers[-1]
+
+    @_named(process_laws.LAWS)
+    def test_process_law(self, peer: ProcessPeer, law: Callable[[ProcessPeer], None]) -> None:
+        """One law between two processes."""
+        law(peer)

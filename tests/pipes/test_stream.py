@@ -1,12 +1,28 @@
 """A pipe with nothing but the three methods gets a working block path."""
 
+from __future__ import annotations
+
+import threading
 from typing import ClassVar
 
+import pytest
+import torch
 from torch import Tensor
 
+from kvconnect.errors import BrokenError, DeadlineError, HandshakeError, KVConnectError
+from kvconnect.paging import PagedLayout
 from kvconnect.pipes.base import Pipe, PipeSpec, Reach, Traits
+from kvconnect.pipes.flows import TAG_BYTES, Kind, pack, read_tag, unpack, write_tag
 from kvconnect.pipes.inproc import InprocPipe
+from kvconnect.pipes.stream import BlockStream
+from kvconnect.pipes.tcp import TcpPipe
+from kvconnect.pipes.turns import CHUNK_BYTES
+from kvconnect.testing.block_laws import attach
+from kvconnect.testing.layouts import noisy_memory, regions, separate_layers
+from kvconnect.testing.peers import LIMIT_S, PipePair, open_pair
 from kvconnect.testing.pipe_tests import PipeTests
+
+BLOCK = 1 << 16
 
 
 class ThreeMethodPipe(Pipe):
@@ -14,9 +30,10 @@ class ThreeMethodPipe(Pipe):
 
     name = "three"
     traits = Traits(reach=Reach.PROCESS)
+    wire_class: ClassVar[type[Pipe]] = InprocPipe
 
     def __init__(self, spec: PipeSpec) -> None:
-        self._wire = InprocPipe(spec)
+        self._wire = self.wire_class.open(spec)
 
     def send_tensor(self, tensor: Tensor | None) -> None:
         self._wire.send_tensor(tensor)
@@ -28,6 +45,183 @@ class ThreeMethodPipe(Pipe):
         self._wire.close()
 
 
+class ThreeMethodTcpPipe(ThreeMethodPipe):
+    name = "three-tcp"
+    traits = Traits()
+    wire_class = TcpPipe
+
+    def abort(self) -> None:
+        self._wire.abort()
+
+
+class RendezvousPipe(ThreeMethodPipe):
+    """A send that waits until the other end has received: nothing is buffered at all."""
+
+    def __init__(self, spec: PipeSpec) -> None:
+        super().__init__(spec)
+        self._taken = threading.Semaphore(0)
+
+    @classmethod
+    def join(cls, pair: PipePair) -> None:
+        """Tell the two ends of each other."""
+        pair.here._other, pair.there._other = pair.there, pair.here
+
+    def send_tensor(self, tensor: Tensor | None) -> None:
+        super().send_tensor(tensor)
+        if not self._taken.acquire(timeout=LIMIT_S):
+            raise DeadlineError("nobody received")
+
+    def recv_tensor(self) -> Tensor | None:
+        got = super().recv_tensor()
+        self._other._taken.release()
+        return got
+
+
 class TestThreeMethodPipe(PipeTests):
-    pipe_class: ClassVar[type[Pipe]] = ThreeMethodPipe
+    pipe_class = ThreeMethodPipe
     many_pipes = 1000
+
+
+class TestThreeMethodTcpPipe(PipeTests):
+    pipe_class = ThreeMethodTcpPipe
+
+
+class GatedPipe(ThreeMethodPipe):
+    """Notes whose chunks it sends; the first send waits at a gate."""
+
+    def __init__(self, spec: PipeSpec) -> None:
+        super().__init__(spec)
+        self.sent: list[int] = []
+        self.first, self.gate = threading.Event(), threading.Event()
+
+    def send_tensor(self, tensor: Tensor | None) -> None:
+        self.sent.append(read_tag(tensor)[1][1])
+        self.first.set()
+        assert self.gate.wait(LIMIT_S)
+        super().send_tensor(tensor)
+
+
+def layout(blocks: int = 64) -> PagedLayout:
+    return separate_layers(1, blocks, 1, BLOCK)
+
+
+def test_a_small_transfer_takes_every_second_turn_beside_a_large_one() -> None:
+    pair = open_pair(GatedPipe)
+    chunk = CHUNK_BYTES // BLOCK
+    large, small = [range(16 * chunk)], [range(16 * chunk, 18 * chunk)]
+    shape = layout(18 * chunk)
+    ends = attach(pair, noisy_memory(shape, 1), noisy_memory(shape, 2))
+    moves = [ends.here.read_blocks(large, large)]
+    assert pair.there.first.wait(LIMIT_S)
+    moves.append(ends.here.read_blocks(small, small))
+    pair.channels[0].call("blocks.credit", {"kind": 0, "transfer": 99, "receives": False, "chunks": 0}).result(LIMIT_S)
+    pair.there.gate.set()
+    for move in moves:
+        move.wait(LIMIT_S)
+    assert regions(ends.mine)[0].equal(regions(ends.theirs)[0])
+    assert pair.there.sent[:5] == [1, 2, 1, 2, 1]
+    pair.close()
+
+
+def test_many_unbuffered_pipes_of_one_process_do_not_starve_each_other() -> None:
+    """More pipes than threads, all of them sending and receiving, each send waiting for its receive."""
+    pairs = [open_pair(RendezvousPipe) for _ in range(12)]
+    ends = []
+    for number, pair in enumerate(pairs):
+        RendezvousPipe.join(pair)
+        ends.append(attach(pair, noisy_memory(layout(), number), noisy_memory(layout(), 100 + number)))
+    low, high = [range(32)], [range(32, 64)]
+    moves = [end.here.read_blocks(low, low) for end in ends] + [end.there.read_blocks(high, high) for end in ends]
+    for move in moves:
+        move.wait(LIMIT_S)
+    for end in ends:
+        assert regions(end.mine)[0].equal(regions(end.theirs)[0])
+    for pair in pairs:
+        pair.close()
+
+
+def test_a_transfer_on_which_nothing_moves_fails_and_the_pipe_goes_on() -> None:
+    pair = open_pair(ThreeMethodPipe)
+    mine, theirs = noisy_memory(layout(), 1), noisy_memory(layout(), 2)
+    # The other end accepts requests and never sends.
+    mute = {"blocks.read": lambda _: {"credit": 4}, "blocks.stop": lambda _: {"running": False}}
+    for op, handler in mute.items():
+        pair.channels[1].handle(op, handler)
+    stream = BlockStream(pair.here, mine, theirs.layout, pair.channels[0], timeout_s=0.5)
+    with pytest.raises(DeadlineError):
+        stream.read([[0]], [[0]]).wait(LIMIT_S)
+    BlockStream(pair.there, theirs, mine.layout, pair.channels[1])
+    stream.read([[0]], [[0]]).wait(LIMIT_S)
+    assert regions(mine)[0][:BLOCK].equal(regions(theirs)[0][:BLOCK])
+    pair.close()
+
+
+def test_a_pipe_closed_while_nothing_comes_ends_its_transfers() -> None:
+    pair = open_pair(ThreeMethodPipe)
+    mine, theirs = noisy_memory(layout(), 1), noisy_memory(layout(), 2)
+    pair.channels[1].handle("blocks.read", lambda _: {"credit": 4})
+    stream = BlockStream(pair.here, mine, theirs.layout, pair.channels[0])
+    transfer = stream.read([[0]], [[0]])
+    pair.here.close()
+    with pytest.raises(KVConnectError):
+        transfer.wait(LIMIT_S)
+    pair.close()
+
+
+@pytest.mark.parametrize(
+    "change", [{"nbytes": 1}, {"groups": [b"abc"]}, {"groups": 5}, {"transfer": -1}, {"credit": "x"}]
+)
+def test_a_malformed_request_is_refused_before_anything_is_sent(change: dict[str, object]) -> None:
+    pair = open_pair(ThreeMethodPipe)
+    mine, theirs = noisy_memory(layout(), 1), noisy_memory(layout(), 2)
+    BlockStream(pair.there, theirs, mine.layout, pair.channels[1])
+    body = {"transfer": 1, "groups": pack([[0]]), "nbytes": BLOCK, "credit": 4} | change
+    error = pair.channels[0].call("blocks.read", body).exception(LIMIT_S)
+    assert isinstance(error, HandshakeError)
+    pair.close()
+
+
+@pytest.mark.parametrize("kind", ["too long", "wrong offset", "not a chunk", "none"])
+def test_bytes_that_were_not_asked_for_break_the_stream_and_touch_nothing(kind: str) -> None:
+    pair = open_pair(ThreeMethodPipe)
+    mine, theirs = noisy_memory(layout(), 1), noisy_memory(layout(), 2)
+    before = regions(mine)[0].clone()
+    pair.channels[1].handle("blocks.read", lambda _: {"credit": 4})
+    stream = BlockStream(pair.here, mine, theirs.layout, pair.channels[0])
+    transfer = stream.read([[0]], [[0]])
+    nbytes = BLOCK + 1 if kind == "too long" else BLOCK // 2
+    chunk = torch.full((nbytes + TAG_BYTES,), 7, dtype=torch.uint8)
+    if kind != "not a chunk":
+        write_tag(chunk, (Kind.READ, 1), 1 if kind == "wrong offset" else 0)
+    pair.there.send_tensor(None if kind == "none" else chunk)
+    pair.channels[1].call("blocks.chunk", {})
+    with pytest.raises(BrokenError):
+        transfer.wait(LIMIT_S)
+    assert regions(mine)[0].equal(before)
+    with pytest.raises(BrokenError):
+        stream.read([[0]], [[0]])
+    pair.close()
+
+
+def test_a_chunk_of_a_transfer_that_is_over_is_dropped() -> None:
+    pair = open_pair(ThreeMethodPipe)
+    mine, theirs = noisy_memory(layout(), 1), noisy_memory(layout(), 2)
+    ends = attach(pair, mine, theirs)
+    before = regions(mine)[0].clone()
+    chunk = torch.full((BLOCK + TAG_BYTES,), 7, dtype=torch.uint8)
+    write_tag(chunk, (Kind.READ, 999), 0)
+    pair.there.send_tensor(chunk)
+    pair.channels[1].call("blocks.chunk", {}).result(LIMIT_S)
+    assert regions(mine)[0].equal(before)
+    ends.here.read_blocks([[1]], [[1]]).wait(LIMIT_S)
+    assert regions(mine)[0][BLOCK : 2 * BLOCK].equal(regions(theirs)[0][BLOCK : 2 * BLOCK])
+    pair.close()
+
+
+def test_ids_and_tags_survive_packing() -> None:
+    assert unpack(pack([[3, 1, 1 << 30], [], range(4)])) == [[3, 1, 1 << 30], [], [0, 1, 2, 3]]
+    chunk = torch.arange(40, dtype=torch.uint8)
+    write_tag(chunk, (Kind.WRITE, 1 << 40), 1 << 50)
+    data, key, offset = read_tag(chunk)
+    assert data.tolist() == list(range(16))
+    assert (key, offset) == ((Kind.WRITE, 1 << 40), 1 << 50)

@@ -1,0 +1,238 @@
+"""The clauses that show only between two processes, each a plain function over a `ProcessPeer`.
+
+A law may kill the process; whoever runs the laws starts another one then.
+"""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections.abc import Callable
+
+import torch
+
+from kvconnect.errors import BrokenError, DeadlineError, KVConnectError
+from kvconnect.pipes.base import Pipe, Transfer
+from kvconnect.testing.layouts import (
+    clone,
+    naive_copy,
+    naive_stream,
+    noisy_memory,
+    random_ids,
+    regions,
+    separate_layers,
+    shared_region,
+)
+from kvconnect.testing.leaks import Holdings, assert_nothing_left
+from kvconnect.testing.peers import LIMIT_S, spawn
+from kvconnect.testing.pipe_laws import MANY, fidelity_samples
+from kvconnect.testing.processes import ProcessPeer, RemoteEnd
+
+_BIG = 64 << 20
+_SETTLE_S = 0.3
+_BLOCK = 1 << 16
+
+
+def tensors_survive_the_way_to_another_process_and_back(peer: ProcessPeer) -> None:
+    """Clauses 1 and 3."""
+    end = peer.open()
+    sent = [*fidelity_samples(), None, torch.arange(_BIG // 8)]
+    echo = end.tell("echo", count=len(sent))
+    for tensor in sent:
+        spawn(lambda tensor=tensor: end.pipe.send_tensor(tensor)).result(LIMIT_S)  # type: ignore[misc]
+        got = spawn(end.pipe.recv_tensor).result(LIMIT_S)
+        if tensor is None or got is None:
+            assert tensor is got
+            continue
+        assert (tuple(got.shape), got.dtype) == (tuple(tensor.shape), tensor.dtype)
+        plain = tensor.detach().resolve_conj().contiguous()
+        assert got.reshape(-1).view(torch.uint8).equal(plain.reshape(-1).view(torch.uint8))
+    echo.result(LIMIT_S)
+    end.pipe.abort()
+
+
+def a_killed_peer_breaks_a_blocked_receive(peer: ProcessPeer) -> None:
+    """Clause 6: `BrokenError`, not the orderly `EndOfPipe`."""
+    end = peer.open()
+    _warm(end)
+    receiving = spawn(end.pipe.recv_tensor)
+    threading.Event().wait(_SETTLE_S)
+    peer.kill()
+    error = receiving.exception(LIMIT_S)
+    assert isinstance(error, BrokenError), f"got {error!r}"
+    end.pipe.abort()
+
+
+def a_killed_peer_breaks_a_blocked_send(peer: ProcessPeer) -> None:
+    """Clause 6."""
+    end = peer.open(timeout_s=LIMIT_S)
+    _warm(end)
+    sending = spawn(lambda: _send_until_error(end.pipe))
+    threading.Event().wait(_SETTLE_S)
+    peer.kill()
+    error = sending.result(LIMIT_S)
+    assert isinstance(error, BrokenError), f"got {error!r}"
+    end.pipe.abort()
+
+
+def a_receive_that_stops_in_the_middle_ends_at_its_deadline(peer: ProcessPeer) -> None:
+    """Clauses 6 and 7: either the whole message came, or `DeadlineError` and a dead pipe."""
+    end = peer.open(timeout_s=1.0)
+    _warm(end)
+    end.tell("send", count=1, nbytes=_BIG)
+    threading.Event().wait(_SETTLE_S)  # the sender waits for us, with part of the message on its way
+    peer.freeze()
+    receiving = spawn(end.pipe.recv_tensor)
+    error = receiving.exception(LIMIT_S)
+    if error is None:  # the message did not need its sender any more
+        got = receiving.result()
+        assert got is not None
+        assert got.nbytes == _BIG
+        assert not got.any()
+    else:
+        assert isinstance(error, (DeadlineError, BrokenError)), f"got {error!r}"
+        peer.thaw()
+        for _ in range(2):
+            error = spawn(end.pipe.recv_tensor).exception(LIMIT_S)
+            assert isinstance(error, (BrokenError, DeadlineError)), f"a receive on a dead pipe: got {error!r}"
+    peer.thaw()
+    end.pipe.abort()
+
+
+def a_send_to_a_frozen_peer_ends_at_its_deadline(peer: ProcessPeer) -> None:
+    """Clauses 6 and 7."""
+    end = peer.open(timeout_s=1.0)
+    _warm(end)
+    peer.freeze()
+    error = spawn(lambda: _send_until_error(end.pipe)).result(LIMIT_S)
+    assert isinstance(error, (DeadlineError, BrokenError)), f"got {error!r}"
+    began = spawn(end.pipe.abort)
+    assert began.exception(5.0) is None, "abort waits for a frozen peer"
+    peer.thaw()
+
+
+def blocks_are_read_from_another_process(peer: ProcessPeer) -> None:
+    """Random ids, other strides on each side, compared with a naive copy."""
+    end = peer.open()
+    mine = noisy_memory(separate_layers(4, 64, 3, 3000), 1)
+    theirs = end.attach(mine, shared_region(4, 64, 3, 3000), 2)
+    for seed, count in enumerate((1, 7, 60)):
+        remote, local = random_ids(seed, 64, [count]), random_ids(seed + 5, 64, [count])
+        wanted = clone(mine)
+        naive_copy(wanted, local, theirs, remote)
+        end.pipe.read_blocks(remote, local).wait(LIMIT_S)
+        assert all(a.equal(b) for a, b in zip(regions(mine), regions(wanted), strict=True))
+    end.pipe.abort()
+
+
+def blocks_are_written_to_another_process(peer: ProcessPeer) -> None:
+    """Done means that they are there."""
+    end = peer.open()
+    mine = noisy_memory(separate_layers(4, 64, 3, 3000), 1)
+    end.attach(mine, shared_region(4, 64, 3, 3000), 2)
+    for seed, count in enumerate((1, 7, 60)):
+        local, remote = random_ids(seed, 64, [count]), random_ids(seed + 5, 64, [count])
+        end.pipe.write_blocks(local, remote).wait(LIMIT_S)
+        got = end.tell("stream", blocks=remote).result(LIMIT_S)
+        assert got["crc"] == zlib.crc32(naive_stream(mine, local).numpy().data)
+    end.pipe.abort()
+
+
+def both_processes_read_at_once(peer: ProcessPeer) -> None:
+    """Each end reads from the other while being read from."""
+    end = peer.open()
+    count = (16 << 20) // _BLOCK
+    layout = separate_layers(1, count, 1, _BLOCK)
+    mine = noisy_memory(layout, 1)
+    theirs = end.attach(mine, layout, 2)
+    low, high = [list(range(count // 2))], [list(range(count // 2, count))]
+    kept = zlib.crc32(naive_stream(mine, low).numpy().data)
+    reading = end.tell("read", remote=low, local=low)
+    end.pipe.read_blocks(high, high).wait(LIMIT_S)
+    reading.result(LIMIT_S)
+    assert end.tell("stream", blocks=low).result(LIMIT_S)["crc"] == kept
+    assert naive_stream(mine, high).equal(naive_stream(theirs, high))
+    end.pipe.abort()
+
+
+def a_killed_peer_ends_block_transfers_with_an_error(peer: ProcessPeer) -> None:
+    """All that run end, and new ones fail; none hangs."""
+    end = peer.open(timeout_s=2.0)
+    count = (64 << 20) // _BLOCK
+    layout = separate_layers(1, count, 1, _BLOCK)
+    mine = noisy_memory(layout, 1)
+    end.attach(mine, layout, 2)
+    everything = [list(range(count))]
+    transfers = [end.pipe.read_blocks(everything, everything), end.pipe.write_blocks([[1]], [[2]])]
+    peer.kill()
+    for transfer in transfers:
+        _ended(transfer)
+    try:
+        error: KVConnectError | None = _ended(end.pipe.read_blocks([[0]], [[0]]))
+    except KVConnectError as raised:
+        error = raised
+    assert error is not None, "blocks were read from a process that is gone"
+    end.pipe.abort()
+
+
+def a_killed_peer_leaves_nothing_behind(peer: ProcessPeer) -> None:
+    """No open file here, and no file in ``/dev/shm``."""
+    _warm_up_and_end(peer)
+    before = Holdings.now()
+    end = peer.open()
+    _warm(end)
+    end.tell("send", count=3, nbytes=_BIG)
+    threading.Event().wait(_SETTLE_S)
+    peer.kill()
+    end.pipe.abort()
+    assert_nothing_left(before)
+
+
+#: Every law between two processes; those that kill come last.
+LAWS: tuple[Callable[[ProcessPeer], None], ...] = (
+    tensors_survive_the_way_to_another_process_and_back,
+    blocks_are_read_from_another_process,
+    blocks_are_written_to_another_process,
+    both_processes_read_at_once,
+    a_receive_that_stops_in_the_middle_ends_at_its_deadline,
+    a_send_to_a_frozen_peer_ends_at_its_deadline,
+    a_killed_peer_breaks_a_blocked_receive,
+    a_killed_peer_breaks_a_blocked_send,
+    a_killed_peer_ends_block_transfers_with_an_error,
+    a_killed_peer_leaves_nothing_behind,
+)
+
+
+# -- what laws are made of ------------------------------------------------------
+
+
+def _warm(end: RemoteEnd) -> None:
+    """Send one message there and back, so that both ends are joined for certain."""
+    echo = end.tell("echo", count=1)
+    spawn(lambda: end.pipe.send_tensor(torch.ones(1))).result(LIMIT_S)
+    assert spawn(end.pipe.recv_tensor).result(LIMIT_S) is not None
+    echo.result(LIMIT_S)
+
+
+def _warm_up_and_end(peer: ProcessPeer) -> None:
+    end = peer.open()
+    _warm(end)
+    end.tell("close").result(LIMIT_S)
+    end.pipe.close()
+
+
+def _send_until_error(pipe: Pipe) -> Exception | None:
+    tensor = torch.zeros(4 << 20, dtype=torch.uint8)
+    for _ in range(MANY):
+        try:
+            pipe.send_tensor(tensor)
+        except KVConnectError as error:
+            return error
+    return None
+
+
+def _ended(transfer: Transfer) -> KVConnectError | None:
+    over = threading.Event()
+    transfer.add_done_callback(lambda _: over.set())
+    assert over.wait(LIMIT_S), "the transfer never ended"
+    return transfer.error
