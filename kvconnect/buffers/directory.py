@@ -138,6 +138,7 @@ class Producers:
         """Know the endpoints ``fixed`` and those in ``directory``, but never ``own``."""
         self._fixed = tuple(endpoint for endpoint in dict.fromkeys(fixed) if endpoint != own)
         self._directory = directory
+        self.endpoints()  # so that later only what changed needs to be read
 
     def any(self) -> bool:
         """Whether there may be one. Cheap enough for the scheduling thread."""

@@ -215,12 +215,13 @@ class Taker:
         endpoints = set(self._producers.endpoints()) if self._options.content_lookup else set()
         if look.ticket is not None and look.cause is None:
             endpoints.add(look.ticket.at)
+        unknown = Miss("unreachable" if endpoints else "no_producer")
         for endpoint in [endpoint for endpoint in endpoints if self._peers.failed_before(endpoint)]:
             # Nobody waits for a peer that failed; it is tried again on the side.
             endpoints.discard(endpoint)
             self._peers.meet(endpoint, lambda _: None)
         if not endpoints:
-            self._answer(look, look.cause or Miss("no_producer" if not self._producers.any() else "unreachable"))
+            self._answer(look, look.cause or unknown)
             return
         look.waiting = endpoints
         self._client.later(self._options.lookup_timeout_s, lambda: self._time_is_up(look))
