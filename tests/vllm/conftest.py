@@ -26,6 +26,8 @@ def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     plan = Plan(connector=CONNECTORS[request.param])
     with running(plan, tmp_path_factory.mktemp(f"fleet-{request.param}")) as fleet:
         yield fleet
+        # After all cases: every engine idle, every block free.
+        assert fleet.settle() == []
 
 
 @contextlib.contextmanager
