@@ -35,13 +35,17 @@ class Cursor:
     def take(self, count: int) -> IoVec:
         """Return the next ``count`` bytes' pieces, as an array of the caller's own."""
         start, stop = self.offset, self.offset + count
-        first = int(np.searchsorted(self._ends, start, side="right"))
-        last = int(np.searchsorted(self._ends, stop, side="left"))
+        # np.uint64, not int: numpy would convert the whole array to find a common type.
+        first = int(self._ends.searchsorted(np.uint64(start), side="right"))
+        last = int(self._ends.searchsorted(np.uint64(stop), side="left"))
         out = self._iov[first : last + 1].copy()
-        skip = start - (int(self._ends[first]) - int(out[0, 1]))
-        out[0, 0] += np.uint64(skip)
-        out[0, 1] -= np.uint64(skip)
-        out[-1, 1] -= np.uint64(int(self._ends[last]) - stop)
+        before = int(self._ends[first - 1]) if first else 0
+        if start > before:
+            out[0, 0] += np.uint64(start - before)
+            out[0, 1] -= np.uint64(start - before)
+        over = int(self._ends[last]) - stop
+        if over:
+            out[-1, 1] -= np.uint64(over)
         self.offset = stop
         return out
 

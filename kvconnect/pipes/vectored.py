@@ -24,6 +24,8 @@ _MSG_NOSIGNAL: Final = 0x4000
 # Below this a copy is cheaper than giving up the GIL and fighting to get it back.
 _KEEP_GIL_BYTES: Final = 64 << 10
 
+_Byte = ctypes.c_char
+
 
 class _MsgHdr(ctypes.Structure):
     _fields_ = (
@@ -129,7 +131,8 @@ def advance(iov: IoVec, done: int) -> IoVec:
         return iov
     while len(iov):
         ends = np.cumsum(iov[:MAX_PIECES, 1], dtype=np.uint64)
-        whole = int(np.searchsorted(ends, done, side="right"))
+        # np.uint64, not int: numpy would convert the whole array to find a common type.
+        whole = int(ends.searchsorted(np.uint64(done), side="right"))
         dropped = int(ends[whole - 1]) if whole else 0
         done -= dropped
         iov = iov[whole:]
@@ -192,7 +195,9 @@ def _process_copy(call: Callable[..., int], pid: int, local: IoVec, remote: IoVe
 def _address(iov: IoVec) -> int:
     if iov.dtype != np.uint64 or not iov.flags.c_contiguous:
         raise ValueError("an IoVec is a contiguous uint64[n, 2] array")
-    return int(iov.__array_interface__["data"][0])
+    if not iov.size or not iov.flags.writeable:
+        return int(iov.ctypes.data)
+    return ctypes.addressof(_Byte.from_buffer(iov))  # a third of the cost of `iov.ctypes`
 
 
 def _fail() -> None:
