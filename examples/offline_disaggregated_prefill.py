@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import multiprocessing
 import os
+import signal
 import sys
 from multiprocessing.connection import wait
 from multiprocessing.synchronize import Event
@@ -74,6 +75,7 @@ def run_prefill(args: argparse.Namespace, prefill_done: Event, decode_done: Even
     print("Prefill node is finished.", flush=True)
     prefill_done.set()
     decode_done.wait(TIMEOUT_S)
+    shut_down(llm)
 
 
 def run_decode(args: argparse.Namespace, prefill_done: Event, decode_done: Event) -> None:
@@ -81,10 +83,10 @@ def run_decode(args: argparse.Namespace, prefill_done: Event, decode_done: Event
     from vllm import SamplingParams
 
     llm = make_llm(args, "kv_consumer", 1)
-    if not prefill_done.wait(TIMEOUT_S):
-        sys.exit("the prefill node did not finish")
     fetched = {}
     try:
+        if not prefill_done.wait(TIMEOUT_S):
+            sys.exit("the prefill node did not finish")
         for prompt in PROMPTS:
             before = tokens_from_p(llm)
             (output,) = llm.generate([prompt], SamplingParams(temperature=0, top_p=0.95), use_tqdm=False)
@@ -93,8 +95,14 @@ def run_decode(args: argparse.Namespace, prefill_done: Event, decode_done: Event
             print(f"    {len(output.prompt_token_ids)} prompt tokens, {fetched[prompt]} from P", flush=True)
     finally:
         decode_done.set()
+        shut_down(llm)
     if not all(fetched[prompt] > 0 for prompt in AT_PREFILL):
         sys.exit("the decode node computed a prompt whose KV was at the prefill node")
+
+
+def shut_down(llm: Any) -> None:
+    """End the engine's processes; this process would wait for them at its end, and nobody else ends them."""
+    llm.llm_engine.engine_core.shutdown()
 
 
 def tokens_from_p(llm: Any) -> int:
@@ -130,6 +138,7 @@ def main() -> int:
 
         args.model = str(model.ensure())
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the engines are ended, below
     context = multiprocessing.get_context("spawn")
     events = context.Event(), context.Event()
     prefill = context.Process(target=run_prefill, args=(args, *events), name="prefill")
@@ -137,14 +146,16 @@ def main() -> int:
     try:
         prefill.start()
         decode.start()
-        # Whichever ends first: D when all is done, P only if it failed.
+        # Whichever ends first: the other follows soon, or has failed.
         wait([prefill.sentinel, decode.sentinel], TIMEOUT_S)
+        if not prefill.is_alive():
+            decode.join(30)  # P ends by itself only when D has said that it is done
         if decode.is_alive():
-            what = "did not finish in time" if prefill.is_alive() else f"failed ({prefill.exitcode})"
-            print(f"the prefill node {what}" if not prefill.is_alive() else f"the decode node {what}", file=sys.stderr)
+            what = "the decode node did not finish" if prefill.is_alive() else "the prefill node failed"
+            print(what, file=sys.stderr)
             return 1
         prefill.join(30)
-        return 0 if decode.exitcode == 0 else 1
+        return decode.exitcode or 0
     finally:
         for process in (decode, prefill):
             if process.is_alive():
