@@ -16,9 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from kvconnect.config import parse_options
 from kvconnect.errors import (
@@ -39,6 +37,9 @@ from kvconnect.pipes.shm_blocks import ShmBlocks
 from kvconnect.pipes.shm_lane import Lane, Listener, connect
 from kvconnect.pipes.shm_messages import Receiver, Sender
 from kvconnect.pipes.stream import BlockStream
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -267,7 +268,9 @@ class ShmPipe(Pipe):
             os.close(os.pidfd_open(os.getpid()))
             os.close(os.memfd_create("kvconnect-probe", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
         except (OSError, AttributeError) as error:
-            return Verdict(False, f"the system has no pidfd or no memfd: {error}", "needs Linux 5.3 and no filter on them")
+            return Verdict(
+                False, f"the system has no pidfd or no memfd: {error}", "needs Linux 5.3 and no filter on them"
+            )
         return YES
 
     @classmethod
@@ -276,7 +279,9 @@ class ShmPipe(Pipe):
         near = host.within(cls.traits.reach, local, remote)
         if near and local.get("netns") != remote.get("netns"):
             return Verdict(
-                False, "the peers are in different network namespaces", "give their containers one network (--network=host)"
+                False,
+                "the peers are in different network namespaces",
+                "give their containers one network (--network=host)",
             )
         return near
 

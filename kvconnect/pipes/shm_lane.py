@@ -9,6 +9,7 @@ Sockets have abstract names: no file exists at any time.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -111,10 +112,7 @@ class Lane:
 
     def shutdown(self) -> None:
         """End both directions and wake whoever waits; what the peer has queued stays there."""
-        try:
-            self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # it is over already, which is all that was wanted
+        _shutdown(self._sock)
 
     def close(self) -> None:
         """Free the fd. Nobody may be using it."""
@@ -187,10 +185,7 @@ class Listener:
 
     def shutdown(self) -> None:
         """Wake whoever waits in `accept`."""
-        try:
-            self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # as in Lane.shutdown
+        _shutdown(self._sock)
 
     def close(self) -> None:
         """Free the fd."""
@@ -222,6 +217,12 @@ def connect(invitation: Mapping[str, Any], timeout_s: float) -> tuple[Lane, Lane
     finally:
         theirs.close()
     return Lane(out, timeout_s), Lane(mine, timeout_s)
+
+
+def _shutdown(sock: socket.socket) -> None:
+    # It may be over already, which is all that was wanted.
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def _set_timeout(sock: socket.socket, timeout_s: float) -> None:

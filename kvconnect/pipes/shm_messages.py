@@ -25,15 +25,16 @@ import os
 import struct
 import threading
 from collections.abc import Callable
-from typing import Final
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Final
 
 from kvconnect.errors import BrokenError, EndOfPipe, KVConnectError, TensorRejectedError
 from kvconnect.pipes import ring, turns, vectored, wire
 from kvconnect.pipes.peer_memory import Chunks, PeerMemory, SharedCopy, useful_threads
 from kvconnect.pipes.ring import Ring
 from kvconnect.pipes.shm_lane import Lane
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: Up to here a message's bytes travel in its packet: two small copies cost less than an acknowledgement.
 INLINE_BYTES: Final = 64 << 10
