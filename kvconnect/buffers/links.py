@@ -157,7 +157,7 @@ class Links:
             pipe = self._join(link, hello)
         except Exception as error:  # noqa: BLE001 - a third party's pipe may raise anything; the readers must hear of it
             failure = foreign(error)
-            logger.warning("no pipe to %s: %s", link.at, failure)
+            self._complain(f"no pipe to {link.at}: {failure}")
             self._channels.close(link.id, "asks")
             self._client.soon(lambda: self._opened(link, failure))
             return
@@ -203,6 +203,10 @@ class Links:
             raise
         self._tell(link, passed)
         return pipe
+
+    def _complain(self, line: str) -> None:
+        logger.log(logging.DEBUG if line in self._told else logging.WARNING, line)
+        self._told.add(line)
 
     def _tell(self, link: Link, passed: Mapping[str, str]) -> None:
         line = f"{link.name} (" + "; ".join(f"not {name}: {why}" for name, why in sorted(passed.items())) + ")"

@@ -15,7 +15,7 @@ from typing import Any
 from kvconnect.buffers.base import Miss
 from kvconnect.buffers.hello import Hello, check_fit
 from kvconnect.control import ControlClient
-from kvconnect.errors import HandshakeError, KVConnectError
+from kvconnect.errors import ClosedError, HandshakeError, KVConnectError
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,8 @@ class Peers:
     def _fail(self, peer: Peer, cause: str, error: KVConnectError) -> None:
         peer.hello, peer.failure = None, Miss(cause, str(error))
         peer.retry_at = time.monotonic() + RETRY_S
-        if (peer.endpoint, cause) not in self._logged:
+        ours = isinstance(error, ClosedError)  # we are shutting down: no news of the peer
+        if not ours and (peer.endpoint, cause) not in self._logged:
             self._logged.add((peer.endpoint, cause))
             logger.warning("peer %s: %s; requests for its KV will be recomputed: %s", peer.endpoint, cause, error)
 

@@ -1,0 +1,268 @@
+"""What the workers' ends do when pipes and peers fail."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections import Counter
+
+import pytest
+import torch
+
+from kvconnect import registry
+from kvconnect.buffers.base import Want
+from kvconnect.buffers.choice import choose_pipe, describe_pipes
+from kvconnect.errors import BrokenError, DeadlineError, HandshakeError, LoadError, UnknownBackendError
+from kvconnect.pipes.base import Pipe, Reach, Traits, Transfer, Verdict
+from kvconnect.pipes.inproc import InprocPipe
+from tests.buffers.engines import Engine, eventually, group, key
+
+
+class FaultyPipe(InprocPipe):
+    """An inproc pipe that fails as the test says."""
+
+    opened: Counter = Counter()
+    breaks: int = 0
+    clogs = False
+    refuses = False
+    started: list = []  # clogged transfers
+    held: list = []  # those of them that were cancelled
+
+    def __init__(self, spec):
+        if type(self).refuses and spec.side == "serves":
+            raise ValueError("a third party's fault")
+        super().__init__(spec)
+        type(self).opened[spec.side] += 1
+
+    def read_blocks(self, remote, local):
+        cls = type(self)
+        if cls.breaks:
+            cls.breaks -= 1
+            self.abort()
+            raise BrokenError("cut")
+        if cls.clogs:
+            transfer = Transfer(1, lambda: cls.held.append(transfer))
+            cls.started.append(transfer)
+            return transfer
+        return super().read_blocks(remote, local)
+
+
+@pytest.fixture
+def faulty(monkeypatch):
+    cls = type("Faulty", (FaultyPipe,), {"opened": Counter(), "started": [], "held": []})
+    real = registry.pipe
+    monkeypatch.setattr(registry, "pipe", lambda name: cls if name == "inproc" else real(name))
+    return cls
+
+
+def engines(**options):
+    options = {"group": group(), **options}
+    return Engine("P", produces=True, **options), Engine("D", consumes=True, **options)
+
+
+@pytest.fixture
+def pair(faulty):
+    p, d = engines(transfer_timeout_s=0.5)
+    yield p, d
+    d.close()
+    p.close()
+
+
+def claimed(p, d, number=1, blocks=((1, 2, 3),)):
+    return d.find(f"r{number}", Want(key(number), ticket=p.offer(number, blocks)))
+
+
+def test_readers_of_a_new_peer_share_one_opening(pair, faulty):
+    p, d = pair
+    claims = [claimed(p, d, number, ((number,),)) for number in range(1, 9)]
+    transfers = [d.read(claim, local=((30 + i,),)) for i, claim in enumerate(claims)]
+    for transfer in transfers:
+        transfer.wait(8)
+    assert faulty.opened == {"asks": 1, "serves": 1}
+    for i in range(8):
+        assert torch.equal(d.block(30 + i), p.block(1 + i))
+
+
+def test_a_pipe_that_had_died_is_opened_anew_and_the_read_goes_on(pair, faulty):
+    p, d = pair
+    d.read(claimed(p, d, 1)).wait(8)
+    faulty.breaks = 1
+    d.read(claimed(p, d, 2), local=((20, 21, 22),)).wait(8)
+    assert torch.equal(d.block(20), p.block(1))
+    assert faulty.opened == {"asks": 2, "serves": 2}
+    eventually(lambda: p.workers[0]._pipes.count == 1)
+
+
+def test_a_pipe_that_keeps_breaking_fails_the_load_and_only_that(pair, faulty):
+    p, d = pair
+    faulty.breaks = 2
+    with pytest.raises(LoadError, match="cut") as caught:
+        d.read(claimed(p, d, 1)).wait(8)
+    assert isinstance(caught.value.__cause__, BrokenError)
+    assert d.workers[0].stats()["failed_broken"] == 1
+    d.read(claimed(p, d, 2)).wait(8)
+
+
+def test_a_clogged_transfer_ends_at_its_deadline_and_not_before_the_pipe_let_go(pair, faulty):
+    p, d = pair
+    faulty.clogs = True
+    done = threading.Event()
+    claim = claimed(p, d)
+    transfer = d.workers[0].read(claim, claim.blocks, ((10, 11, 12),), lambda _: done.set())
+    held = eventually(lambda: faulty.held)
+    assert not transfer.done, "the engine got its blocks back while the pipe could still write to them"
+    held[0].finish(LoadError("cancelled"))
+    assert done.wait(8)
+    with pytest.raises(DeadlineError, match=r"within 0.5 s"):
+        transfer.poll()
+    assert p.end.stats()["released"] == 0, "a failed load was released"
+
+
+def test_a_cancelled_load_ends_once_the_pipe_let_go(pair, faulty):
+    p, d = pair
+    faulty.clogs = True
+    transfer = d.read(claimed(p, d))
+    eventually(lambda: faulty.started)
+    transfer.cancel()
+    held = eventually(lambda: faulty.held)
+    assert not transfer.done
+    held[0].finish(LoadError("cancelled"))
+    eventually(lambda: transfer.done)
+    with pytest.raises(LoadError):
+        transfer.poll()
+
+
+def test_whatever_a_third_partys_pipe_raises_is_a_load_error(pair, faulty, caplog):
+    p, d = pair
+    faulty.refuses = True
+    with caplog.at_level(logging.WARNING), pytest.raises(LoadError, match="ValueError: a third party's fault"):
+        d.read(claimed(p, d)).wait(8)
+
+
+def test_a_failed_opening_is_not_repeated_for_every_request(pair, faulty):
+    p, d = pair
+    faulty.refuses = True
+    first, second = claimed(p, d, 1), claimed(p, d, 2)
+    for claim in (first, second):
+        with pytest.raises(LoadError):
+            d.read(claim).wait(8)
+    assert faulty.opened["asks"] == 0
+
+
+def test_closing_ends_loads_that_run(faulty):
+    p, d = engines()
+    faulty.clogs = True
+    transfer = d.read(claimed(p, d))
+    eventually(lambda: faulty.started)
+    closing = threading.Thread(target=d.close)
+    closing.start()
+    eventually(lambda: faulty.held)[0].finish(LoadError("cancelled"))
+    closing.join(15)
+    assert transfer.done
+    assert isinstance(transfer.error, LoadError)
+    late = d.read(claimed_by_nobody(p, d))
+    assert late.done
+    p.close()
+
+
+def claimed_by_nobody(p, d):
+    from kvconnect.buffers.base import Claim
+
+    return Claim("g", key(1), ((1,),), {"at": "127.0.0.1:1", "incarnation": "x"})
+
+
+def test_a_scheduler_that_is_gone_fails_the_confirmation(pair):
+    p, d = pair
+    d.read(claimed(p, d, 1)).wait(8)
+    claim = claimed(p, d, 2)
+    p.end.close()
+    with pytest.raises(LoadError):
+        d.read(claim).wait(8)
+
+
+def test_counters_tell_loads_bytes_and_failures(pair):
+    p, d = pair
+    d.read(claimed(p, d)).wait(8)
+    stats = d.workers[0].stats()
+    assert stats["loads"] == 1
+    assert stats["bytes"] == 3 * 3 * 512
+
+
+# -- a producer that is killed --------------------------------------------------------------
+
+
+def produce(connection, name, pipe, chosen):
+    p = Engine("P", produces=True, pipe=pipe, group=name)
+    connection.send([p.offer(number, ((number, number + 1),)) for number in range(1, 9)])
+    connection.send(chosen)
+    connection.recv()
+
+
+@pytest.mark.parametrize("pipe", ["tcp", "shm"])
+def test_a_killed_producer_fails_loads_and_later_lookups_in_time(pipe):
+    if pipe not in describe_pipes("auto", "cpu"):
+        pytest.skip(f"{pipe} is not available")
+    name = group()
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=produce, args=(theirs, name, pipe, 0), daemon=True)
+    process.start()
+    theirs.close()
+    d = Engine("D", consumes=True, pipe=pipe, group=name)
+    assert ours.poll(50)
+    tickets = ours.recv()
+    d.read(d.find("warm", Want(key(1), ticket=tickets[0]))).wait(10)
+    claim = d.find("r", Want(key(2), ticket=tickets[1]))
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(10)
+    with pytest.raises(LoadError):
+        d.read(claim).wait(10)
+    d.end.settle("r")
+    answer = d.find("late", Want(key(3), ticket=tickets[2]))
+    assert getattr(answer, "cause", "claim") in ("unreachable", "claim")
+    d.close()
+
+
+# -- choosing -----------------------------------------------------------------------------------
+
+
+def pipes(monkeypatch, **classes):
+    monkeypatch.setattr(registry, "pipe", classes.__getitem__)
+
+
+def stub(reach=Reach.NETWORK, reaches=True, **traits):
+    class Stub(InprocPipe):
+        @classmethod
+        def can_reach(cls, local, remote):
+            return Verdict(reaches, "" if reaches else "too far")
+
+    Stub.traits = Traits(reach=reach, **traits)
+    return Stub
+
+
+def both(*names):
+    return {"pipes": {name: {} for name in names}}
+
+
+def test_the_nearest_pipe_that_reaches_is_chosen_and_the_others_are_explained(monkeypatch):
+    pipes(monkeypatch, far=stub(), near=stub(Reach.HOST), nearest=stub(Reach.PROCESS, reaches=False))
+    name, _, passed = choose_pipe(both("far", "near", "nearest", "ours"), both("far", "near", "nearest"))
+    assert name == "near"
+    assert passed == {"nearest": "too far", "far": "near is nearer", "ours": "only one side has it"}
+
+
+def test_no_common_pipe_is_refused_with_every_reason(monkeypatch):
+    pipes(monkeypatch, near=stub(Reach.HOST, reaches=False))
+    with pytest.raises(HandshakeError, match="near: too far; other: only one side has it"):
+        choose_pipe(both("near"), both("near", "other"))
+
+
+def test_an_unknown_pipe_fails_at_the_start():
+    with pytest.raises(UnknownBackendError, match="did you mean 'tcp'"):
+        Engine("D", consumes=True, pipe="tpc", group=group())
+
+
+def test_every_available_pipe_is_described():
+    found = describe_pipes("auto", "cpu")
+    assert "inproc" in found
+    assert all(issubclass(registry.pipe(name), Pipe) for name in found)
