@@ -26,6 +26,7 @@ from kvconnect.errors import (
 from kvconnect.pipes.base import Pipe
 from kvconnect.testing.leaks import Holdings, assert_nothing_left
 from kvconnect.testing.peers import LIMIT_S, PipePair, open_pair, spawn
+from kvconnect.testing.samples import fidelity_samples, same
 
 #: A send of these many bytes, time and again, ends up waiting for the receiver.
 BIG_BYTES = 4 << 20
@@ -42,14 +43,14 @@ def messages_arrive_in_the_order_sent(pair: PipePair) -> None:
     for sender, receiver in ((pair.here, pair.there), (pair.there, pair.here)):
         sent = [torch.full((1 << (i % 20),), i, dtype=torch.int32) for i in range(40)]
         for expected, got in zip(sent, _carry(sender, receiver, sent), strict=True):
-            _same(expected, got)
+            same(expected, got)
 
 
 def none_is_a_message_not_an_end(pair: PipePair) -> None:
     """Clause 1: ``None`` arrives in its place, and what follows it arrives, too."""
     sent = [torch.ones(3), None, None, torch.zeros(2)]
     for expected, got in zip(sent, _carry(pair.here, pair.there, sent), strict=True):
-        _same(expected, got)
+        same(expected, got)
 
 
 def several_tensors_at_once_arrive_in_order(pair: PipePair) -> None:
@@ -57,7 +58,7 @@ def several_tensors_at_once_arrive_in_order(pair: PipePair) -> None:
     sent: list[Tensor | None] = [torch.arange(i) for i in range(5)] + [None]
     sending = spawn(lambda: pair.here.send_tensors(sent))
     for expected in sent:
-        _same(expected, _receive(pair.there))
+        same(expected, _receive(pair.there))
     sending.result(LIMIT_S)
 
 
@@ -73,7 +74,7 @@ def memory_is_the_callers_again_when_a_send_returns(pair: PipePair) -> None:
 
         sending = spawn(send)
         returned.wait(SETTLE_S)  # a pipe that does not buffer returns only once it is received
-        _same(torch.ones(count), _receive(pair.there))
+        same(torch.ones(count), _receive(pair.there))
         sending.result(LIMIT_S)
 
 
@@ -84,18 +85,18 @@ def what_was_received_is_the_receivers_own(pair: PipePair) -> None:
     assert first is not None
     assert second is not None
     first.fill_(3)
-    _same(torch.ones(1000), second)
-    _same(torch.ones(1000), original)
+    same(torch.ones(1000), second)
+    same(torch.ones(1000), original)
     later = _carry(pair.here, pair.there, [torch.full((1000,), 9.0)])
-    _same(torch.full((1000,), 9.0), later[0])
-    _same(torch.full((1000,), 3.0), first)
+    same(torch.full((1000,), 9.0), later[0])
+    same(torch.full((1000,), 3.0), first)
 
 
 def shape_dtype_and_values_survive(pair: PipePair) -> None:
     """Clause 3: every dtype; zero-size, zero-dim, strided, expanded, with a gradient; results are contiguous."""
     sent = fidelity_samples()
     for expected, got in zip(sent, _carry(pair.here, pair.there, sent), strict=True):
-        _same(expected, got)
+        same(expected, got)
         assert got is not None
         assert got.is_contiguous()
         assert not got.requires_grad
@@ -106,7 +107,7 @@ def what_cannot_be_carried_is_refused_before_a_byte_moves(pair: PipePair) -> Non
     for unfit in (torch.eye(3).to_sparse(), torch.empty(2, device="meta")):
         error = _error(lambda unfit=unfit: pair.here.send_tensor(unfit))  # type: ignore[misc]
         assert isinstance(error, TensorRejectedError), f"{unfit.layout} on {unfit.device}: got {error!r}"
-    _same(torch.ones(2), _carry(pair.here, pair.there, [torch.ones(2)])[0])
+    same(torch.ones(2), _carry(pair.here, pair.there, [torch.ones(2)])[0])
 
 
 def a_tensor_can_be_received_into_its_final_memory(pair: PipePair) -> None:
@@ -114,12 +115,12 @@ def a_tensor_can_be_received_into_its_final_memory(pair: PipePair) -> None:
     sending = spawn(lambda: pair.here.send_tensors([torch.arange(6.0), torch.ones(3), None, torch.zeros(6)]))
     out = torch.empty(6)
     _within(lambda: pair.there.recv_tensor_into(out))
-    _same(torch.arange(6.0), out)
+    same(torch.arange(6.0), out)
     for _ in range(2):
         error = _error(lambda: pair.there.recv_tensor_into(out))
         assert isinstance(error, TensorRejectedError), f"a message that does not fit: got {error!r}"
     _within(lambda: pair.there.recv_tensor_into(out))
-    _same(torch.zeros(6), out)
+    same(torch.zeros(6), out)
     sending.result(LIMIT_S)
 
 
@@ -130,7 +131,7 @@ def a_second_receiver_is_busy_and_the_first_goes_on(pair: PipePair) -> None:
     assert isinstance(busy.exception(), BusyError), f"got {busy.exception()!r}"
     other = receiving[1 - receiving.index(busy)]
     pair.here.send_tensor(torch.ones(2))
-    _same(torch.ones(2), other.result(LIMIT_S))
+    same(torch.ones(2), other.result(LIMIT_S))
 
 
 def a_second_sender_is_busy_and_the_first_goes_on(pair: PipePair) -> None:
@@ -140,7 +141,7 @@ def a_second_sender_is_busy_and_the_first_goes_on(pair: PipePair) -> None:
     assert isinstance(error, BusyError), f"a second sender: got {error!r}"
     _within(lambda: _expect_numbered(pair.there, number + 1))
     sending.result(LIMIT_S)
-    _same(torch.ones(1), _carry(pair.here, pair.there, [torch.ones(1)])[0])
+    same(torch.ones(1), _carry(pair.here, pair.there, [torch.ones(1)])[0])
 
 
 def both_directions_work_at_once(pair: PipePair) -> None:
@@ -195,7 +196,7 @@ def all_that_was_sent_before_a_close_arrives_then_the_end(pair: PipePair) -> Non
     sending = spawn(send)
     threading.Event().wait(SETTLE_S)
     for expected in sent:
-        _same(expected, _receive(pair.there))
+        same(expected, _receive(pair.there))
     for _ in range(2):
         error = _error(pair.there.recv_tensor)
         assert isinstance(error, EndOfPipe), f"after the last message: got {error!r}"
@@ -239,7 +240,7 @@ def a_silent_peer_is_a_deadline_and_no_harm(pair: PipePair) -> None:
     short = pair.another(timeout_s=SETTLE_S)
     error = _error(short.here.recv_tensor)
     assert isinstance(error, DeadlineError), f"nothing to receive: got {error!r}"
-    _same(torch.ones(4), _carry(short.there, short.here, [torch.ones(4)])[0])
+    same(torch.ones(4), _carry(short.there, short.here, [torch.ones(4)])[0])
 
 
 def a_peer_that_does_not_receive_is_a_deadline(pair: PipePair) -> None:
@@ -252,9 +253,9 @@ def a_peer_that_does_not_receive_is_a_deadline(pair: PipePair) -> None:
         got = _receive_or_error(short.there)
         if isinstance(got, Exception):
             break  # the failed send took the pipe with it
-        _same(_numbered(number), got)
+        same(_numbered(number), got)
     if again.exception(LIMIT_S) is None:
-        _same(torch.full((1,), -1.0), _receive(short.there))
+        same(torch.full((1,), -1.0), _receive(short.there))
     else:
         assert isinstance(again.exception(), (BrokenError, DeadlineError)), f"got {again.exception()!r}"
         assert isinstance(_drain(short.there), KVConnectError)
@@ -265,7 +266,7 @@ def opening_and_closing_leaves_nothing_behind(pair: PipePair) -> None:
     before: Holdings | None = None
     for _ in range(4):
         each = open_pair(pair.pipe_class, pair.options, pair.timeout_s)
-        _same(torch.ones(5), _carry(each.here, each.there, [torch.ones(5)])[0])
+        same(torch.ones(5), _carry(each.here, each.there, [torch.ones(5)])[0])
         each.here.close()
         each.there.close()
         each.close()
@@ -298,35 +299,6 @@ LAWS: tuple[Callable[[PipePair], None], ...] = (
     a_peer_that_does_not_receive_is_a_deadline,
     opening_and_closing_leaves_nothing_behind,
 )
-
-
-def fidelity_samples() -> list[Tensor]:
-    """Return tensors of every dtype and of every awkward shape and stride that a pipe carries."""
-    dtypes = (
-        torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
-        torch.uint16, torch.uint32, torch.uint64,
-        torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128,
-        torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz,
-    )  # fmt: skip
-    raw = torch.randint(0, 2, (96,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    samples = [raw.view(torch.bool) if dtype is torch.bool else raw.view(dtype) for dtype in dtypes]
-    base = torch.arange(24, dtype=torch.float32).reshape(2, 3, 4)
-    samples += [
-        torch.tensor(1.5),
-        torch.tensor(True),
-        torch.empty(0),
-        torch.empty(3, 0, 2, dtype=torch.bfloat16),
-        base.permute(2, 0, 1),
-        base[:, ::2, 1:3],
-        torch.ones(1, 4).expand(3, 4),
-        base[0, 1:],
-        torch.ones(3, requires_grad=True),
-        torch.ones(1, 1, 1, 1, 1, 1, 1, 2),
-        torch.randn(3, 3, dtype=torch.complex64).conj(),
-        torch.tensor([float("nan"), float("inf"), -0.0]),
-        torch.arange(300_000, dtype=torch.int64),
-    ]
-    return samples
 
 
 # -- what laws are made of ------------------------------------------------------
@@ -382,7 +354,7 @@ def _numbered(i: int) -> Tensor:
 
 def _expect_numbered(pipe: Pipe, count: int) -> None:
     for i in range(count):
-        _same(_numbered(i), pipe.recv_tensor())
+        same(_numbered(i), pipe.recv_tensor())
 
 
 def _drain_numbered(pipe: Pipe) -> Exception | None:
@@ -390,7 +362,7 @@ def _drain_numbered(pipe: Pipe) -> Exception | None:
         got = _receive_or_error(pipe)
         if isinstance(got, Exception):
             return got
-        _same(_numbered(i), got)
+        same(_numbered(i), got)
     return None
 
 
@@ -420,19 +392,3 @@ def _first_failed(calls: Sequence[Future[Tensor | None]]) -> Future[Tensor | Non
         call.add_done_callback(lambda _: over.set())
     assert over.wait(PROMPT_S), "both calls wait: the second was not told that it is busy"
     return next(call for call in calls if call.done())
-
-
-def _same(expected: Tensor | None, got: Tensor | None) -> None:
-    if expected is None or got is None:
-        assert expected is got, f"sent {_describe(expected)}, received {_describe(got)}"
-        return
-    assert _describe(expected) == _describe(got), f"sent {_describe(expected)}, received {_describe(got)}"
-    assert _bytes(expected).equal(_bytes(got)), f"values of {_describe(expected)} changed"
-
-
-def _describe(tensor: Tensor | None) -> str:
-    return "None" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().resolve_conj().contiguous().reshape(-1).view(torch.uint8)

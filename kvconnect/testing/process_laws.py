@@ -25,8 +25,9 @@ from kvconnect.testing.layouts import (
 )
 from kvconnect.testing.leaks import Holdings, assert_nothing_left
 from kvconnect.testing.peers import LIMIT_S, spawn
-from kvconnect.testing.pipe_laws import MANY, fidelity_samples
+from kvconnect.testing.pipe_laws import MANY
 from kvconnect.testing.processes import ProcessPeer, RemoteEnd
+from kvconnect.testing.samples import fidelity_samples, same
 
 _BIG = 64 << 20
 _SETTLE_S = 0.3
@@ -41,12 +42,7 @@ def tensors_survive_the_way_to_another_process_and_back(peer: ProcessPeer) -> No
     for tensor in sent:
         spawn(lambda tensor=tensor: end.pipe.send_tensor(tensor)).result(LIMIT_S)  # type: ignore[misc]
         got = spawn(end.pipe.recv_tensor).result(LIMIT_S)
-        if tensor is None or got is None:
-            assert tensor is got
-            continue
-        assert (tuple(got.shape), got.dtype) == (tuple(tensor.shape), tensor.dtype)
-        plain = tensor.detach().resolve_conj().contiguous()
-        assert got.reshape(-1).view(torch.uint8).equal(plain.reshape(-1).view(torch.uint8))
+        same(tensor, got)
     echo.result(LIMIT_S)
     end.pipe.abort()
 
