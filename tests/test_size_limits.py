@@ -42,7 +42,9 @@ def attributes(node: ast.ClassDef) -> list[str]:
     found = {
         child.target.id
         for child in node.body
-        if isinstance(child, ast.AnnAssign) and isinstance(child.target, ast.Name)
+        if isinstance(child, ast.AnnAssign)
+        and isinstance(child.target, ast.Name)
+        and not ast.unparse(child.annotation).startswith("ClassVar")
     }
     found |= {
         child.attr
