@@ -71,11 +71,13 @@ def run_prefill(args: argparse.Namespace, prefill_done: Event, decode_done: Even
     from vllm import SamplingParams
 
     llm = make_llm(args, "kv_producer", 0)
-    llm.generate(AT_PREFILL, SamplingParams(temperature=0, top_p=0.95, max_tokens=1))
-    print("Prefill node is finished.", flush=True)
-    prefill_done.set()
-    decode_done.wait(TIMEOUT_S)
-    shut_down(llm)
+    try:
+        llm.generate(AT_PREFILL, SamplingParams(temperature=0, top_p=0.95, max_tokens=1))
+        print("Prefill node is finished.", flush=True)
+        prefill_done.set()
+        decode_done.wait(TIMEOUT_S)
+    finally:
+        shut_down(llm)
 
 
 def run_decode(args: argparse.Namespace, prefill_done: Event, decode_done: Event) -> None:
@@ -146,16 +148,15 @@ def main() -> int:
     try:
         prefill.start()
         decode.start()
-        # Whichever ends first: the other follows soon, or has failed.
-        wait([prefill.sentinel, decode.sentinel], TIMEOUT_S)
-        if not prefill.is_alive():
-            decode.join(30)  # P ends by itself only when D has said that it is done
-        if decode.is_alive():
-            what = "the decode node did not finish" if prefill.is_alive() else "the prefill node failed"
-            print(what, file=sys.stderr)
+        if wait([prefill.sentinel, decode.sentinel], TIMEOUT_S):
+            # One has ended: the other follows soon, or one of them has failed.
+            decode.join(60)
+            prefill.join(30)
+        if decode.exitcode is None:
+            why = f"the prefill node ended with {prefill.exitcode}" if prefill.exitcode else "it took too long"
+            print(f"the decode node did not finish: {why}", file=sys.stderr)
             return 1
-        prefill.join(30)
-        return decode.exitcode or 0
+        return decode.exitcode
     finally:
         for process in (decode, prefill):
             if process.is_alive():
