@@ -33,7 +33,18 @@ _HOME = {
     "Traits": "kvconnect.pipes.base",
     "Transfer": "kvconnect.pipes.base",
 }
-__all__ = [*sorted(_HOME), "__version__"]
+__all__ = [
+    "Config",
+    "Grant",
+    "KVConnectError",
+    "LookupBuffer",
+    "LookupKey",
+    "Pipe",
+    "PipeSpec",
+    "Traits",
+    "Transfer",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,9 @@ from kvconnect.errors import ConfigError, nearest
 
 T = TypeVar("T")
 
+#: Where vLLM's users write these options.
+PATH = "kv_connector_extra_config"
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -72,18 +75,18 @@ class Config:
     kv_parallel_size: int | None = None
 
     @classmethod
-    def parse(cls, extra: Mapping[str, Any], path: str = "kv_connector_extra_config") -> Config:
+    def parse(cls, extra: Mapping[str, Any]) -> Config:
         """Read ``kv_connector_extra_config``.
 
         Raises:
             ConfigError: an unknown key, a wrong type or a value out of range; names path and cure.
 
         """
-        config = parse_options(cls, extra, path)
-        config._check(path)
-        return config
+        return parse_options(cls, extra, PATH)
 
-    def _check(self, path: str) -> None:
+    def __post_init__(self) -> None:
+        """Check ranges; raise `ConfigError`."""
+        path = PATH
         for name in ("lease_s", "connect_timeout_s", "lookup_timeout_s", "transfer_timeout_s", "release_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{path}.{name} must be greater than 0, got {getattr(self, name)}")

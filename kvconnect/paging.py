@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -90,11 +90,7 @@ class PagedLayout:
 
     def nbytes(self, blocks: BlockIds) -> int:
         """Length of the canonical stream of ``blocks``, in bytes."""
-        return sum(
-            len(ids) * layer.block_bytes
-            for group, ids in enumerate(blocks)
-            for layer in self.in_group(group)
-        )
+        return sum(len(ids) * layer.block_bytes for group, ids in enumerate(blocks) for layer in self.in_group(group))
 
     def check(self, blocks: BlockIds) -> None:
         """Raise `HandshakeError` if a block id (from a peer, say) lies outside this memory."""
@@ -183,14 +179,28 @@ class PagedMemory:
         return place(self.layout, self.bases, blocks)
 
 
+class Strided(NamedTuple):
+    """A tensor's place in its region.
+
+    Args:
+        offset: of its first element, in bytes.
+        shape: in elements.
+        strides: in elements.
+        itemsize: bytes of an element.
+
+    """
+
+    offset: int
+    shape: Sequence[int]
+    strides: Sequence[int]
+    itemsize: int
+
+
 def layer_from_strides(
     name: str,
     group: int,
     region: int,
-    offset: int,
-    shape: Sequence[int],
-    strides: Sequence[int],
-    itemsize: int,
+    view: Strided,
     *,
     block_dim: int,
     num_blocks: int,
@@ -204,9 +214,7 @@ def layer_from_strides(
 
     Args:
         name, group, region: which layer it is, its KV-cache group, the region that holds it.
-        offset: of the tensor's first element in the region, in bytes.
-        shape, strides: of the tensor, in elements.
-        itemsize: bytes of an element.
+        view: the tensor.
         block_dim: the dimension that counts blocks.
         num_blocks: blocks of the engine's pool; a multiple of it in ``block_dim``
             means that the backend splits each block into equal kernel blocks.
@@ -215,19 +223,19 @@ def layer_from_strides(
         HandshakeError: the tensor does not hold ``num_blocks`` whole blocks.
 
     """
-    count, rest = divmod(shape[block_dim], num_blocks)
+    dims = [(size, stride * view.itemsize) for size, stride in zip(view.shape, view.strides, strict=True)]
+    size, stride = dims.pop(block_dim)
+    count, rest = divmod(size, num_blocks)
     if rest or count == 0:
-        raise HandshakeError(f"layer {name!r} has {shape[block_dim]} blocks, the engine's pool has {num_blocks}")
-    inner = [(n, s * itemsize) for dim, (n, s) in enumerate(zip(shape, strides, strict=True)) if dim != block_dim]
-    inner.append((count, strides[block_dim] * itemsize))
-    piece, runs = itemsize, []
-    for n, stride in sorted((pair for pair in inner if pair[0] > 1), key=lambda pair: pair[1]):
-        if stride == piece and not runs:
+        raise HandshakeError(f"layer {name!r} has {size} blocks, the engine's pool has {num_blocks}")
+    piece = view.itemsize
+    runs: list[tuple[int, int]] = []
+    for n, step in sorted(((n, step) for n, step in (*dims, (count, stride)) if n > 1), key=lambda dim: dim[1]):
+        if step == piece and not runs:
             piece *= n
         else:
-            runs.append((n, stride))
-    block_stride = strides[block_dim] * itemsize * count
-    return LayerLayout(name, group, region, offset, block_stride, num_blocks, piece, tuple(reversed(runs)))
+            runs.append((n, step))
+    return LayerLayout(name, group, region, view.offset, stride * count, num_blocks, piece, tuple(reversed(runs)))
 
 
 def place(layout: PagedLayout, bases: npt.NDArray[np.uint64], blocks: BlockIds) -> IoVec:
@@ -282,6 +290,4 @@ def _check_layer(layer: LayerLayout, region_bytes: Sequence[int]) -> None:
     last = layer.offset + (layer.num_blocks - 1) * layer.block_stride
     last += sum((count - 1) * stride for count, stride in layer.inner) + layer.piece_bytes
     if last > region_bytes[layer.region]:
-        raise HandshakeError(
-            f"layer {layer.name!r} ends at byte {last}, its region has {region_bytes[layer.region]}"
-        )
+        raise HandshakeError(f"layer {layer.name!r} ends at byte {last}, its region has {region_bytes[layer.region]}")

@@ -80,7 +80,8 @@ def block_dim(shape: tuple[int, ...], num_blocks: int) -> int:
 
 def block_ids(blocks: KVCacheBlocks) -> tuple[list[int], ...]:
     """Return a request's block table, per group."""
-    return blocks.get_block_ids()
+    ids: tuple[list[int], ...] = blocks.get_block_ids()
+    return ids
 
 
 def make_results(received: set[str], failed: set[str]) -> Any:
@@ -120,7 +121,8 @@ class BlockPins:
     @property
     def free(self) -> int:
         """Blocks that a request could get now."""
-        return self._pool.get_num_free_blocks()
+        free: int = self._pool.get_num_free_blocks()
+        return free
 
     def pin(self, ids: Iterable[int]) -> None:
         """Hold ``ids``; null blocks are skipped."""

@@ -60,7 +60,5 @@ def _layer(
         dim = compat.block_dim(tuple(tensor.shape), num_blocks)
     except ValueError as error:
         raise HandshakeError(f"layer {name!r}: {error}") from error
-    return paging.layer_from_strides(
-        name, group, region, tensor.data_ptr() - base, tensor.shape, tensor.stride(), tensor.element_size(),
-        block_dim=dim, num_blocks=num_blocks,
-    )  # fmt: skip
+    view = paging.Strided(tensor.data_ptr() - base, tuple(tensor.shape), tuple(tensor.stride()), tensor.element_size())
+    return paging.layer_from_strides(name, group, region, view, block_dim=dim, num_blocks=num_blocks)

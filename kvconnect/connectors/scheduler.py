@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+#: Steps that an idle engine takes for the sake of introductions, lest one that fails spins for ever.
+_ASK_AT_MOST = 100
+
 
 class SchedulerHalf:
     """Joins `Lending` (producers) and `Fetching` (consumers) to vLLM's scheduler hooks.
@@ -39,6 +42,7 @@ class SchedulerHalf:
         self._lending: Lending | None = None
         self._fetching: Fetching | None = None
         self._workers: dict[int, Any] = {}
+        self._asked = 0
         if engine.refusal:
             log.warning("kvconnect hands over no KV: %s; every request is computed locally", engine.refusal)
             return
@@ -49,9 +53,12 @@ class SchedulerHalf:
                 self._end, engine.namespace, engine.groups, engine.step_blocks, config.unasked_share
             )
         if engine.settings.consumes:
-            self._fetching = Fetching(
-                self._end, engine.namespace, engine.groups, content_lookup=config.content_lookup
-            )
+            self._fetching = Fetching(self._end, engine.namespace, engine.groups, content_lookup=config.content_lookup)
+
+    @property
+    def _introduced(self) -> bool:
+        """Whether every worker has described itself."""
+        return len(self._workers) == self._engine.settings.num_parts
 
     def bind_pool(self, pool: BlockPool) -> None:
         """Learn vLLM's block pool."""
@@ -92,8 +99,9 @@ class SchedulerHalf:
         if self._lending is not None:
             self._lending.after_step()
         loads = () if self._fetching is None else self._fetching.take_loads()
-        known = len(self._workers) == self._engine.settings.num_parts
-        return Plan(loads, introduce=self._end is not None and not known)
+        introduce = self._end is not None and not self._introduced
+        self._asked += introduce
+        return Plan(loads, introduce)
 
     def worker_output(self, output: KVConnectorOutput) -> None:
         """``update_connector_output``: loads that are over, and the workers' introductions."""
@@ -102,15 +110,20 @@ class SchedulerHalf:
         news = output.kv_connector_worker_meta
         if isinstance(news, WorkerNews) and self._end is not None:
             self._workers.update(news.descriptions)
-            if len(self._workers) == self._engine.settings.num_parts:
+            if self._introduced:
                 self._end.introduce([self._workers[rank] for rank in sorted(self._workers)])
 
     def wants_steps(self) -> bool:
-        """``has_pending_push_work``: keep an idle engine stepping while takers are expected to release."""
+        """``has_pending_push_work``: keep an idle producer stepping.
+
+        While takers are expected to release, so that their blocks return; and right after
+        the start, until its workers have introduced themselves: who asks before the first
+        request would wait for them.
+        """
         if self._lending is None or self._end is None:
             return False
         self._lending.take_back()
-        return self._end.awaits_takers()
+        return self._end.awaits_takers() or (not self._introduced and self._asked < _ASK_AT_MOST)
 
     # -- the rest -------------------------------------------------------------------
 

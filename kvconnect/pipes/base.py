@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kvconnect.paging import BlockIds, PagedLayout, PagedMemory
+    from kvconnect.pipes.stream import BlockStream
 
 Message = Mapping[str, Any]
 
@@ -312,9 +313,9 @@ class Pipe(ABC):
         """Start to copy this end's blocks ``local`` into the peer's blocks ``remote``."""
         return self._attached().write(local, remote)
 
-    _stream: Any = None
+    _stream: BlockStream | None = None
 
-    def _attached(self) -> Any:
+    def _attached(self) -> BlockStream:
         if self._stream is None:
             raise ClosedError("attach() this pipe to paged memory before moving blocks")
         return self._stream
