@@ -13,8 +13,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -77,8 +76,9 @@ class ShmPipe(Pipe):
         self._options = _options(spec)
         self._timeout_s = spec.timeout_s
         self._beacon = Beacon()
-        self._sending, self._receiving, self._meeting = threading.Lock(), threading.Lock(), threading.Lock()
         self._life = _Life(self._free)
+        self._sending, self._receiving = _Turn("send", self._life), _Turn("receive", self._life)
+        self._meeting = threading.Lock()
         self._ends: tuple[Sender, Receiver] | None = None
         self._listener: Listener | None = None
         self._peer: PeerMemory | None = None
@@ -121,17 +121,17 @@ class ShmPipe(Pipe):
 
     def send_tensor(self, tensor: Tensor | None) -> None:
         """Send one message; a large one returns once the peer has copied it."""
-        with self._alone(self._sending, "send"):
+        with self._sending:
             self._meet(self._timeout_s)[0].send(tensor)
 
     def recv_tensor(self) -> Tensor | None:
         """Receive the next message, as a new tensor."""
-        with self._alone(self._receiving, "receive"):
+        with self._receiving:
             return self._meet(self._timeout_s)[1].receive()
 
     def recv_tensor_into(self, out: Tensor) -> None:
         """Receive the next message straight into ``out``: no new memory is touched."""
-        with self._alone(self._receiving, "receive"):
+        with self._receiving:
             self._meet(self._timeout_s)[1].receive(out)
 
     def close(self) -> None:
@@ -154,32 +154,15 @@ class ShmPipe(Pipe):
             finally:
                 self._life.leave()
 
-    @contextmanager
-    def _alone(self, lock: threading.Lock, what: str) -> Iterator[None]:
-        self._life.enter()
-        try:
-            if not lock.acquire(blocking=False):
-                raise BusyError(f"another thread is in the middle of a {what} on this end")
-            try:
-                yield
-            finally:
-                lock.release()
-        except (BrokenError, DeadlineError, EndOfPipe) as error:
-            if self._life.closed:
-                raise ClosedError("this end was closed") from error
-            raise
-        finally:
-            self._life.leave()
-
     def _say_goodbye(self) -> None:
-        if not self._sending.acquire(blocking=False):
+        if not self._sending.lock.acquire(blocking=False):
             return  # a send is cut short by this close, so this is no orderly end
         try:
             self._meet(0.0)[0].end()
         except KVConnectError as error:
             log.debug("the peer does not hear that this end closes: %s", error)
         finally:
-            self._sending.release()
+            self._sending.lock.release()
 
     # -- meeting and parting ------------------------------------------------------
 
@@ -326,11 +309,33 @@ class _Life:
     def leave(self) -> None:
         with self._left:
             self._inside -= 1
+            if not self.closed:
+                return
             self._left.notify_all()
-            free = self.closed and not self._inside and not self._freed
+            free = not self._inside and not self._freed
             self._freed = self._freed or free
         if free:
             self._free()
+
+
+class _Turn:
+    """For one thread at a time to be inside a pipe and do one thing. Reused, since a message must be cheap."""
+
+    def __init__(self, what: str, life: _Life) -> None:
+        self.lock = threading.Lock()
+        self._what, self._life = what, life
+
+    def __enter__(self) -> None:
+        self._life.enter()
+        if not self.lock.acquire(blocking=False):
+            self._life.leave()
+            raise BusyError(f"another thread is in the middle of a {self._what} on this end")
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        self.lock.release()
+        self._life.leave()
+        if self._life.closed and isinstance(error, (BrokenError, DeadlineError, EndOfPipe)):
+            raise ClosedError("this end was closed") from error
 
 
 def _options(spec: PipeSpec) -> ShmOptions:
