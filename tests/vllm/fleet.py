@@ -32,7 +32,7 @@ TINY_BLOCKS = 72
 
 @dataclass(frozen=True)
 class Plan:
-    """Which engines a fleet has.
+    """Which engines a fleet has; ``plain`` ones have no connector.
 
     ``extra_config`` goes under ``kv_connector_extra_config`` of each. With ``tiny``
     the last consumer's KV cache has `TINY_BLOCKS` blocks, so that it preempts.
@@ -41,6 +41,7 @@ class Plan:
     connector: str
     producers: int = 2
     consumers: int = 2
+    plain: int = 0
     variant: model.Variant = "llama"
     tiny: bool = True
     lease_s: float = 8.0
@@ -58,7 +59,7 @@ class Fleet:
         self._http = api.open_client(120.0)
         options = EngineOptions(
             self.model,
-            engines=plan.producers + plan.consumers,
+            engines=plan.producers + plan.consumers + plan.plain,
             block_size=BLOCK,
             max_num_batched_tokens=CHUNK,
             extra=("--enable-prompt-tokens-details", "--shutdown-timeout", "0", *plan.arguments),
@@ -70,10 +71,12 @@ class Fleet:
             self._engine(f"D{i}", options, "kv_consumer", small if i == last else ()) for i in range(plan.consumers)
         ]
 
+        self.plain = [self._engine(f"N{i}", options, None) for i in range(plan.plain)]
+
     @property
     def engines(self) -> list[Server]:
         """All engines."""
-        return [*self.producers, *self.consumers]
+        return [*self.producers, *self.consumers, *self.plain]
 
     # -- life ------------------------------------------------------------------
 
@@ -182,7 +185,7 @@ class Fleet:
         """Return a prompt of exactly ``tokens`` token ids; another one for each ``seed``."""
         return Prompt(token_ids(self.model, tokens, seed), **options)
 
-    def _engine(self, name: str, options: EngineOptions, role: str, more: Sequence[str] = ()) -> Server:
+    def _engine(self, name: str, options: EngineOptions, role: str | None, more: Sequence[str] = ()) -> Server:
         extra = {"group": self._folder.name, "lease_s": self.plan.lease_s, "log_transfers": True}
         transfer = {
             "kv_connector": self.plan.connector,
@@ -195,7 +198,7 @@ class Fleet:
             name,
             options,
             self._folder,
-            kv_transfer=transfer,
+            kv_transfer=transfer if role else None,
             env={"VLLM_LOGGING_CONFIG_PATH": str(logging), "VLLM_SERVER_DEV_MODE": "1"},
             extra=("--worker-extension-cls", "kvconnect.demo.probe.KVProbe", *more),
         )
