@@ -67,11 +67,11 @@ def test_errors_travel_by_class_and_text(server, client):
     server.handle("stale", stale)
     server.handle("unknown", unknown)
     server.handle("fails later", lambda _: failed(HandshakeError("no")))
-    with pytest.raises(StaleError, match="^too late$"):
+    with pytest.raises(StaleError, match=r"^too late$"):
         outcome(client.call(server.endpoint, "stale", {}, 5))
     with pytest.raises(ConfigError, match="did you mean 'tcp'"):
         outcome(client.call(server.endpoint, "unknown", {}, 5))
-    with pytest.raises(HandshakeError, match="^no$"):
+    with pytest.raises(HandshakeError, match=r"^no$"):
         outcome(client.call(server.endpoint, "fails later", {}, 5))
     with pytest.raises(KVConnectError, match="unknown operation"):
         outcome(client.call(server.endpoint, "nothing", {}, 5))
@@ -94,7 +94,7 @@ def test_a_fault_in_a_handler_fails_its_call_and_not_the_server(server, client, 
 def test_no_answer_in_time_is_a_deadline(server, client):
     server.handle("never", lambda _: Future())
     started = time.monotonic()
-    with pytest.raises(DeadlineError, match="did not answer 'never' within 0.2 s"):
+    with pytest.raises(DeadlineError, match=r"did not answer 'never' within 0.2 s"):
         outcome(client.call(server.endpoint, "never", {}, 0.2))
     assert time.monotonic() - started < 2
 
@@ -102,7 +102,7 @@ def test_no_answer_in_time_is_a_deadline(server, client):
 def test_a_refused_connection_fails_at_once(client):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        endpoint = "127.0.0.1:%d" % unused.getsockname()[1]
+        endpoint = f"127.0.0.1:{unused.getsockname()[1]}"
         started = time.monotonic()
         with pytest.raises(BrokenError, match="refuses"):
             outcome(client.call(endpoint, "echo", {}, 30))
@@ -114,7 +114,7 @@ def test_a_host_that_never_answers_costs_its_deadline_and_no_late_delivery(clien
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         with pytest.raises(DeadlineError):
-            outcome(client.call("127.0.0.1:%d" % silent.getsockname()[1], "echo", {}, 0.3))
+            outcome(client.call(f"127.0.0.1:{silent.getsockname()[1]}", "echo", {}, 0.3))
 
 
 def test_a_vanished_peer_costs_its_own_calls_only(server, client):
@@ -157,7 +157,7 @@ def test_an_address_that_is_none_fails_the_call(client, endpoint):
 
 def test_what_msgpack_cannot_carry_fails_the_call(server, client):
     for body in ({"x": object()}, {"x": 2**70}, {"x": b"0" * (messages.MAX_MESSAGE_BYTES + 1)}):
-        with pytest.raises(KVConnectError, match="msgpack|limit"):
+        with pytest.raises(KVConnectError, match=r"msgpack|limit"):
             outcome(client.call(server.endpoint, "echo", body, 5))
 
 
@@ -185,7 +185,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("data", MALFORMED.values(), ids=MALFORMED)
-def test_malformed_requests_are_dropped_and_counted(server, client, data):
+def test_malformed_requests_are_dropped_and_counted(server, data):
     context = zmq.Context()
     raw = context.socket(zmq.DEALER)
     raw.connect(f"tcp://{server.endpoint}")

@@ -91,7 +91,7 @@ class Taker:
             self._looks[request_id] = look
         ticket = look.ticket
         if ticket and ticket.key == want.key and self._peers.met(ticket.at, ticket.incarnation):
-            self._answer(look, self._claim_of(look, ticket))
+            self._answer(look, _claim_of(look, ticket))
             posted = self._client.soon(lambda: self._claim_ticket(look, ticket))
         elif ticket or (self._options.content_lookup and self._producers.any()):
             posted = self._client.soon(lambda: self._search(look))
@@ -190,7 +190,7 @@ class Taker:
         if look.over:
             return
         if peer.is_met(ticket.incarnation):
-            if self._answer(look, self._claim_of(look, ticket)):
+            if self._answer(look, _claim_of(look, ticket)):
                 self._claim_ticket(look, ticket)
             return
         look.cause = peer.failure or Miss("gone", f"engine {ticket.engine} was restarted")
@@ -272,7 +272,7 @@ class Taker:
         if self._refusal(offer, answer) is not None:
             look.at = None
             self._try_best(look)
-        elif self._answer(look, self._claim_of(look, offer)):
+        elif self._answer(look, _claim_of(look, offer)):
             self._renewal.add(offer.at, look.grant)
         else:
             self._give_back(look)  # the request was abandoned or out of time meanwhile
@@ -321,13 +321,14 @@ class Taker:
             check_shapes(ours, theirs)
             choose_pipe(ours, theirs)
 
-    def _claim_of(self, look: Look, ticket: Ticket) -> Claim:
-        data = {
-            "at": ticket.at,
-            "engine": ticket.engine,
-            "incarnation": ticket.incarnation,
-            "entry": ticket.entry,
-            "generation": ticket.generation,
-            "taker": look.taker,
-        }
-        return Claim(look.grant, ticket.key, ticket.blocks, data)
+
+def _claim_of(look: Look, ticket: Ticket) -> Claim:
+    data = {
+        "at": ticket.at,
+        "engine": ticket.engine,
+        "incarnation": ticket.incarnation,
+        "entry": ticket.entry,
+        "generation": ticket.generation,
+        "taker": look.taker,
+    }
+    return Claim(look.grant, ticket.key, ticket.blocks, data)

@@ -159,19 +159,20 @@ def inserting_a_key_again_replaces_the_entry(open_: Open) -> None:
 def a_taker_sees_one_entry_or_the_other_whole(open_: Open) -> None:
     """Parts of two entries under one key never mix."""
     ends = open_()
-    rounds = 30
+    rounds = 120
     taken: list[list[Tensor]] = []
     over = threading.Event()
 
     def take() -> None:
-        while not over.is_set():
+        while not over.wait(0.003):  # so that most entries are replaced, and some taken
             got = ends.take.drop_select(key(1))
             if got is not None:
-                taken.append(got)
+                taken.append([part.clone() for part in got])
 
     taker = spawn(take)
     for number in range(1, rounds):
         ends.put.insert(key(1), [tensor(number, 5000), tensor(number, 3000)])
+        over.wait(0.001)
     _eventually(lambda: bool(taken), "a taker never saw an entry that was always there")
     over.set()
     taker.result(LIMIT_S)

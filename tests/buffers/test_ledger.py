@@ -162,7 +162,9 @@ class LedgerUse(RuleBasedStateMachine):
         self.ended = set()
         self.takers = {}  # entry id → taker that holds it
 
-    @rule(target=entries, key=st.sampled_from(KEYS), count=st.integers(1, 4), asked=st.booleans(), replace=st.booleans())
+    @rule(
+        target=entries, key=st.sampled_from(KEYS), count=st.integers(1, 4), asked=st.booleans(), replace=st.booleans()
+    )
     def insert(self, key, count, asked, replace):
         blocks = (tuple(range(self.next_block, self.next_block + count)),)
         self.next_block += count
@@ -171,7 +173,9 @@ class LedgerUse(RuleBasedStateMachine):
         self.drain()
         return entry
 
-    @rule(target=grants, entry=entries, taker=st.sampled_from("ab"), parts=st.integers(1, 3), number=st.integers(0, 9999))
+    @rule(
+        target=grants, entry=entries, taker=st.sampled_from("ab"), parts=st.integers(1, 3), number=st.integers(0, 9999)
+    )
     def claim(self, entry, taker, parts, number):
         self.expire()
         grant = f"{taker}{number}"

@@ -12,7 +12,6 @@ import torch
 from kvconnect.buffers.base import Claim, Want
 from kvconnect.errors import KVConnectError, LoadError, StaleError
 from kvconnect.testing.leaks import Holdings, assert_nothing_left
-
 from tests.buffers.engines import Engine, eventually, group, is_miss, key, layout
 
 
@@ -353,7 +352,7 @@ def test_a_silent_peer_costs_one_time_out_not_one_a_request(pair):
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        ticket = {**p.offer(), "at": "127.0.0.1:%d" % silent.getsockname()[1]}
+        ticket = {**p.offer(), "at": f"127.0.0.1:{silent.getsockname()[1]}"}
         d = Engine("D", consumes=True, group=group(), connect_timeout_s=0.5)
         started = time.monotonic()
         is_miss(d.find("first", Want(key(1), ticket=ticket)), "unreachable")
@@ -369,7 +368,7 @@ def test_a_silent_producer_delays_content_lookups_once():
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        peer = "127.0.0.1:%d" % silent.getsockname()[1]
+        peer = f"127.0.0.1:{silent.getsockname()[1]}"
         d = Engine("D", consumes=True, group=group(), peers=(peer,), connect_timeout_s=5, lookup_timeout_s=0.3)
         started = time.monotonic()
         is_miss(d.find("r", Want(key(1))), "timeout")

@@ -6,12 +6,13 @@ import os
 import signal
 import threading
 from collections import Counter
+from typing import ClassVar
 
 import pytest
 import torch
 
 from kvconnect import registry
-from kvconnect.buffers.base import Want
+from kvconnect.buffers.base import Claim, Want
 from kvconnect.buffers.choice import choose_pipe, describe_pipes
 from kvconnect.errors import BrokenError, DeadlineError, HandshakeError, LoadError, UnknownBackendError
 from kvconnect.pipes.base import Pipe, Reach, Traits, Transfer, Verdict
@@ -22,12 +23,12 @@ from tests.buffers.engines import Engine, eventually, group, key
 class FaultyPipe(InprocPipe):
     """An inproc pipe that fails as the test says."""
 
-    opened: Counter = Counter()
+    opened: ClassVar[Counter] = Counter()
     breaks: int = 0
     clogs = False
     refuses = False
-    started: list = []  # clogged transfers
-    held: list = []  # those of them that were cancelled
+    started: ClassVar[list] = []  # clogged transfers
+    held: ClassVar[list] = []  # those of them that were cancelled
 
     def __init__(self, spec):
         if type(self).refuses and spec.side == "serves":
@@ -62,7 +63,7 @@ def engines(**options):
 
 
 @pytest.fixture
-def pair(faulty):
+def pair(faulty):  # noqa: ARG001 - its pipes are in use
     p, d = engines(transfer_timeout_s=0.5)
     yield p, d
     d.close()
@@ -161,14 +162,12 @@ def test_closing_ends_loads_that_run(faulty):
     closing.join(15)
     assert transfer.done
     assert isinstance(transfer.error, LoadError)
-    late = d.read(claimed_by_nobody(p, d))
+    late = d.read(claimed_by_nobody())
     assert late.done
     p.close()
 
 
-def claimed_by_nobody(p, d):
-    from kvconnect.buffers.base import Claim
-
+def claimed_by_nobody():
     return Claim("g", key(1), ((1,),), {"at": "127.0.0.1:1", "incarnation": "x"})
 
 

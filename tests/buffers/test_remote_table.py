@@ -16,15 +16,17 @@ from kvconnect.errors import ConfigError
 from kvconnect.testing.buffer_laws import LIMIT_S, ROOM_BYTES, Ends, key, tensor
 from kvconnect.testing.buffer_tests import BufferTests
 from kvconnect.testing.channels import ConnectionChannel
-from kvconnect.testing.peers import spawn
 from kvconnect.testing.leaks import Holdings, assert_nothing_left
+from kvconnect.testing.peers import spawn
 
 SPAWN = multiprocessing.get_context("spawn")
 
 
 def table(policy="wait", ttl_s=600.0, wait_s=LIMIT_S, pipe="auto", peers=()):
     options = Config(lease_s=ttl_s, pipe=Backend(pipe), peers=peers)
-    return RemoteBuffer(options, TableOptions(capacity_bytes=ROOM_BYTES, block_bytes=4096, policy=policy, wait_s=wait_s))
+    return RemoteBuffer(
+        options, TableOptions(capacity_bytes=ROOM_BYTES, block_bytes=4096, policy=policy, wait_s=wait_s)
+    )
 
 
 def needs(pipe):

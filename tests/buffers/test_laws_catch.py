@@ -1,0 +1,237 @@
+"""Each law catches a buffer that breaks its clause – and a buffer of three methods satisfies what it can."""
+
+import threading
+
+import pytest
+import torch
+
+from kvconnect.buffers.base import LookupBuffer, LookupKey
+from kvconnect.buffers.memory import MemoryBuffer
+from kvconnect.errors import ClosedError, KVConnectError
+from kvconnect.testing import buffer_laws
+from kvconnect.testing.buffer_laws import LAWS, ROOM_BYTES, Ends
+
+
+class HandsOutTwice(MemoryBuffer):
+    def drop_select(self, key):
+        grant = self.claim(key, "me")
+        return None if grant is None else grant.tensors()
+
+
+class TakesAllForOne(MemoryBuffer):
+    def claim(self, key, taker):
+        return super().claim(key, "everyone")
+
+
+class RaisesOnMiss(MemoryBuffer):
+    def drop_select(self, key):
+        found = super().drop_select(key)
+        if found is None:
+            raise KVConnectError("not there")
+        return found
+
+
+class IgnoresLength(MemoryBuffer):
+    def insert(self, key, kv):
+        super().insert(LookupKey(key.namespace, key.digest, 0), kv)
+
+    def _find(self, key, taker):
+        return super()._find(LookupKey(key.namespace, key.digest, 0), taker)
+
+
+class KeepsTheCallersTensors(MemoryBuffer):
+    def insert(self, key, kv):
+        super().insert(key, kv)
+        with self._changed:
+            entry = self._ledger.find(key, None, "")
+            self._held[entry.id] = list(kv)
+
+
+class LendsItsOwnTensors(MemoryBuffer):
+    def _read(self, entry):
+        return self._held[entry.id]
+
+
+class KeepsReplacedEntries(MemoryBuffer):
+    def insert(self, key, kv):
+        insert = self._ledger.insert
+        self._ledger.insert = lambda *args, **kw: insert(*args, **{**kw, "replace": False})
+        super().insert(key, kv)
+        self._ledger.insert = insert
+
+
+class HasNoCapacity(MemoryBuffer):
+    def _make_room(self, key, size):
+        self._check_open()
+
+
+class EvictsWhatIsTooLarge(MemoryBuffer):
+    def _make_room(self, key, size):
+        if size > self._capacity:
+            self._ledger.clear()
+        super()._make_room(key, size)
+
+
+class NeverExpires(MemoryBuffer):
+    def __init__(self, capacity, policy, ttl_s, wait_s):
+        super().__init__(capacity, policy, 1e9, min(wait_s, 1.5))
+
+
+class ForgetsGrants(MemoryBuffer):
+    def claim(self, key, taker):
+        grant = super().claim(key, taker)
+        if grant is not None:
+            entry = self._ledger.get(grant._entry.id)
+            entry.shares[grant._grant].expires = self._clock() + self._ledger.lease_s
+            self._ledger.next_expiry = 0.0
+        return grant
+
+    def _read(self, entry):
+        with self._changed:
+            self._collect()
+        return super()._read(entry)
+
+
+class Rounds(MemoryBuffer):
+    def insert(self, key, kv):
+        super().insert(key, [t.float().to(t.dtype) if t.dtype is torch.float64 else t for t in kv])
+
+
+class DropsStrides(MemoryBuffer):
+    def insert(self, key, kv):
+        super().insert(key, [t.reshape(-1) for t in kv])
+
+
+class ClosesSilently(MemoryBuffer):
+    def close(self):
+        self._closed = True
+
+
+class StaysOpen(MemoryBuffer):
+    def close(self):
+        pass
+
+
+class LosesWhatIsAbandoned(MemoryBuffer):
+    def _abandon(self, grant):
+        with self._changed:
+            self._ledger.settle(grant)
+            self._collect()
+
+
+class ReplacesPieceByPiece(MemoryBuffer):
+    def insert(self, key, kv):
+        with self._changed:
+            held = [self._held[entry.id] for entry in self._ledger.offered_under(key)]
+        if not held:
+            super().insert(key, kv)
+            return
+        for at, piece in enumerate(kv):
+            held[0][at] = piece.clone()
+            threading.Event().wait(0.001)
+
+
+class MatchesByTaking(MemoryBuffer):
+    def match(self, keys):
+        return sum(self.drop_select(key) is not None for key in keys[:2])
+
+
+class GivesBackAfterTheRelease(MemoryBuffer):
+    def claim(self, key, taker):
+        grant = super().claim(key, taker)
+        if grant is not None:
+            kept = grant.tensors()
+            grant.abandon = lambda: self.insert(key, kept)
+        return grant
+
+
+BROKEN = [
+    (HandsOutTwice, "an_entry_is_taken_once"),
+    (HandsOutTwice, "racing_takers_share_nothing"),
+    (RaisesOnMiss, "a_miss_is_a_value"),
+    (IgnoresLength, "a_miss_is_a_value"),
+    (KeepsTheCallersTensors, "tensors_are_the_callers_again_after_an_insert"),
+    (LendsItsOwnTensors, "what_a_grant_reads_is_the_takers_own"),
+    (KeepsReplacedEntries, "inserting_a_key_again_replaces_the_entry"),
+    (HasNoCapacity, "a_full_buffer_raises_if_told_to"),
+    (HasNoCapacity, "a_full_buffer_evicts_the_oldest_if_told_to"),
+    (HasNoCapacity, "a_full_buffer_waits_for_takers_if_told_to"),
+    (EvictsWhatIsTooLarge, "what_never_fits_is_refused_at_once"),
+    (NeverExpires, "entries_expire"),
+    (ForgetsGrants, "a_live_grant_keeps_its_entry"),
+    (Rounds, "shapes_dtypes_and_values_survive"),
+    (DropsStrides, "shapes_dtypes_and_values_survive"),
+    (ClosesSilently, "close_wakes_who_waits_for_room"),
+    (StaysOpen, "after_close_everything_says_so"),
+    (LosesWhatIsAbandoned, "an_abandoned_entry_is_offered_again_whole"),
+    (StaysOpen, "an_entry_that_is_gone_is_reported_never_halved"),
+    (TakesAllForOne, "a_claimed_entry_is_nobody_elses"),
+    (HasNoCapacity, "waiting_for_room_has_an_end"),
+    (ReplacesPieceByPiece, "a_taker_sees_one_entry_or_the_other_whole"),
+    (MatchesByTaking, "matching_takes_nothing"),
+    (GivesBackAfterTheRelease, "a_grant_ends_once"),
+]
+
+
+@pytest.mark.parametrize(("broken", "name"), BROKEN, ids=lambda value: getattr(value, "__name__", value))
+def test_the_law_catches(broken, name, monkeypatch):
+    monkeypatch.setattr(buffer_laws, "LIMIT_S", 1.0)
+    law = getattr(buffer_laws, name)
+    opened = []
+
+    def open_(*, policy="wait", ttl_s=600.0, wait_s=4.0):
+        opened.append(broken(ROOM_BYTES, policy, ttl_s, wait_s))
+        return Ends(opened[-1], opened[-1])
+
+    with pytest.raises((AssertionError, KVConnectError, TimeoutError)):
+        law(open_)
+    for buffer in opened:
+        MemoryBuffer.close(buffer)
+
+
+class ThreeMethods(LookupBuffer):
+    """The least that a third party may write."""
+
+    def __init__(self):
+        self.rows, self.closed = {}, False
+
+    def insert(self, key, kv):
+        self._check()
+        self.rows[key] = [t.clone() for t in kv]
+
+    def drop_select(self, key):
+        self._check()
+        return self.rows.pop(key, None)
+
+    def close(self):
+        self.closed = True
+
+    def _check(self):
+        if self.closed:
+            raise ClosedError("closed")
+
+
+MORE_THAN_THREE = {
+    "a_claimed_entry_is_nobody_elses",  # the default claim takes the entry out: nobody can join
+    "what_a_grant_reads_is_the_takers_own",  # likewise: it hands out what it took
+    "an_entry_that_is_gone_is_reported_never_halved",  # likewise
+    # Three methods need not know a capacity or a time to live.
+    "full",
+    "fits",
+    "room",
+    "expire",
+}
+
+
+@pytest.mark.parametrize(
+    "law",
+    [law for law in LAWS if not MORE_THAN_THREE & {law.__name__, *law.__name__.split("_")}],
+    ids=lambda law: law.__name__,
+)
+def test_three_methods_keep_the_laws_that_need_no_more(law):
+    buffer = ThreeMethods()
+    law(lambda **_: Ends(buffer, buffer))
+
+
+def test_every_law_is_caught_breaking_by_some_buffer():
+    assert {law.__name__ for law in LAWS} == {name for _, name in BROKEN}
