@@ -1,9 +1,9 @@
 """The laws of the `LookupBuffer` contract as pytest tests: subclass `BufferTests` for a buffer of your own.
 
-    class TestMyBuffer(BufferTests):
-        def open_ends(self, *, policy, ttl_s, wait_s):
-            buffer = MyBuffer(capacity_bytes=ROOM_BYTES, policy=policy, ttl_s=ttl_s, wait_s=wait_s)
-            return Ends(put=buffer, take=buffer)
+class TestMyBuffer(BufferTests):
+    def open_ends(self, *, policy, ttl_s, wait_s):
+        buffer = MyBuffer(capacity_bytes=ROOM_BYTES, policy=policy, ttl_s=ttl_s, wait_s=wait_s)
+        return Ends(put=buffer, take=buffer)
 """
 
 from __future__ import annotations
