@@ -1,9 +1,9 @@
 """`kvconnect.pipes.peer_memory`: reading the right process, and copying in chunks."""
 
-import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,11 +92,11 @@ def test_a_malformed_card_is_refused(change):
 
 
 def test_a_failed_look_leaves_no_file_open(bystander):
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(5):
         with pytest.raises(BrokenError):
             PeerMemory(Beacon().card() | {"pid": bystander.pid})
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 @given(

@@ -7,6 +7,7 @@ import socket
 import struct
 import threading
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -44,14 +45,14 @@ class TestDirect(PipeTests):
     """Large messages and blocks are read from the peer's memory."""
 
     pipe_class = ShmPipe
-    options = {"copy": "direct"}
+    options: ClassVar = {"copy": "direct"}
 
 
 class TestRing(PipeTests):
     """Large messages go through the ring, blocks through the default block path."""
 
     pipe_class = ShmPipe
-    options = {"copy": "ring", "ring_bytes": 1 << 20}
+    options: ClassVar = {"copy": "ring", "ring_bytes": 1 << 20}
 
 
 @pytest.fixture(params=MODES)
@@ -336,7 +337,8 @@ def test_where_the_peer_may_be_read_no_ring_is_made():
 def test_a_peer_that_cannot_be_read_is_reached_through_the_ring(monkeypatch, change):
     card = Beacon.card
     if "pidns" in change:
-        monkeypatch.setattr("kvconnect.pipes.shm.host.identity", lambda ids=iter(range(9)): {"pidns": next(ids)})
+        namespaces = iter(range(9))
+        monkeypatch.setattr("kvconnect.pipes.shm.host.identity", lambda: {"pidns": next(namespaces)})
     else:
         monkeypatch.setattr(Beacon, "card", lambda self: card(self) | change)
     if "pid" in change:
