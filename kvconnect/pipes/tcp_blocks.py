@@ -103,11 +103,11 @@ class BlockConnection:
 
     # -- on the reactor's thread ----------------------------------------------------------
 
-    def connect(self, address: Any, family: int, hello: bytes) -> None:
-        """Connect to ``address`` and say ``hello`` first."""
+    def connect(self, sock: socket.socket, address: Any, hello: bytes) -> None:  # noqa: ANN401 - as the family has it
+        """Connect a non-blocking ``sock`` to ``address`` and say ``hello`` first."""
         if self._error is not None:
+            sock.close()
             return
-        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         number = sock.connect_ex(address)
         if number not in {0, errno.EINPROGRESS}:
             sock.close()

@@ -25,6 +25,9 @@ _VERSION: Final = 1
 _WILDCARDS: Final = frozenset({"", "0.0.0.0", "::"})  # noqa: S104 - only looked for, to be refused
 #: How long the asking end may still arrive at a serving end that has closed, to be told so.
 _LATE_S: Final = 2.0
+#: Bytes that wait to be sent stay in the processor's cache: a sixth less processor time a byte, as
+#: measured between two processes. A smaller *receive* buffer costs more than it saves.
+_SAME_HOST_SEND_BYTES: Final = 512 << 10
 
 #: Takes over a connected socket for tensors.
 Joined = Callable[[socket.socket], None]
@@ -40,7 +43,8 @@ class TcpOptions:
         advertise_host: address that the asking end is told, if it differs (NAT).
         chunk_bytes: most bytes of one block transfer before another has its turn.
         max_message_bytes: largest tensor that is sent, or accepted from the peer.
-        socket_buffer_bytes: the kernel's buffers for each connection; 0 leaves them to the kernel.
+        socket_buffer_bytes: the kernel's buffers for each connection; 0 leaves them to the kernel
+            (but for 512 KiB to send within one host).
 
     """
 
@@ -64,11 +68,20 @@ class TcpOptions:
             raise ConfigError(f"pipe.advertise_host is needed when pipe.bind_host is {parsed.bind_host!r}")
         return parsed
 
-    def tune(self, sock: socket.socket) -> None:
+    def tune(self, sock: socket.socket, *, same_host: bool) -> None:
         """Set a connection's buffers."""
         if self.socket_buffer_bytes:
             for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
                 sock.setsockopt(socket.SOL_SOCKET, option, self.socket_buffer_bytes)
+        elif same_host:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SAME_HOST_SEND_BYTES)
+
+
+def _same_host(sock: socket.socket) -> bool:
+    try:
+        return bool(sock.getpeername()[0] == sock.getsockname()[0])
+    except OSError:
+        return False  # gone already
 
 
 class Serving:
@@ -119,11 +132,11 @@ class Serving:
     def _arrive(self, sock: socket.socket) -> None:
         with self._lock:
             self._arrived = True
-        self._options.tune(sock)
+        self._options.tune(sock, same_host=_same_host(sock))
         self._joined(sock)
 
     def _arrive_blocks(self, sock: socket.socket) -> None:
-        self._options.tune(sock)
+        self._options.tune(sock, same_host=_same_host(sock))
         with self._lock:
             blocks = self._blocks
             if blocks is None and not self._ended:
@@ -164,14 +177,16 @@ class Asking:
             raise DeadlineError(f"no connection to {host!r} port {port} within {spec.timeout_s} s") from error
         except OSError as error:
             raise BrokenError(f"cannot reach {host!r} port {port}: {error}") from error
-        options.tune(sock)
+        self._options, self._same_host = options, _same_host(sock)
+        options.tune(sock, same_host=self._same_host)
         self._family, self._address = sock.family, sock.getpeername()
         joined(sock)
 
     def meet_blocks(self, blocks: BlockConnection) -> None:
         """Connect for blocks, in the background."""
-        hello = GREETING + self._blocks_token
-        self._loop.call_soon(lambda: blocks.connect(self._address, self._family, hello))
+        sock = socket.socket(self._family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        self._options.tune(sock, same_host=self._same_host)
+        self._loop.call_soon(lambda: blocks.connect(sock, self._address, GREETING + self._blocks_token))
 
     def end(self, *, at_once: bool) -> None:
         """Nothing is held here."""
