@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 
 from bench.link import Link
-from bench.memory import LARGEST_BYTES, LAYERS, PIECE_BYTES, POOL_BLOCKS, Pool, Selection, digest
+from bench.memory import LARGEST_BYTES, LAYERS, PIECE_BYTES, POOL_BLOCKS, Pool, Selection, digest, fill
 from bench.process import Process, serve
 
 SPIN_S = 200e-6
@@ -40,9 +40,9 @@ class Agent:
         self.agent = nixl_agent(name, nixl_agent_config(enable_prog_thread=progress_thread))
         self.progress_thread = progress_thread
         self.pool = Pool()
-        self.whole = np.zeros(LARGEST_BYTES, dtype=np.uint8)
-        spans = [(t.data_ptr(), t.numel()) for t in self.pool.tensors]
-        spans.append((self.whole.ctypes.data, self.whole.nbytes))
+        # Of torch, as everybody's: numpy would ask for huge pages, which halve the cost of a copy.
+        self.whole = torch.zeros(LARGEST_BYTES, dtype=torch.uint8)
+        spans = [(t.data_ptr(), t.numel()) for t in (*self.pool.tensors, self.whole)]
         # Registering holds for as long as the agent lives.
         self._registered = self.agent.register_memory([(a, n, 0, "") for a, n in spans], "DRAM")
         self.prepared: dict[str, tuple[Any, Any]] = {}
@@ -52,7 +52,7 @@ class Agent:
         return {
             "metadata": self.agent.get_agent_metadata(),
             "layers": [t.data_ptr() for t in self.pool.tensors],
-            "whole": self.whole.ctypes.data,
+            "whole": self.whole.data_ptr(),
         }
 
     def learn(self, metadata: bytes) -> dict[str, Any]:
@@ -87,18 +87,18 @@ class Agent:
     def fill(self, seed: int) -> dict[str, Any]:
         """Fill the pool and the contiguous range with random bytes."""
         self.pool.fill(seed)
-        self.whole[:] = np.frombuffer(np.random.default_rng(seed).bytes(LARGEST_BYTES), np.uint8)
+        fill(self.whole, np.random.default_rng(seed))
         return {}
 
     def flip(self, ids: list[int], nbytes: int) -> dict[str, Any]:
         """Invert the blocks ``ids`` and the start of the contiguous range: nothing equals the other side now."""
         self.pool.flip(ids)
-        np.invert(self.whole[:nbytes], out=self.whole[:nbytes])
+        self.whole[:nbytes].bitwise_not_()
         return {}
 
     def digests(self, ids: list[int], nbytes: int) -> dict[str, Any]:
         """Hash the blocks ``ids`` and the start of the contiguous range."""
-        return {"blocks": self.pool.digest(ids), "whole": digest(torch.from_numpy(self.whole[:nbytes]))}
+        return {"blocks": self.pool.digest(ids), "whole": digest(self.whole[:nbytes])}
 
     def _prepare(self, mine: npt.NDArray[np.uint64], theirs: npt.NDArray[np.uint64]) -> tuple[Any, Any]:
         return (
