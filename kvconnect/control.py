@@ -9,6 +9,7 @@ so do not bind it to a network that you do not trust.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -189,6 +190,12 @@ class ControlClient:
     def soon(self, call: Callable[[], None]) -> bool:
         """Make ``call`` on the client's thread; ``False`` if the client was closed."""
         return self._loop.soon(call)
+
+    def flush(self, timeout_s: float = 1.0) -> None:
+        """Wait until what was posted before has run, so that its own calls count as made before `close`."""
+        done = threading.Event()
+        if self._loop.soon(done.set) and not self._loop.on_thread:
+            done.wait(timeout_s)
 
     def close(self) -> None:
         """Fail what is unanswered and end the thread. Idempotent, callable from any thread."""

@@ -145,10 +145,10 @@ class Links:
         for link in [link for link in self._links.values() if link.id == pipe]:
             self.drop(link)
 
-    def take_all(self) -> list[Pipe]:
-        """Forget every link and return the pipes, for whoever closes. Any thread, after the client's end."""
-        links, self._links = list(self._links.values()), {}
-        return [link.pipe for link in links if link.pipe is not None]
+    def drop_all(self) -> None:
+        """End every pipe, and tell the peers so."""
+        for link in list(self._links.values()):
+            self.drop(link)
 
     # -- on the crew: may block -------------------------------------------------------
 

@@ -134,8 +134,9 @@ class Mover(WorkerEnd):
         deadline = time.monotonic() + _CLOSE_S
         over = [read.transfer for read in reads if not _over(read.transfer, deadline)]
         self._server.close()
-        for pipe in (*self._links.take_all(), *self._pipes.take_all()):
-            pipe.abort()
+        self._pipes.drop_all()
+        self._client.soon(self._links.drop_all)
+        self._client.flush()
         self._client.close()
         for crew in (self._starting, self._asking, self._serving):
             crew.close()

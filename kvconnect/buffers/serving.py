@@ -52,12 +52,10 @@ class PipeServer:
             if served.pipe is not None:
                 self._crew.submit(served.pipe.abort)
 
-    def take_all(self) -> list[Pipe]:
-        """Forget every pipe and return them, for whoever closes."""
-        all_, self._served = list(self._served.values()), {}
-        for served in all_:
-            served.dropped = True
-        return [served.pipe for served in all_ if served.pipe is not None]
+    def drop_all(self) -> None:
+        """End every pipe."""
+        for pipe in list(self._served):
+            self.drop(pipe)
 
     @property
     def count(self) -> int:

@@ -138,6 +138,7 @@ class Taker:
         for look in looks:
             look.over = True
             self._client.soon(lambda look=look: self._give_back(look))  # type: ignore[misc]
+        self._client.flush()
 
     # -- answers, any thread ----------------------------------------------------------
 

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from kvconnect.buffers import fields
 from kvconnect.buffers.base import LookupKey
 from kvconnect.buffers.ledger import Blocks
@@ -20,6 +22,7 @@ from kvconnect.errors import HandshakeError
 VERSION = 1
 _MAX_GROUPS = 256
 _MAX_BLOCKS = 1 << 20
+_MAX_BYTES = 6  # of one varint: block numbers have up to 40 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,22 +112,19 @@ def unpack_ids(text: Any) -> tuple[int, ...]:
         data = base64.b64decode(text.encode("ascii"), validate=True)
     except (UnicodeEncodeError, binascii.Error, ValueError) as error:
         raise HandshakeError(f"ticket field 'blocks' is not base64: {error}") from error
-    if len(data) > 5 * _MAX_BLOCKS or (data and data[-1] & 0x80):
+    raw = np.frombuffer(data, dtype=np.uint8)
+    if len(raw) == 0:
+        return ()
+    if len(raw) > _MAX_BYTES * _MAX_BLOCKS or raw[-1] & 0x80:
         raise HandshakeError("ticket field 'blocks' is cut off or too long")
-    ids: list[int] = []
-    value = shift = before = 0
-    for byte in data:
-        value |= (byte & 0x7F) << shift
-        shift += 7
-        if byte & 0x80:
-            if shift > 63:
-                raise HandshakeError("ticket field 'blocks' holds a number that is too big")
-            continue
-        before += (value >> 1) ^ -(value & 1)
-        if not 0 <= before < 1 << 40:
-            raise HandshakeError(f"ticket field 'blocks' holds block {before}")
-        ids.append(before)
-        value = shift = 0
-    if len(ids) > _MAX_BLOCKS:
-        raise HandshakeError(f"ticket field 'blocks' holds {len(ids)} blocks")
-    return tuple(ids)
+    ends = np.flatnonzero(raw < 0x80)
+    starts = np.concatenate(([0], ends[:-1] + 1))
+    lengths = ends - starts + 1
+    if len(ends) > _MAX_BLOCKS or lengths.max() > _MAX_BYTES:
+        raise HandshakeError("ticket field 'blocks' holds too many blocks or a number that is too big")
+    place = np.arange(len(raw)) - np.repeat(starts, lengths)
+    values = np.add.reduceat((raw & 0x7F).astype(np.int64) << (7 * place), starts)
+    ids = np.cumsum((values >> 1) ^ -(values & 1))
+    if ids.min() < 0 or ids.max() >= 1 << 40:
+        raise HandshakeError("ticket field 'blocks' holds a block number that is out of range")
+    return tuple(ids.tolist())

@@ -36,7 +36,9 @@ def key(number, length=32, namespace="ns"):
 class Engine:
     """One engine; ``options`` are `Config`'s."""
 
-    def __init__(self, name, *, produces=False, consumes=False, parts=1, pipe="inproc", shape=None, **options):
+    def __init__(
+        self, name, *, produces=False, consumes=False, parts=1, pipe="inproc", shape=None, introduce=True, **options
+    ):
         fingerprint = {"model": "m", "dtype": "bfloat16", **options.pop("fingerprint", {})}
         config = Config(**{"connect_timeout_s": 3.0, "transfer_timeout_s": 10.0, **options})
         settings = EndSettings(name, fingerprint, parts, produces, consumes, config, Backend(pipe))
@@ -44,7 +46,8 @@ class Engine:
         self.memories = [noisy_memory(shape, rank + 1) if produces else heap_memory(shape) for rank in range(parts)]
         self.end = RemoteBuffer.scheduler_end(settings)
         self.workers = [RemoteBuffer.worker_end(settings, rank, memory) for rank, memory in enumerate(self.memories)]
-        self.end.introduce([worker.describe() for worker in self.workers])
+        if introduce:
+            self.end.introduce([worker.describe() for worker in self.workers])
 
     def offer(self, number=1, blocks=((1, 2, 3),), label=None, asked=True):
         return self.end.offer(key(number), blocks, label=label, asked=asked)

@@ -229,6 +229,14 @@ def test_an_abandoned_claim_is_offered_again(pair):
     assert isinstance(d.find("r", Want(key(1), ticket=ticket)), Claim)
 
 
+def test_closing_a_consumer_gives_its_claims_back(pair):
+    p, d = pair
+    d.find("r", Want(key(1), ticket=p.offer(asked=False)))
+    eventually(lambda: p.end.unasked_blocks() == 0)
+    d.close()
+    eventually(lambda: p.end.unasked_blocks() == 3, 2)
+
+
 def test_a_claim_outlives_its_lease_until_it_is_settled():
     with engines(lease_s=0.6) as (p, d):
         claim = d.find("r", Want(key(1), ticket=p.offer()))

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import Counter
 from typing import ClassVar
 
@@ -188,6 +189,36 @@ def test_counters_tell_loads_bytes_and_failures(pair):
     assert stats["bytes"] == 3 * 3 * 512
 
 
+class ThreeMethods(Pipe):
+    """The least that a third party may write; the block path is the default one."""
+
+    traits = Traits(reach=Reach.PROCESS)
+
+    def __init__(self, spec):
+        self._inner = InprocPipe(spec)
+
+    def send_tensor(self, tensor):
+        self._inner.send_tensor(tensor)
+
+    def recv_tensor(self):
+        return self._inner.recv_tensor()
+
+    def close(self):
+        self._inner.close()
+
+
+def test_a_pipe_of_three_methods_carries_blocks_between_engines(monkeypatch):
+    monkeypatch.setattr(registry, "pipe", lambda _: ThreeMethods)
+    p, d = engines()
+    for number in range(1, 4):
+        local = ((20 + number, 40 + number),)
+        d.read(claimed(p, d, number, ((number, number + 10),)), local=local).wait(8)
+        assert torch.equal(d.block(20 + number), p.block(number))
+        assert torch.equal(d.block(40 + number), p.block(number + 10))
+    d.close()
+    p.close()
+
+
 # -- a producer that is killed --------------------------------------------------------------
 
 
@@ -220,6 +251,55 @@ def test_a_killed_producer_fails_loads_and_later_lookups_in_time(pipe):
     answer = d.find("late", Want(key(3), ticket=tickets[2]))
     assert getattr(answer, "cause", "claim") in ("unreachable", "claim")
     d.close()
+
+
+def consume(connection, name, ticket):
+    d = Engine("D", consumes=True, pipe="tcp", group=name)
+    d.read(d.find("r", Want(key(1), ticket=ticket))).wait(20)
+    connection.send("done")
+    connection.recv()
+
+
+def test_a_killed_consumer_leaves_no_pipe_at_the_producer():
+    name = group()
+    p = Engine("P", produces=True, pipe="tcp", group=name, lease_s=0.5)
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=consume, args=(theirs, name, offer_for_long(p)))
+    process.start()
+    assert ours.poll(50)
+    assert p.workers[0]._pipes.count == 1
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(10)
+    eventually(lambda: p.workers[0]._pipes.count == 0)
+    p.close()
+
+
+def offer_for_long(p):
+    """Return a ticket whose entry outlives the start of a process, whatever the engine's lease."""
+    p.end._lender._ledger.lease_s = 60.0
+    return p.offer()
+
+
+def test_a_consumer_that_closes_ends_its_pipe_at_the_producer(pair):
+    p, d = pair
+    d.read(claimed(p, d)).wait(8)
+    assert p.workers[0]._pipes.count == 1
+    d.close()
+    eventually(lambda: p.workers[0]._pipes.count == 0, 3)
+
+
+def test_a_hello_waits_until_the_workers_are_known():
+    name = group()
+    p, d = Engine("P", produces=True, group=name, introduce=False), Engine("D", consumes=True, group=name)
+    d.end.look("r", Want(key(1), ticket=p.offer()))
+    later = time.monotonic() + 0.3
+    eventually(lambda: time.monotonic() > later)
+    assert d.end.found("r") is None
+    p.end.introduce([worker.describe() for worker in p.workers])
+    claim = d.answer("r")
+    d.read(claim).wait(8)
+    d.close()
+    p.close()
 
 
 # -- choosing -----------------------------------------------------------------------------------
