@@ -22,6 +22,8 @@ connector=${KV_CONNECTOR:-KvConnect}
 start_timeout=${START_TIMEOUT_S:-420}
 logs=$(mktemp -d "${TMPDIR:-/tmp}/kvconnect-online.XXXXXX")
 servers=()
+# vLLM never removes its socket files: keep them with the logs.
+export VLLM_RPC_BASE_PATH=$logs
 
 # Ends what this script started, each with its own children, and nothing else.
 cleanup() {

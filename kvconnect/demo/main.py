@@ -133,7 +133,7 @@ def _text(model: str, tokens: int, skip: int) -> str:
 
     tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
     # More characters than these tokens can have, and not so many that the tokenizer warns.
-    text = "\n".join(local_model.training_text()[skip : skip + 5])[: 6 * tokens]
+    text = "\n".join(local_model.training_text()[skip : skip + 20])[: 8 * tokens]
     return str(tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"][:tokens]))
 
 
