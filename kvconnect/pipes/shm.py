@@ -28,9 +28,9 @@ from kvconnect.errors import (
     KVConnectError,
     UnavailableBackendError,
 )
-from kvconnect.paging import PagedLayout, PagedMemory
+from kvconnect.paging import BlockIds, PagedLayout, PagedMemory
 from kvconnect.pipes import host, ring
-from kvconnect.pipes.base import YES, Channel, Message, Pipe, PipeSpec, Reach, Traits, Verdict
+from kvconnect.pipes.base import YES, Channel, Message, Pipe, PipeSpec, Reach, Traits, Transfer, Verdict
 from kvconnect.pipes.peer_memory import Beacon, PeerMemory
 from kvconnect.pipes.shm_blocks import ShmBlocks
 from kvconnect.pipes.shm_lane import Lane, Listener, connect
@@ -80,6 +80,7 @@ class ShmPipe(Pipe):
         self._sending, self._receiving = _Turn("send", self._life), _Turn("receive", self._life)
         self._meeting = threading.Lock()
         self._ends: tuple[Sender, Receiver] | None = None
+        self._blocks: ShmBlocks | None = None
         self._listener: Listener | None = None
         self._peer: PeerMemory | None = None
         self._peer_pid: int | None = None
@@ -194,8 +195,8 @@ class ShmPipe(Pipe):
         if self._ends is not None:
             for end in self._ends:
                 end.lane.shutdown()
-        if self._stream is not None:
-            self._stream.close()
+        if self._blocks is not None:
+            self._blocks.close()
 
     def _free(self) -> None:
         for held in (*(self._ends or ()), self._listener, self._peer):
@@ -211,7 +212,20 @@ class ShmPipe(Pipe):
         def stream() -> BlockStream:
             return BlockStream(self, local, remote, channel, self._timeout_s)
 
-        self._stream = ShmBlocks(self._peer, local, remote, channel, self, stream)
+        self._blocks = ShmBlocks(self._peer, local, remote, channel, self, stream)
+
+    def read_blocks(self, remote: BlockIds, local: BlockIds) -> Transfer:
+        """Start to read the peer's blocks; see `Pipe.read_blocks`."""
+        return self._attached_blocks().read(remote, local)
+
+    def write_blocks(self, local: BlockIds, remote: BlockIds) -> Transfer:
+        """Start to write the peer's blocks; see `Pipe.write_blocks`."""
+        return self._attached_blocks().write(local, remote)
+
+    def _attached_blocks(self) -> ShmBlocks:
+        if self._blocks is None:
+            raise ClosedError("attach() this pipe to paged memory before moving blocks")
+        return self._blocks
 
     def enter(self) -> None:
         """Keep what this pipe holds until `leave` (for its block path)."""
