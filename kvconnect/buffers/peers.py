@@ -58,10 +58,10 @@ class Peers:
         hello = peer.hello if peer is not None else None
         return hello if hello is not None and incarnation in (None, hello.incarnation) else None
 
-    def failed_before(self, endpoint: str) -> bool:
-        """Whether the last attempt to meet this endpoint failed."""
+    def failure(self, endpoint: str) -> Miss | None:
+        """Return why the last attempt to meet this endpoint failed, if it did."""
         peer = self._peers.get(endpoint)
-        return peer is not None and peer.failure is not None
+        return peer.failure if peer is not None else None
 
     def meet(self, endpoint: str, then: Callable[[Peer], None], incarnation: str | None = None) -> None:
         """Call ``then`` once the endpoint has been met or has failed; at once if that is known."""

@@ -217,9 +217,10 @@ class Taker:
         if look.ticket is not None and look.cause is None:
             endpoints.add(look.ticket.at)
         unknown = Miss("unreachable" if endpoints else "no_producer")
-        for endpoint in [endpoint for endpoint in endpoints if self._peers.failed_before(endpoint)]:
+        for endpoint in [endpoint for endpoint in endpoints if self._peers.failure(endpoint)]:
             # Nobody waits for a peer that failed; it is tried again on the side.
             endpoints.discard(endpoint)
+            _blame(look, endpoint, self._peers.failure(endpoint))
             self._peers.meet(endpoint, lambda _: None)
         if not endpoints:
             self._answer(look, look.cause or unknown)
@@ -230,6 +231,7 @@ class Taker:
             self._peers.meet(endpoint, lambda peer: self._ask(look, peer))
 
     def _ask(self, look: Look, peer: Peer) -> None:
+        _blame(look, peer.endpoint, peer.failure)
         if peer.failure is not None or look.answer is not None or look.over:
             self._heard(look, peer.endpoint, None)
             return
@@ -333,3 +335,9 @@ def _claim_of(look: Look, ticket: Ticket) -> Claim:
         "taker": look.taker,
     }
     return Claim(look.grant, ticket.key, ticket.blocks, data)
+
+
+def _blame(look: Look, endpoint: str, failure: Miss | None) -> None:
+    """Keep what is wrong with the ticket's own peer: it says more than that nobody has the content."""
+    if failure is not None and look.ticket is not None and look.ticket.at == endpoint:
+        look.cause = failure

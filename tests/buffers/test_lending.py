@@ -317,6 +317,12 @@ def test_engines_that_differ_are_refused_by_field_once_in_the_log(caplog):
         assert p.end.stats()["refused"] >= 1
 
 
+def test_a_ticket_of_an_engine_that_differs_is_a_mismatch_though_its_namespace_differs_too():
+    with engines(consumer={"fingerprint": {"dtype": "float16"}}) as (p, d):
+        for number in range(3):
+            is_miss(d.find(f"r{number}", Want(key(1, namespace="other"), ticket=p.offer())), "mismatch")
+
+
 @pytest.mark.parametrize(
     ("shape", "named"), [(layout(piece=1024), "layer 0"), (layout(layers=4), "layer 3")], ids=["bytes", "layers"]
 )
