@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -16,27 +17,12 @@ from bench import report, results_file, rows
 from bench.near import Near
 from bench.nixl import Nixl
 from kvconnect import registry
+from kvconnect.config import Backend, parse_backend
 from kvconnect.errors import KVConnectError
 from kvconnect.pipes.base import Reach
 
 SEED = 20260
 CASE_LIMIT_S = 240
-#: Pipes measured once more with other options; the label is their backend name in the rows.
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"tcp checksum": ("tcp", {"checksum": True})}
-
-
-@dataclass(frozen=True)
-class Backend:
-    """A registered pipe with options, and the name that its rows carry."""
-
-    label: str
-    pipe: str
-    options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def is_variant(self) -> bool:
-        """Whether it is another backend with options switched on."""
-        return self.label != self.pipe
 
 
 @dataclass
@@ -55,7 +41,7 @@ _BOOK = pytest.StashKey[Book]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options of a run."""
     group = parser.getgroup("kvconnect bench")
-    group.addoption("--pipe", action="append", default=[], help="measure this registered pipe only (repeatable)")
+    group.addoption("--pipe", action="append", default=[], help="measure only this pipe, a name or JSON (repeatable)")
     group.addoption("--quick", action="store_true", help="two rounds of every case; nothing is written")
 
 
@@ -64,7 +50,6 @@ def pytest_configure(config: pytest.Config) -> None:
     """Leave the printing to the table at the end."""
     config.stash[_BOOK] = Book(is_whole=not (config.option.pipe or config.option.quick))
     config.option.benchmark_quiet = True
-    config.addinivalue_line("markers", "variants: also measured with the options in VARIANTS")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -72,17 +57,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         book = metafunc.config.stash[_BOOK]
         found = backends(metafunc.config.option.pipe, book.left_out)
-        if not metafunc.definition.get_closest_marker("variants"):
-            found = [backend for backend in found if not backend.is_variant]
-        metafunc.parametrize("backend", found, ids=lambda backend: backend.label)
+        metafunc.parametrize("backend", found, ids=label)
 
 
 def backends(only: list[str], left_out: dict[str, str]) -> list[Backend]:
-    """Return what to measure; note in ``left_out`` which pipes are not, and why."""
+    """Return what to measure; note in ``left_out`` which registered pipes are not, and why."""
+    if only:
+        return [parse_backend("--pipe", json.loads(text) if text.startswith("{") else text) for text in only]
     found = []
     for name in sorted(registry.pipes()):
-        if only and name not in only:
-            continue
         try:
             pipe = registry.pipe(name)
         except KVConnectError as error:
@@ -91,9 +74,13 @@ def backends(only: list[str], left_out: dict[str, str]) -> list[Backend]:
         if "cpu" not in pipe.traits.devices or pipe.traits.reach < Reach.HOST:
             left_out[name] = "does not join two processes over CPU memory"
             continue
-        found.append(Backend(name, name))
-    names = {backend.pipe for backend in found}
-    return found + [Backend(label, pipe, options) for label, (pipe, options) in VARIANTS.items() if pipe in names]
+        found.append(Backend(name))
+    return found
+
+
+def label(backend: Backend) -> str:
+    """Return what rows call a pipe: its name, and its options if it has any."""
+    return " ".join([backend.name, *(f"{key}={value}" for key, value in backend.options.items())])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

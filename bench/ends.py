@@ -19,6 +19,9 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in i
 
 from bench.link import Message
 from bench.memory import bytes_of
+from kvconnect import registry
+from kvconnect.pipes.base import Pipe, PipeSpec
+from kvconnect.pipes.tcp_meeting import TcpOptions
 
 Exchange = Callable[[Message], Message]
 Side = Literal["asks", "serves"]
@@ -49,11 +52,8 @@ class PipeEnd(End):
     """One end of a registered pipe, through its public methods."""
 
     def __init__(self, name: str, options: Mapping[str, Any], side: Side, exchange: Exchange) -> None:
-        from kvconnect import registry
-        from kvconnect.pipes.base import PipeSpec
-
         spec = PipeSpec(side=side, exchange=exchange, timeout_s=TIMEOUT_S, options=dict(options))
-        self.pipe = registry.pipe(name).open(spec)
+        self.pipe: Pipe = registry.pipe(name).open(spec)
 
     def send(self, tensor: Tensor) -> None:
         """Send one message."""
@@ -78,7 +78,7 @@ class PipeEnd(End):
 class SocketEnd(End):
     """A bare TCP connection over loopback: ``sendall`` and ``recv_into``, no framing.
 
-    Buffer sizes are left to the kernel, as the ``tcp`` pipe leaves them.
+    Its buffers are those of the ``tcp`` pipe.
     """
 
     def __init__(self, side: Side, exchange: Exchange) -> None:
@@ -89,6 +89,7 @@ class SocketEnd(End):
         else:
             self.socket = socket.socket()
             self.socket.connect(("127.0.0.1", exchange({})["port"]))
+        TcpOptions().tune(self.socket, same_host=True)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def send(self, tensor: Tensor) -> None:

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from bench import rows
-from bench.conftest import Backend, Book
+from bench.conftest import Book, label
 from bench.memory import BLOCK_BYTES, PIECE_BYTES, Selection, draw
 from bench.near import REFERENCES, Near
 from bench.nixl import INITIATORS, Nixl
 from bench.timing import Race, clock
+from kvconnect.config import Backend
 
 #: Blocks → rounds: 16.8 MB and 268 MB.
 COUNTS = {16: 31, 256: 11}
@@ -24,7 +25,6 @@ def _title(blocks: int) -> str:
     return f"{blocks * BLOCK_BYTES / 1e6:.3g} MB"
 
 
-@pytest.mark.variants
 @pytest.mark.benchmark(timer=clock)
 @pytest.mark.parametrize("op", ["read", "write"])
 @pytest.mark.parametrize("blocks", COUNTS, ids=_title)
@@ -38,9 +38,7 @@ def test_blocks(
     blocks: int,
     op: str,
 ) -> None:
-    if backend.is_variant and op == "write":
-        pytest.skip("options are measured in one direction only")
-    key = near.end(backend.pipe, backend.options)
+    key = near.end(backend.name, backend.options)
     pipe = near.attached(key)
     rng = np.random.default_rng(blocks)
     # One list of ids a round, the same for everyone in it.
@@ -57,7 +55,7 @@ def test_blocks(
     # The pipe's tensor path may belong to its block path now.
     near.release(key)
     case = rows.Case(f"blocks {_title(blocks)}, {op}", nbytes, PIECE_BYTES, is_blocks=True)
-    book.rows += rows.of_race(case, backend.label, race)
+    book.rows += rows.of_race(case, label(backend), race)
 
 
 def _packed(near: Near, end: str, nbytes: int, _round: int) -> float:

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from bench import rows
-from bench.conftest import Backend, Book
+from bench.conftest import Book, label
 from bench.memory import draw
 from bench.near import REFERENCES, Near
 from bench.nixl import INITIATORS, Nixl
 from bench.timing import CASE, Race, clock
+from kvconnect.config import Backend
 
 KIB, MIB = 1 << 10, 1 << 20
 #: Bytes → rounds.
@@ -32,7 +33,6 @@ def _title(nbytes: int) -> str:
     return f"{nbytes // MIB} MiB" if nbytes >= MIB else f"{nbytes // KIB} KiB"
 
 
-@pytest.mark.variants
 @pytest.mark.benchmark(timer=clock)
 @pytest.mark.parametrize("into", [False, True], ids=["recv_tensor", "recv_tensor_into"])
 @pytest.mark.parametrize("nbytes", SIZES, ids=_title)
@@ -46,10 +46,8 @@ def test_tensor(
     nbytes: int,
     into: bool,
 ) -> None:
-    if backend.is_variant and not (into and nbytes in (16 * MIB, 256 * MIB)):
-        pytest.skip("options are measured at two sizes only")
     count = max(1, min(MOST, SAMPLE_BYTES // nbytes))
-    key = near.end(backend.pipe, backend.options)
+    key = near.end(backend.name, backend.options)
     near.check_tensor(key, nbytes, into=into)
     references: dict[str, Callable[[int], float]] = {"memcpy": lambda _: near.memcpy(nbytes, count, into=into)}
     for name in REFERENCES:
@@ -62,7 +60,7 @@ def test_tensor(
     race.run(benchmark)
     method = "recv_tensor_into" if into else "recv_tensor"
     case = rows.Case(f"tensor {_title(nbytes)}, {method}", nbytes, nbytes)
-    book.rows += rows.of_race(case, backend.label, race)
+    book.rows += rows.of_race(case, label(backend), race)
 
 
 def _tensors(near: Near, end: str, nbytes: int, count: int, into: bool, _round: int) -> float:
@@ -85,7 +83,7 @@ def _contiguous(nixl: Nixl, name: str, op: str, nbytes: int, count: int, _round:
 
 @pytest.mark.benchmark(timer=clock)
 def test_ping_pong(benchmark: Any, near: Near, book: Book, rounds: Callable[[int], int], backend: Backend) -> None:
-    keys = {CASE: near.end(backend.pipe, backend.options)} | {name: near.end(name) for name in REFERENCES}
+    keys = {CASE: near.end(backend.name, backend.options)} | {name: near.end(name) for name in REFERENCES}
     halves: dict[str, list[float]] = {name: [] for name in keys}
     near.check_echo(keys[CASE], PING_PONG_BYTES)
     share = near.idle_cpu(keys[CASE], PING_PONG_BYTES)
@@ -102,4 +100,4 @@ def test_ping_pong(benchmark: Any, near: Near, book: Book, rounds: Callable[[int
     # The first batch of everyone is the race's warm-up.
     halves = {name: values[PING_PONGS:] for name, values in halves.items()}
     case = rows.Case("ping-pong, half, 4 KiB", PING_PONG_BYTES, PING_PONG_BYTES)
-    book.rows += rows.of_ping_pong(case, backend.label, halves, race)
+    book.rows += rows.of_ping_pong(case, label(backend), halves, race)
