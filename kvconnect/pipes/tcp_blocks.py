@@ -103,7 +103,7 @@ class BlockConnection:
 
     # -- on the reactor's thread ----------------------------------------------------------
 
-    def connect(self, sock: socket.socket, address: Any, hello: bytes) -> None:  # noqa: ANN401 - as the family has it
+    def connect(self, sock: socket.socket, address: Any, hello: bytes) -> None:
         """Connect a non-blocking ``sock`` to ``address`` and say ``hello`` first."""
         if self._error is not None:
             sock.close()

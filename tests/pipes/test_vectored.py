@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvconnect.paging import IoVec
@@ -84,6 +85,7 @@ def test_bad_memory_is_an_error_and_no_crash(sockets: tuple[socket.socket, socke
         vectored.send(sockets[0].fileno(), vectored.pieces((8, 4)))
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(sizes=st.lists(st.integers(0, 9), max_size=30), data=st.data())
 def test_advance_drops_exactly_the_first_bytes(sizes: list[int], data: st.DataObject) -> None:
     memory = noise(sum(sizes) + 1)
@@ -100,6 +102,7 @@ def test_advance_past_the_end_is_refused() -> None:
         vectored.advance(scattered(noise(4), [4]), 5)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=30), part=st.integers(1, 40))
 def test_a_cursor_takes_the_stream_part_by_part(sizes: list[int], part: int) -> None:
     memory = noise(sum(sizes))
@@ -110,6 +113,7 @@ def test_a_cursor_takes_the_stream_part_by_part(sizes: list[int], part: int) -> 
     assert taken == gathered(memory, iov)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(cuts=st.lists(st.integers(0, 60), max_size=8), others=st.lists(st.integers(0, 60), max_size=8))
 def test_copy_joins_streams_that_are_cut_differently(cuts: list[int], others: list[int]) -> None:
     source, target = noise(60), np.zeros(60, dtype=np.uint8)
@@ -142,4 +146,4 @@ def test_memory_of_no_process_is_an_error() -> None:
 
 def _sizes(cuts: list[int]) -> list[int]:
     edges = [0, *sorted(cuts), 60]
-    return [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(edges)]

@@ -17,6 +17,7 @@ LIMIT = 1 << 20
 DTYPES = [torch.bool, torch.uint8, torch.int64, torch.bfloat16, torch.float32, torch.complex64, torch.float8_e4m3fn]
 
 
+@settings(deadline=None)
 @given(shape=st.lists(st.integers(0, 3), max_size=8), dtype=st.sampled_from(DTYPES))
 def test_shape_and_dtype_survive_with_any_number_of_dimensions(shape: list[int], dtype: torch.dtype) -> None:
     header, dense = wire.encode(torch.zeros(shape, dtype=dtype))
@@ -28,7 +29,7 @@ def test_shape_and_dtype_survive_with_any_number_of_dimensions(shape: list[int],
 
 
 @given(data=st.binary(min_size=HEADER_BYTES, max_size=HEADER_BYTES + 8 * 64))
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 def test_arbitrary_bytes_are_refused_or_within_the_limit(data: bytes) -> None:
     _decode_safely(data)
 
@@ -39,12 +40,13 @@ def test_arbitrary_bytes_are_refused_or_within_the_limit(data: bytes) -> None:
         st.sampled_from([0, 1, 2, 255, 1 << 31, (1 << 63) - 1, 1 << 63, (1 << 64) - 1]), min_size=7, max_size=71
     ),
 )
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 def test_headers_that_look_right_are_refused_or_within_the_limit(head: bytes, rest: list[int]) -> None:
     numbers = b"".join(n.to_bytes(8, "little") for n in rest)
     _decode_safely(wire.MAGIC.to_bytes(2, "little") + head[:3] + bytes(3) + numbers)
 
 
+@settings(deadline=None)
 @given(flip=st.integers(0, HEADER_BYTES * 8 - 1))
 def test_a_flipped_bit_never_makes_a_header_that_lies(flip: int) -> None:
     header = bytearray(wire.encode(torch.zeros(3, 5, dtype=torch.float16))[0])
