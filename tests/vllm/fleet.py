@@ -32,8 +32,10 @@ TINY_BLOCKS = 72
 
 @dataclass(frozen=True)
 class Plan:
-    """Which engines a fleet has; ``plain`` ones have no connector.
+    """Which engines a fleet has.
 
+    ``plain`` ones have no connector; ``strangers`` are consumers whose blocks fit nobody's.
+    With ``multi`` the connector is the only child of a MultiConnector.
     ``extra_config`` goes under ``kv_connector_extra_config`` of each. With ``tiny``
     the last consumer's KV cache has `TINY_BLOCKS` blocks, so that it preempts.
     """
@@ -42,6 +44,8 @@ class Plan:
     producers: int = 2
     consumers: int = 2
     plain: int = 0
+    strangers: int = 0
+    multi: bool = False
     variant: model.Variant = "llama"
     tiny: bool = True
     lease_s: float = 8.0
@@ -59,7 +63,7 @@ class Fleet:
         self._http = api.open_client(120.0)
         options = EngineOptions(
             self.model,
-            engines=plan.producers + plan.consumers + plan.plain,
+            engines=plan.producers + plan.consumers + plan.plain + plan.strangers,
             block_size=BLOCK,
             max_num_batched_tokens=CHUNK,
             extra=("--enable-prompt-tokens-details", "--shutdown-timeout", "0", *plan.arguments),
@@ -72,11 +76,13 @@ class Fleet:
         ]
 
         self.plain = [self._engine(f"N{i}", options, None) for i in range(plan.plain)]
+        other = replace(options, block_size=2 * BLOCK)
+        self.strangers = [self._engine(f"S{i}", other, "kv_consumer") for i in range(plan.strangers)]
 
     @property
     def engines(self) -> list[Server]:
         """All engines."""
-        return [*self.producers, *self.consumers, *self.plain]
+        return [*self.producers, *self.consumers, *self.plain, *self.strangers]
 
     # -- life ------------------------------------------------------------------
 
@@ -193,6 +199,9 @@ class Fleet:
             "kv_connector_extra_config": extra | dict(self.plan.extra_config),
             "kv_load_failure_policy": "recompute",
         }
+        if self.plan.multi:
+            children = {"kv_connector_extra_config": {"connectors": [transfer]}}
+            transfer = {**transfer, "kv_connector": "MultiConnector", **children}
         logging = write_logging_config(self._folder)
         return engines.engine(
             name,

@@ -1,0 +1,64 @@
+"""Model kinds beside plain attention, a MultiConnector's child, and peers that do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from kvconnect.demo.client import Prompt
+from tests.vllm.conftest import running
+from tests.vllm.fleet import CHUNK, Fleet, Plan
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+#: A window of attention layers that alternate with full ones, as a child of MultiConnector and with a
+#: consumer of another block size; and MLA, by the pipe that `auto` takes.
+PLANS = {
+    "sliding": Plan("KvConnect", producers=1, consumers=1, tiny=False, variant="sliding", multi=True, strangers=1),
+    "mla": Plan("KvConnect", producers=1, consumers=1, tiny=False, variant="mla"),
+}
+
+
+@pytest.fixture(scope="module", params=sorted(PLANS))
+def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """One fleet a model kind."""
+    with running(PLANS[request.param], tmp_path_factory.mktemp(f"model-{request.param}")) as fleet:
+        yield fleet
+        assert fleet.settle() == []
+
+
+@pytest.mark.parametrize("tokens", [7, 100, CHUNK + 200])
+def test_hand_over_equals_one_engine(models: Fleet, tokens: int) -> None:
+    prompt = models.prompt(tokens, tokens)
+    answer, fetched = models.fetched(models.consumers[0], lambda: models.by_ticket(prompt))
+    assert fetched >= tokens - 1
+    assert answer.texts == models.reference(prompt).texts
+
+
+def test_after_the_producer_went_on_generating(models: Fleet) -> None:
+    # A window may have moved past blocks that the consumer needs: then nothing is offered.
+    prompt = models.prompt(300, 1, max_tokens=80, more={"ignore_eos": True})
+    models.ask(models.producers[0], prompt)
+    short = replace(prompt, max_tokens=16)
+    answer = models.ask(models.consumers[0], short)
+    assert answer.texts == models.reference(short).texts
+
+
+def test_a_peer_whose_blocks_differ_recomputes_and_says_so_once(models: Fleet) -> None:
+    if not models.strangers:
+        pytest.skip("this fleet has no engine with another block size")
+    stranger = models.strangers[0]
+    for seed in (2, 3):
+        prompt: Prompt = models.prompt(150, seed)
+        params = models.ticket(models.producers[0], prompt)
+        answer, fetched = models.fetched(
+            stranger,
+            lambda: models.ask(stranger, prompt, kv_transfer_params=params),  # noqa: B023
+        )
+        assert fetched == 0
+        assert answer.texts == models.reference(prompt).texts
+    said = [line for line in stranger.log.read_text().splitlines() if "differs" in line]
+    assert len(said) == 1
+    assert "blocks differs" in said[0]
