@@ -93,7 +93,7 @@ class Serving:
         self._lock = threading.Lock()
         self._blocks: BlockConnection | None = None
         self._parked: socket.socket | None = None
-        self._arrived = self._ended = False
+        self._arrived = self._ended = self._released = False
         self._listener = tcp_listener.acquire(loop, options.bind_host, options.port)
         self._tokens = self._listener.expect(self._arrive), self._listener.expect(self._arrive_blocks)
         try:
@@ -120,7 +120,7 @@ class Serving:
     def end(self, *, at_once: bool) -> None:
         """Expect nobody any more. Unless ``at_once``, who is on the way is still let in, to be told the end."""
         with self._lock:
-            parked, self._parked = self._parked, None
+            parked, self._parked, self._ended = self._parked, None, True
             late = not self._arrived and not at_once
         if parked is not None:
             parked.close()
@@ -149,7 +149,7 @@ class Serving:
 
     def _release(self) -> None:
         with self._lock:
-            first, self._ended = not self._ended, True
+            first, self._released = not self._released, True
         if first:
             for token in self._tokens:
                 self._listener.forget(token)
