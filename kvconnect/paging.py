@@ -15,6 +15,9 @@ other's strides.
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -52,7 +55,7 @@ class LayerLayout:
     @property
     def block_bytes(self) -> int:
         """Bytes of one block of this layer."""
-        return self.piece_bytes * int(np.prod([count for count, _ in self.inner], dtype=np.int64))
+        return self.piece_bytes * _piece_count(self)
 
     def piece_offsets(self) -> Int64Array:
         """Offsets of a block's pieces relative to the block's start, in canonical order."""
@@ -63,7 +66,34 @@ class LayerLayout:
         return offsets
 
 
-@dataclass(frozen=True, slots=True)
+class _Stack(NamedTuple):
+    """Consecutive layers whose blocks have equally many pieces: arrays ``[layers, blocks or 1, pieces or 1]``."""
+
+    region: Int64Array
+    piece_bytes: Int64Array
+    offset: Int64Array
+    block_stride: Int64Array
+    inner: Int64Array
+
+    @classmethod
+    def of(cls, layers: Sequence[LayerLayout]) -> _Stack:
+        def column(field: str) -> Int64Array:
+            return np.array([getattr(layer, field) for layer in layers], dtype=np.int64)
+
+        return cls(
+            column("region"),
+            column("piece_bytes"),
+            column("offset")[:, None, None],
+            column("block_stride")[:, None, None],
+            np.stack([layer.piece_offsets() for layer in layers])[:, None, :],
+        )
+
+
+def _piece_count(layer: LayerLayout) -> int:
+    return math.prod(count for count, _ in layer.inner)
+
+
+@dataclass(frozen=True)
 class PagedLayout:
     """The layout of one rank's KV memory: its layers, and how many bytes each region has."""
 
@@ -108,17 +138,25 @@ class PagedLayout:
         offsets: list[Int64Array] = []
         lengths: list[Int64Array] = []
         for group, ids in enumerate(blocks):
-            numbers = np.asarray(ids, dtype=np.int64)
-            for layer in self.in_group(group):
-                starts = layer.offset + numbers * layer.block_stride
-                flat = (starts[:, None] + layer.piece_offsets()[None, :]).reshape(-1)
-                offsets.append(flat)
-                regions.append(np.full(flat.size, layer.region, dtype=np.int64))
-                lengths.append(np.full(flat.size, layer.piece_bytes, dtype=np.int64))
+            numbers = np.asarray(ids, dtype=np.int64)[None, :, None]
+            for stack in self._stacks[group] if group < len(self._stacks) else ():
+                starts = stack.offset + numbers * stack.block_stride + stack.inner
+                per_layer = starts.size // len(stack.region)
+                offsets.append(starts.reshape(-1))
+                regions.append(np.repeat(stack.region, per_layer))
+                lengths.append(np.repeat(stack.piece_bytes, per_layer))
         if not offsets:
             empty = np.zeros(0, dtype=np.int64)
             return empty, empty, empty
         return np.concatenate(regions), np.concatenate(offsets), np.concatenate(lengths)
+
+    @functools.cached_property
+    def _stacks(self) -> tuple[tuple[_Stack, ...], ...]:
+        """Layers by group as arrays; a hand-over asks for all of them at once, and often."""
+        return tuple(
+            tuple(_Stack.of(list(run)) for _, run in itertools.groupby(self.in_group(group), _piece_count))
+            for group in range(self.num_groups)
+        )
 
     def to_wire(self) -> dict[str, Any]:
         """Plain data for msgpack."""
