@@ -20,7 +20,6 @@ it never takes memory for the message that the sender has got back meanwhile.
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 import struct
 import threading
@@ -28,7 +27,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from kvconnect.errors import BrokenError, EndOfPipe, KVConnectError, TensorRejectedError
-from kvconnect.pipes import ring, turns, vectored, wire
+from kvconnect.pipes import huge_pages, ring, turns, vectored, wire
+from kvconnect.pipes.huge_pages import HUGE_BYTES
 from kvconnect.pipes.peer_memory import Chunks, PeerMemory, SharedCopy, useful_threads
 from kvconnect.pipes.ring import Ring
 from kvconnect.pipes.shm_lane import Lane
@@ -43,11 +43,6 @@ _MESSAGE, _LARGE, _RING, _FILLED, _DONE, _STREAM, _FREED = range(1, 8)
 _TAGS: Final = [bytes([tag]) for tag in range(8)]
 _ADDRESS: Final = struct.Struct("<BQ")
 _BUFFER_BYTES: Final = INLINE_BYTES + 4096
-#: A huge page, which two threads must not fault in both.
-_HUGE_BYTES: Final = 2 << 20
-_libc = ctypes.CDLL(None, use_errno=True)
-_madvise = _libc.madvise
-_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class Sender:
@@ -218,12 +213,13 @@ class Receiver:
 
     def _read_peer(self, peer: PeerMemory, address: int, target: Tensor) -> None:
         start, nbytes = target.data_ptr(), target.nbytes
-        if nbytes <= 2 * _HUGE_BYTES or useful_threads() == 1:
+        if nbytes <= 2 * HUGE_BYTES or useful_threads() == 1:
             peer.read(vectored.pieces((start, nbytes)), vectored.pieces((address, nbytes)))
             return
-        first = -start % _HUGE_BYTES or _HUGE_BYTES
-        here = Chunks(vectored.pieces((start, nbytes)), _HUGE_BYTES, first)
-        there = Chunks(vectored.pieces((address, nbytes)), _HUGE_BYTES, first)
+        # Cut at huge pages, which two threads must not fault in both.
+        first = -start % HUGE_BYTES or HUGE_BYTES
+        here = Chunks(vectored.pieces((start, nbytes)), HUGE_BYTES, first)
+        there = Chunks(vectored.pieces((address, nbytes)), HUGE_BYTES, first)
         outcome: list[KVConnectError | None] = []
         over = threading.Event()
 
@@ -263,9 +259,6 @@ class Receiver:
 def _fresh(meta: wire.Meta) -> Tensor:
     """Return a new tensor; large ones in huge pages, since zeroing small ones costs more than the copy."""
     target = meta.empty()
-    if meta.nbytes >= 2 * _HUGE_BYTES:
-        start = -(-target.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = (target.data_ptr() + meta.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        # Advice: a kernel without huge pages says no, and the copy works all the same.
-        _madvise(start, end - start, mmap.MADV_HUGEPAGE)
+    if meta.nbytes >= 2 * HUGE_BYTES:
+        huge_pages.advise(target.data_ptr(), meta.nbytes)
     return target

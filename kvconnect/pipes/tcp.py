@@ -26,20 +26,19 @@ from kvconnect.errors import (
     KVConnectError,
     TensorRejectedError,
 )
-from kvconnect.pipes import reactor, vectored, wire
+from kvconnect.pipes import reactor, wire
 from kvconnect.pipes.base import Channel, Pipe, PipeSpec, Reach, Traits, Transfer
 from kvconnect.pipes.landing import Landing
 from kvconnect.pipes.tcp_blocks import BlockConnection
 from kvconnect.pipes.tcp_link import Link
 from kvconnect.pipes.tcp_meeting import Asking, Serving, TcpOptions
-from kvconnect.pipes.wire import HEADER_BYTES, Kind, Meta
+from kvconnect.pipes.wire import HEADER_BYTES, MAX_HEADER_BYTES, Kind, Meta
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from kvconnect.paging import BlockIds, PagedLayout, PagedMemory
 
-_MAX_HEADER_BYTES: Final = HEADER_BYTES + 8 * wire.MAX_DIMS
 _MESSAGES: Final = frozenset({Kind.TENSOR, Kind.NONE, Kind.END})
 
 
@@ -92,6 +91,9 @@ class TcpPipe(Pipe):
         self._failure: KVConnectError | None = None
         self._peer_ended = False
         self._link: Future[Link] = Future()
+        self._ready: Link | None = None
+        head = np.empty(MAX_HEADER_BYTES, dtype=np.uint8)
+        self._head_view, self._head_address = memoryview(head.data), int(head.ctypes.data)
         self._blocks: BlockConnection | None = None
         meeting = Serving if spec.side == "serves" else Asking
         self._meeting: Serving | Asking = meeting(self._loop, spec, self._options, self._joined)
@@ -115,12 +117,8 @@ class TcpPipe(Pipe):
             self._send(link, header, dense, nbytes)
 
     def _send(self, link: Link, header: bytes, dense: Tensor | None, nbytes: int) -> None:
-        head = np.frombuffer(header, dtype=np.uint8)
-        spans = [(head.ctypes.data, len(header))]
-        if dense is not None and nbytes:
-            spans.append((dense.data_ptr(), nbytes))
         try:
-            link.send(vectored.pieces(*spans), len(header) + nbytes)
+            link.send(header, dense.data_ptr() if dense is not None else 0, nbytes)
         except (BrokenError, DeadlineError) as error:
             self._fail(error)
 
@@ -167,15 +165,13 @@ class TcpPipe(Pipe):
         return link, meta
 
     def _recv_meta(self, link: Link) -> Meta | None:
-        head = np.empty(_MAX_HEADER_BYTES, dtype=np.uint8)
-        address, view = head.ctypes.data, memoryview(head.data)
+        address, view = self._head_address, self._head_view
         try:
-            came = link.recv(vectored.pieces((address, HEADER_BYTES)), HEADER_BYTES, idle=True)
-            if not came:
+            if not link.recv(address, HEADER_BYTES, idle=True):
                 return None
             more = wire.read(view[:HEADER_BYTES])
             if more:
-                link.recv(vectored.pieces((address + HEADER_BYTES, more)), more)
+                link.recv(address + HEADER_BYTES, more)
             meta = wire.decode(view[: HEADER_BYTES + more], self._options.max_message_bytes)
             if meta.kind not in _MESSAGES:
                 raise BrokenError(f"the peer sent a {meta.kind.name} frame among tensors")
@@ -187,7 +183,7 @@ class TcpPipe(Pipe):
         if not tensor.nbytes:
             return
         try:
-            link.recv(vectored.pieces((tensor.data_ptr(), tensor.nbytes)), tensor.nbytes)
+            link.recv(tensor.data_ptr(), tensor.nbytes)
         except (BrokenError, DeadlineError) as error:
             self._fail(error)
 
@@ -200,6 +196,8 @@ class TcpPipe(Pipe):
     def _connected(self) -> Link:
         """Return the link; the serving end waits for the asking end's connection here."""
         self._check_usable()
+        if self._ready is not None:
+            return self._ready
         try:
             return self._link.result(self._timeout_s)
         except TimeoutError:
@@ -231,8 +229,7 @@ class TcpPipe(Pipe):
             link.end(reset=False)
             return
         try:
-            header = np.frombuffer(wire.control(Kind.END), dtype=np.uint8)
-            link.send(vectored.pieces((header.ctypes.data, HEADER_BYTES)), HEADER_BYTES)
+            link.send(wire.control(Kind.END))
         except (BrokenError, DeadlineError, ClosedError):
             link.end(reset=False)  # nobody is left to be told
         else:
@@ -296,6 +293,7 @@ class TcpPipe(Pipe):
         link = Link(sock, self._timeout_s)
         with self._state:
             if not self._link.done():
+                self._ready = link
                 self._link.set_result(link)
                 return
         if self._aborted:

@@ -9,13 +9,14 @@ import struct
 import termios
 import threading
 import time
-from collections.abc import Iterator
 from typing import Final, NoReturn
 
+import numpy as np
+
 from kvconnect.errors import BrokenError, ClosedError, DeadlineError
-from kvconnect.paging import IoVec
 from kvconnect.pipes import reactor, vectored
 from kvconnect.pipes.reactor import Reactor
+from kvconnect.pipes.wire import MAX_HEADER_BYTES
 
 #: A message may take this long a byte on top of the pipe's time-out, so that size alone never fails it.
 _SECONDS_A_BYTE: Final = 1 / (32 << 20)
@@ -43,18 +44,27 @@ class Link:
         self._lock = threading.Lock()
         self._users = 0
         self._ended = False
+        head = np.empty(MAX_HEADER_BYTES, dtype=np.uint8)
+        self._head_view, self._head_address = memoryview(head.data), int(head.ctypes.data)
+        self._out = vectored.pieces((0, 0), (0, 0))
 
-    def send(self, iov: IoVec, nbytes: int) -> None:
-        """Send all ``nbytes`` of ``iov``, which is used up.
+    def send(self, header: bytes, address: int = 0, nbytes: int = 0) -> None:
+        """Send ``header`` and then ``nbytes`` bytes at ``address``. For one thread at a time.
 
         Raises:
             DeadlineError, BrokenError: part of it may have gone.
             ClosedError: `end` was called.
 
         """
-        deadline = time.monotonic() + self._timeout_s + nbytes * _SECONDS_A_BYTE
-        with self._using() as fd:
-            while nbytes:
+        left = len(header) + nbytes
+        deadline = time.monotonic() + self._timeout_s + left * _SECONDS_A_BYTE
+        # One array for all messages: building one would cost as much as the call that sends it.
+        self._head_view[: len(header)] = header
+        iov = self._out
+        iov[0, 0], iov[0, 1], iov[1, 0], iov[1, 1] = self._head_address, len(header), address, nbytes
+        fd = self._enter()
+        try:
+            while left:
                 try:
                     done = vectored.send(fd, iov)
                 except InterruptedError:
@@ -63,13 +73,15 @@ class Link:
                     self._late("the peer takes no data")
                 except OSError as error:
                     self._fail("sending failed", error)
-                nbytes -= done
-                if nbytes:
+                left -= done
+                if left:
                     iov = vectored.advance(iov, done)
                     self._check(deadline, "the peer takes data too slowly")
+        finally:
+            self._leave()
 
-    def recv(self, iov: IoVec, nbytes: int, *, idle: bool = False) -> bool:
-        """Receive all ``nbytes`` to ``iov``, which is used up.
+    def recv(self, address: int, nbytes: int, *, idle: bool = False) -> bool:
+        """Receive ``nbytes`` bytes to ``address``. For one thread at a time.
 
         With ``idle``, nothing of a message has come yet: running out of time before
         the first byte returns ``False`` and harms nothing.
@@ -80,10 +92,11 @@ class Link:
 
         """
         deadline = time.monotonic() + self._timeout_s + nbytes * _SECONDS_A_BYTE
-        with self._using() as fd:
+        fd = self._enter()
+        try:
             while nbytes:
                 try:
-                    done = vectored.recv(fd, iov, socket.MSG_WAITALL)
+                    done = vectored.recv_at(fd, address, nbytes, socket.MSG_WAITALL)
                 except InterruptedError:
                     continue  # a signal; its Python handler ran on the way here
                 except BlockingIOError:
@@ -95,10 +108,11 @@ class Link:
                 if not done:
                     self._fail("the connection was cut")
                 idle = False
-                nbytes -= done
+                address, nbytes = address + done, nbytes - done
                 if nbytes:
-                    iov = vectored.advance(iov, done)
                     self._check(deadline, "a message comes too slowly")
+        finally:
+            self._leave()
         return True
 
     def end(self, *, reset: bool) -> None:
@@ -132,19 +146,18 @@ class Link:
         self._sock.setblocking(False)
         _Farewell(loop, self._sock, self._timeout_s)
 
-    @contextlib.contextmanager
-    def _using(self) -> Iterator[int]:
+    def _enter(self) -> int:
         with self._lock:
             if self._ended:
                 raise ClosedError("this end was closed")
             self._users += 1
-        try:
-            yield self._sock.fileno()
-        finally:
-            with self._lock:
-                self._users -= 1
-                if self._ended and not self._users:
-                    self._sock.close()
+            return self._sock.fileno()
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._ended and not self._users:
+                self._sock.close()
 
     def _check(self, deadline: float, what: str) -> None:
         if time.monotonic() > deadline:

@@ -45,6 +45,9 @@ _recvmsg = _libc.recvmsg
 for _call in (_sendmsg, _recvmsg):
     _call.restype = ctypes.c_ssize_t
     _call.argtypes = (ctypes.c_int, ctypes.POINTER(_MsgHdr), ctypes.c_int)
+_recv = _libc.recv
+_recv.restype = ctypes.c_ssize_t
+_recv.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _readv = _libc.process_vm_readv
 _writev = _libc.process_vm_writev
 for _call in (_readv, _writev):
@@ -95,6 +98,14 @@ def recv(fd: int, iov: IoVec, flags: int = 0) -> int:
     """
     header = _MsgHdr(iov=_address(iov), iovlen=min(len(iov), MAX_PIECES))
     done: int = _recvmsg(fd, header, flags)
+    if done < 0:
+        _fail()
+    return done
+
+
+def recv_at(fd: int, address: int, count: int, flags: int = 0) -> int:
+    """Receive up to ``count`` bytes to one piece of memory; as `recv`."""
+    done: int = _recv(fd, address, count, flags)
     if done < 0:
         _fail()
     return done

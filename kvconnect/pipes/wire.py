@@ -30,6 +30,7 @@ DEFAULT_MAX_BYTES: Final = 1 << 40
 
 _PREFIX = struct.Struct(f"<HBBB3xQ{INLINE_DIMS}q")
 HEADER_BYTES: Final = _PREFIX.size
+MAX_HEADER_BYTES: Final = HEADER_BYTES + 8 * MAX_DIMS
 
 
 class Kind(enum.IntEnum):

@@ -1,0 +1,78 @@
+"""Huge pages for memory that is copied often: the kernel walks both sides' page tables for every copy.
+
+One-copy reads of 32 KiB pieces ran at 0.7 of a memcpy with 4 KiB pages on both sides
+and at 0.86 with huge ones. Everything here is advice: a kernel that has none to give says
+no, and all works as before.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+import threading
+from typing import Final
+
+from kvconnect.paging import PagedMemory
+
+log = logging.getLogger(__name__)
+
+#: Size of a huge page on x86-64; elsewhere a multiple of it, or no harm.
+HUGE_BYTES: Final = 2 << 20
+_PAGE_BYTES: Final = os.sysconf("SC_PAGESIZE")
+_MADV_HUGEPAGE: Final = 14
+_MADV_COLLAPSE: Final = 25
+#: Bytes collapsed by one call, about 0.1 s: other threads' page faults wait that long at most.
+_SLICE_BYTES: Final = 32 << 20
+
+#: This slice is not there yet, or is busy just now: the next one may do.
+_GO_ON: Final = frozenset({errno.EAGAIN, errno.EBUSY, errno.ENOMEM})
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_madvise = _libc.madvise
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+_lock = threading.Lock()
+_done: set[tuple[int, int, int]] = set()
+
+
+def advise(address: int, nbytes: int) -> None:
+    """Ask for huge pages where none of this memory was touched yet; costs nothing."""
+    start, end = _whole(address, address + nbytes, _PAGE_BYTES)
+    if end > start:
+        _madvise(start, end - start, _MADV_HUGEPAGE)
+
+
+def collapse(memory: PagedMemory) -> None:
+    """Turn ``memory``, touched or not, into huge pages, once a process and region.
+
+    The kernel copies it page by page (0.5 to 1 s for 512 MB), so a thread of its own
+    does it, in slices; the memory can be used meanwhile.
+    """
+    if memory.device != "cpu":
+        return
+    with _lock:
+        pid = os.getpid()  # a forked child starts anew
+        regions = {
+            (pid, int(base), nbytes) for base, nbytes in zip(memory.bases, memory.layout.region_bytes, strict=True)
+        }
+        new = regions - _done
+        _done.update(new)
+    if new:
+        # The thread keeps `memory`, and so its owner, alive while it works.
+        threading.Thread(target=_collapse, args=(memory, sorted(new)), name="kvconnect-huge-pages", daemon=True).start()
+
+
+def _collapse(memory: PagedMemory, regions: list[tuple[int, int, int]]) -> None:
+    for _, base, nbytes in regions:
+        start, end = _whole(base, base + nbytes, HUGE_BYTES)
+        for at in range(start, end, _SLICE_BYTES):
+            if _madvise(at, min(_SLICE_BYTES, end - at), _MADV_COLLAPSE) and ctypes.get_errno() not in _GO_ON:
+                log.debug("no huge pages for KV memory on %s: %s", memory.device, os.strerror(ctypes.get_errno()))
+                return
+
+
+def _whole(start: int, end: int, grain: int) -> tuple[int, int]:
+    """Return the whole pages of ``grain`` bytes inside ``start:end``."""
+    return -(-start // grain) * grain, end // grain * grain
