@@ -13,7 +13,6 @@ import threading
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, ClassVar, Final, NoReturn
 
-import numpy as np
 import torch
 
 from kvconnect.errors import (
@@ -32,7 +31,7 @@ from kvconnect.pipes.landing import Landing
 from kvconnect.pipes.tcp_blocks import BlockConnection
 from kvconnect.pipes.tcp_link import Link
 from kvconnect.pipes.tcp_meeting import Asking, Serving, TcpOptions
-from kvconnect.pipes.wire import HEADER_BYTES, MAX_HEADER_BYTES, Kind, Meta
+from kvconnect.pipes.wire import HEADER_BYTES, Kind, Meta
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,8 +91,6 @@ class TcpPipe(Pipe):
         self._peer_ended = False
         self._link: Future[Link] = Future()
         self._ready: Link | None = None
-        head = np.empty(MAX_HEADER_BYTES, dtype=np.uint8)
-        self._head_view, self._head_address = memoryview(head.data), int(head.ctypes.data)
         self._blocks: BlockConnection | None = None
         meeting = Serving if spec.side == "serves" else Asking
         self._meeting: Serving | Asking = meeting(self._loop, spec, self._options, self._joined)
@@ -165,7 +162,7 @@ class TcpPipe(Pipe):
         return link, meta
 
     def _recv_meta(self, link: Link) -> Meta | None:
-        address, view = self._head_address, self._head_view
+        address, view = link.head_address, link.head
         try:
             if not link.recv(address, HEADER_BYTES, idle=True):
                 return None

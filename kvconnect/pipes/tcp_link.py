@@ -44,8 +44,9 @@ class Link:
         self._lock = threading.Lock()
         self._users = 0
         self._ended = False
-        head = np.empty(MAX_HEADER_BYTES, dtype=np.uint8)
-        self._head_view, self._head_address = memoryview(head.data), int(head.ctypes.data)
+        self._out_head, self._out_address = _header_memory()
+        #: Where the receiving thread may put a header.
+        self.head, self.head_address = _header_memory()
         self._out = vectored.pieces((0, 0), (0, 0))
 
     def send(self, header: bytes, address: int = 0, nbytes: int = 0) -> None:
@@ -59,9 +60,9 @@ class Link:
         left = len(header) + nbytes
         deadline = time.monotonic() + self._timeout_s + left * _SECONDS_A_BYTE
         # One array for all messages: building one would cost as much as the call that sends it.
-        self._head_view[: len(header)] = header
+        self._out_head[: len(header)] = header
         iov = self._out
-        iov[0, 0], iov[0, 1], iov[1, 0], iov[1, 1] = self._head_address, len(header), address, nbytes
+        iov[0, 0], iov[0, 1], iov[1, 0], iov[1, 1] = self._out_address, len(header), address, nbytes
         fd = self._enter()
         try:
             while left:
@@ -172,6 +173,11 @@ class Link:
         if self._ended:
             raise ClosedError("this end was closed")
         raise BrokenError(f"{what}: {error}" if error else what) from error
+
+
+def _header_memory() -> tuple[memoryview, int]:
+    memory = np.empty(MAX_HEADER_BYTES, dtype=np.uint8)
+    return memoryview(memory.data), int(memory.ctypes.data)
 
 
 class _Farewell:
