@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -40,6 +41,8 @@ LIMIT_S = 10.0
 
 class TestTcpPipe(PipeTests):
     pipe_class = TcpPipe
+    # Two sockets for each end of each pipe; as many as the limit of open files lets in.
+    many_pipes = min(1000, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 200) // 4)
 
 
 class Stranger:
