@@ -45,6 +45,7 @@ def kv_transfer_config(connector: str, role: str, rank: int) -> Any:
 
 def make_llm(args: argparse.Namespace, role: str, rank: int) -> Any:
     """Start an engine on its CUDA device, or on the CPU."""
+    place: dict[str, Any]
     if args.devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = args.devices[rank % len(args.devices)]
         place = {"gpu_memory_utilization": 0.8 if len(args.devices) > 1 else 0.4}
