@@ -158,16 +158,19 @@ class BlockConnection:
         fd, writer, moved = self._sock.fileno(), self._requests.writer, 0
         if events & ~reactor.WRITE:
             moved = self._requests.reader.pump(fd, self._chunk_bytes)
-        if writer.busy and self._sock is not None:
+        if writer.busy and not self._gone():
             moved += writer.pump(fd)
         if moved:
             self._progress = time.monotonic()
-        if self._sock is None:
+        if self._gone():
             return  # whoever a finished transfer was reported to has closed the pipe
         wanted = reactor.READ | (reactor.WRITE if writer.busy else 0)
         if wanted != self._events:
             self._events = wanted
             self._loop.change(fd, wanted)
+
+    def _gone(self) -> bool:
+        return self._sock is None
 
     def _look(self) -> None:
         """See whether anything moved lately; transfers have no deadline of their own."""

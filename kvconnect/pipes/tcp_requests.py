@@ -92,7 +92,8 @@ class BlockRequests:
     def clear(self) -> list[Transfer]:
         """Forget everything; return the transfers of this end that were running."""
         self.reader.stopped = True
-        running = [one.transfer for one in (*self._reading.values(), *self._writing.values()) if one.transfer]
+        read = [incoming.transfer for incoming in self._reading.values() if incoming.transfer]
+        running = [*read, *(writing.transfer for writing in self._writing.values())]
         for table in (self._reading, self._writing, self._served, self._written):
             table.clear()
         return running
