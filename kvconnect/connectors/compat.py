@@ -7,7 +7,7 @@ version numbers, wherever looking can tell.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import vllm
@@ -114,9 +114,22 @@ class BlockPins:
     Engine thread only.
     """
 
-    def __init__(self, pool: BlockPool) -> None:
+    def __init__(self, pool: BlockPool, before_reset: Callable[[], object]) -> None:
+        """Pin blocks of ``pool``; ``before_reset`` lets go of what it can when the pool is reset.
+
+        vLLM resets the pool *before* it asks the connector to reset, and gives up if any
+        block is in use. Entries that nobody reads must not stand in the way, and there is no
+        earlier hook, so the pool's own method is wrapped, on this one object.
+        """
         self._pool = pool
         self.total = len(pool.blocks)
+        reset = pool.reset_prefix_cache
+
+        def reset_prefix_cache() -> bool:
+            before_reset()
+            return bool(reset())
+
+        pool.reset_prefix_cache = reset_prefix_cache
 
     @property
     def free(self) -> int:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from kvconnect.buffers.base import Claim, Want
 from kvconnect.connectors.compat import NULL_BLOCK
-from kvconnect.connectors.groups import Group
+from kvconnect.connectors.groups import Group, usable_tokens
 from kvconnect.connectors.identity import key_of, shared_label
 from kvconnect.connectors.plan import Blocks, Load
 
@@ -89,7 +89,7 @@ class Fetching:
             self.counters["miss_window"] += 1
             return self._give_up(request.request_id, fetch)
         fetch.local_tokens = local_tokens
-        return max(0, found.key.length - local_tokens)
+        return max(0, usable_tokens(self._groups, found.key.length) - local_tokens)
 
     def allocated(self, request: Request, table: Sequence[Sequence[int]], tokens: int) -> None:
         """Blocks were given to a request; ``tokens`` of them are to be fetched (0: none after all)."""
@@ -161,7 +161,7 @@ class Fetching:
         if len(claim.blocks) != len(self._groups):
             return False
         for group, ids in zip(self._groups, claim.blocks, strict=True):
-            needed = group.needed(claim.key.length)
+            needed = group.needed(usable_tokens(self._groups, claim.key.length))
             if len(ids) < needed.stop or any(ids[i] == NULL_BLOCK for i in needed):
                 return False
         return True

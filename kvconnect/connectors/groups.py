@@ -92,6 +92,16 @@ def _specs(spec: Any) -> Iterable[Any]:
     return [spec] if inner is None else inner.values()
 
 
+def usable_tokens(groups: Sequence[Group], tokens: int) -> int:
+    """Return how many of a prompt's tokens a consumer should take over.
+
+    All of them; vLLM then goes back one and computes the last again, to sample from it.
+    With a sliding window it would already have thinned out the block in which that
+    token's window begins, so there the last token is left to be computed in the first place.
+    """
+    return tokens if all(group.window is None for group in groups) else tokens - 1
+
+
 def select(groups: Sequence[Group], table: Sequence[Sequence[int]], tokens: int) -> tuple[tuple[int, ...], ...]:
     """Return the part of a block table that covers ``tokens``, for the given groups."""
     return tuple(tuple(table[g.index][: -(-tokens // g.block_size)]) for g in groups)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from kvconnect.connectors import groups
 from kvconnect.connectors.groups import Group, select
 from kvconnect.connectors.identity import key_of, shared_label
 
@@ -81,14 +82,20 @@ class Lending:
         self.take_back()
         if self._pins is None:
             return
-        short = num_blocks - self._pins.free
-        if short > 0 and self._end.unasked_blocks():
+        # Entries may share blocks (a common prefix), so ending one frees fewer than it held.
+        while (short := num_blocks - self._pins.free) > 0 and self._end.unasked_blocks():
             self._end.reclaim(short)
             self.take_back()
 
     def after_step(self) -> None:
         """After a scheduling step: keep free what running requests may ask for in the next one."""
         self.make_room(self._step_blocks)
+
+    def let_go(self) -> bool:
+        """End every entry that no taker is reading; ``False`` if some are being read."""
+        clean = self._end.clear()
+        self.take_back()
+        return clean
 
     def take_back(self) -> None:
         """Return the blocks of ended entries to the pool."""
@@ -106,7 +113,7 @@ class Lending:
             return "its prompt was not computed to the end"
         for group in self._groups:
             ids = table[group.index]
-            needed = group.needed(tokens)
+            needed = group.needed(groups.usable_tokens(self._groups, tokens))
             if len(ids) < needed.stop or any(ids[i] == 0 for i in needed):
                 return "some of its blocks are gone already"
         return None

@@ -53,6 +53,10 @@ class SchedulerHalf:
                 self._end, engine.namespace, engine.groups, engine.step_blocks, config.unasked_share
             )
         if engine.settings.consumes:
+            if not engine.recomputes:
+                log.info(
+                    "a load that fails will fail its request; set kv_load_failure_policy='recompute' to compute it"
+                )
             self._fetching = Fetching(self._end, engine.namespace, engine.groups, content_lookup=config.content_lookup)
 
     @property
@@ -63,7 +67,7 @@ class SchedulerHalf:
     def bind_pool(self, pool: BlockPool) -> None:
         """Learn vLLM's block pool."""
         if self._lending is not None:
-            self._lending.bind(compat.BlockPins(pool))
+            self._lending.bind(compat.BlockPins(pool, self._lending.let_go))
 
     # -- requests ---------------------------------------------------------------
 
@@ -131,10 +135,9 @@ class SchedulerHalf:
         """``reset_cache``: forget every entry that no taker is reading."""
         if self._end is None:
             return True
-        clean = self._end.clear()
         if self._lending is not None:
-            self._lending.take_back()
-        return clean
+            return self._lending.let_go()
+        return self._end.clear()
 
     def close(self) -> None:
         """``shutdown``."""

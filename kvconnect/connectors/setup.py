@@ -34,6 +34,7 @@ class Engine:
         num_blocks: blocks of the pool.
         step_blocks: the most blocks one scheduling step can ask for on behalf of running requests.
         refusal: why this model's KV cannot be handed over, or ``None``.
+        recomputes: whether vLLM computes a request whose load failed itself, rather than fail it.
 
     """
 
@@ -45,6 +46,7 @@ class Engine:
     num_blocks: int
     step_blocks: int
     refusal: str | None
+    recomputes: bool
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that a sequence of ``tokens`` tokens takes, all groups together."""
@@ -72,9 +74,7 @@ def engine(vllm_config: VllmConfig, kv: KVCacheConfig, preset: str | None) -> En
     _require(pipe.name, preset)
     marks = fingerprint.fingerprint(vllm_config, kv)
     parallel = vllm_config.parallel_config
-    if config.port:
-        # Data-parallel engines of one host share the configuration; each has its own scheduler.
-        config = dataclasses.replace(config, port=config.port + parallel.data_parallel_index)
+    config = _own_port(config, parallel.data_parallel_index)
     settings = EndSettings(
         engine_id=str(transfer.engine_id),
         fingerprint=marks,
@@ -98,6 +98,7 @@ def engine(vllm_config: VllmConfig, kv: KVCacheConfig, preset: str | None) -> En
         num_blocks=kv.num_blocks,
         step_blocks=step_blocks,
         refusal=refusal,
+        recomputes=transfer.kv_load_failure_policy == "recompute",
     )
 
 
@@ -119,6 +120,18 @@ def _pipe(extra: Mapping[str, object], config: Config, preset: str | None) -> Ba
             f"remove the option or use kv_connector='KvConnect'"
         )
     return config.pipe
+
+
+def _own_port(config: Config, data_parallel_index: int) -> Config:
+    """Give each data-parallel engine a port of its own: they share the configuration, not the scheduler."""
+    if config.port:
+        return dataclasses.replace(config, port=config.port + data_parallel_index)
+    if data_parallel_index and config.kv_port:
+        # Behind the ports of all ranks, which `kv_port + rank` gives to the first engine of each.
+        ranks = config.kv_parallel_size or 1
+        own = config.kv_port + (config.kv_rank or 0) + data_parallel_index * ranks
+        return dataclasses.replace(config, port=own)
+    return config
 
 
 def _require(pipe: str, preset: str | None) -> None:

@@ -64,7 +64,7 @@ def producer(request: pytest.FixtureRequest) -> Iterator[Producer]:
     end = RemoteBuffer.scheduler_end(EndSettings("engine", {"model": "m"}, 1, True, False, config))
     pool = BlockPool(POOL, enable_caching=True, hash_block_size=BLOCK)
     lending = Lending(end, "ns", GROUPS, step_blocks=4, unasked_share=share)
-    lending.bind(BlockPins(pool))
+    lending.bind(BlockPins(pool, lending.let_go))
     yield Producer(pool, end, lending)
     end.close()
 
@@ -139,6 +139,27 @@ def test_what_was_asked_for_does_not_give_way(producer: Producer) -> None:
     assert producer.free == POOL - 1 - 3
 
 
+def test_the_pools_reset_is_not_held_up_by_entries_that_nobody_reads(producer: Producer) -> None:
+    producer.serve(12, asked=True)
+    producer.serve(12)
+    assert producer.pool.reset_prefix_cache()
+    assert producer.free == POOL - 1
+
+
+def test_room_is_made_although_entries_share_their_blocks(producer: Producer) -> None:
+    shared = producer.pool.get_new_blocks(6)
+    for number in range(5):
+        request = Request(f"s{number}", [*range(24), number], SamplingParams(max_tokens=1), None)
+        request.num_computed_tokens, request.status = 25, RequestStatus.FINISHED_STOPPED
+        own = producer.pool.get_new_blocks(1)
+        table = [[b.block_id for b in (*shared, *own)]]
+        assert producer.lending.finished(request, table) is not None or number
+        producer.pool.free_blocks(own)
+    producer.pool.free_blocks(shared)
+    producer.lending.make_room(POOL - 1)
+    assert producer.free == POOL - 1
+
+
 def test_reset_returns_every_unclaimed_block(producer: Producer) -> None:
     producer.serve(12, asked=True)
     producer.serve(12)
@@ -149,9 +170,10 @@ def test_reset_returns_every_unclaimed_block(producer: Producer) -> None:
 
 def test_a_prompt_with_blocks_outside_its_window_missing_is_still_offered(producer: Producer) -> None:
     group = Group(0, BLOCK, 8, ("layer",))
-    assert group.needed(20) == range(3, 5)
+    # The last of 20 tokens is computed by the consumer: it reads from position 12 on.
+    assert group.needed(19) == range(3, 5)
     lending = Lending(producer.end, "ns", (group,), 4, 0.5)
-    lending.bind(BlockPins(producer.pool))
+    lending.bind(BlockPins(producer.pool, lending.let_go))
     blocks = producer.pool.get_new_blocks(2)
     request = Request("w", list(range(20)), SamplingParams(max_tokens=1), None)
     request.num_computed_tokens, request.status = 20, RequestStatus.FINISHED_STOPPED
