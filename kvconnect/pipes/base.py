@@ -39,7 +39,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from kvconnect.errors import ClosedError, DeadlineError, KVConnectError
+from kvconnect.errors import BusyError, ClosedError, DeadlineError, KVConnectError
 
 if TYPE_CHECKING:
     from typing import Self
@@ -200,6 +200,8 @@ class Pipe(ABC):
     #: The medium's name: also its module's and its entry point's.
     name: ClassVar[str] = ""
     traits: ClassVar[Traits] = Traits()
+    #: Deadline of the default block path; a pipe sets it from its `PipeSpec.timeout_s`.
+    timeout_s: float = 30.0
 
     # -- what every pipe writes -------------------------------------------------
 
@@ -292,10 +294,17 @@ class Pipe(ABC):
         `PagedLayout.shape`. The peer may read this end's blocks from now on.
         The default serves and asks over ``channel`` and streams through
         `send_tensor` and `recv_tensor`, which belong to the block path from then on.
+
+        Raises:
+            HandshakeError: the layouts do not fit each other; nothing is attached.
+            BusyError: this end is attached already.
+
         """
         from kvconnect.pipes.stream import BlockStream
 
-        self._stream = BlockStream(self, local, remote, channel)
+        if self._stream is not None:
+            raise BusyError("this pipe is attached to paged memory already")
+        self._stream = BlockStream(self, local, remote, channel, self.timeout_s)
 
     def read_blocks(self, remote: BlockIds, local: BlockIds) -> Transfer:
         """Start to copy the peer's blocks ``remote`` into this end's blocks ``local``.

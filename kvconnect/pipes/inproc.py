@@ -181,6 +181,8 @@ class InprocPipe(Pipe):
         paged.check_shapes(local.layout, remote)
         with self._link.changed:
             self._check_usable()
+            if self._link.memory[self._side] is not None:
+                raise BusyError("this pipe is attached to paged memory already")
             self._link.memory[self._side] = local
 
     def read_blocks(self, remote: BlockIds, local: BlockIds) -> Transfer:

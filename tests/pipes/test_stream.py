@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvconnect.errors import BrokenError, DeadlineError, HandshakeError, KVConnectError
+from kvconnect.errors import BrokenError, BusyError, DeadlineError, HandshakeError, KVConnectError
 from kvconnect.paging import PagedLayout
 from kvconnect.pipes.base import Pipe, PipeSpec, Reach, Traits
 from kvconnect.pipes.flows import TAG_BYTES, Kind, pack, read_tag, unpack, write_tag
@@ -152,6 +152,31 @@ def test_a_transfer_on_which_nothing_moves_fails_and_the_pipe_goes_on() -> None:
         stream.read([[0]], [[0]]).wait(LIMIT_S)
     BlockStream(pair.there, theirs, mine.layout, pair.channels[1])
     stream.read([[0]], [[0]]).wait(LIMIT_S)
+    assert regions(mine)[0][:BLOCK].equal(regions(theirs)[0][:BLOCK])
+    pair.close()
+
+
+def test_the_deadline_of_a_pipe_is_that_of_its_block_path() -> None:
+    pair = open_pair(ThreeMethodPipe)
+    pair.here.timeout_s = 0.4
+    mine, theirs = noisy_memory(layout(), 1), noisy_memory(layout(), 2)
+    pair.channels[1].handle("blocks.read", lambda _: {"credit": 4})
+    pair.here.attach(mine, theirs.layout, pair.channels[0])
+    with pytest.raises(DeadlineError, match=r"0\.4 s"):
+        pair.here.read_blocks([[0]], [[0]]).wait(LIMIT_S)
+    pair.close()
+
+
+@pytest.mark.parametrize("pipe_class", [ThreeMethodPipe, InprocPipe])
+def test_an_end_is_attached_once_only(pipe_class: type[Pipe]) -> None:
+    pair = open_pair(pipe_class)
+    mine, theirs, other = (noisy_memory(layout(), seed) for seed in (1, 2, 3))
+    with pytest.raises(HandshakeError):
+        pair.here.attach(mine, separate_layers(2, 64, 1, BLOCK), pair.channels[0])
+    ends = attach(pair, mine, theirs)
+    with pytest.raises(BusyError):
+        pair.here.attach(other, theirs.layout, pair.channels[0])
+    ends.here.read_blocks([[0]], [[0]]).wait(LIMIT_S)
     assert regions(mine)[0][:BLOCK].equal(regions(theirs)[0][:BLOCK])
     pair.close()
 
