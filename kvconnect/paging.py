@@ -33,6 +33,10 @@ IoVec = npt.NDArray[np.uint64]
 #: Block ids, one sequence per KV-cache group (attention-only models have one group).
 BlockIds = Sequence[Sequence[int]]
 
+_MAX_BLOCKS = 1 << 31
+_MAX_GROUPS = 1 << 12
+_MAX_BYTES = 1 << 48
+
 
 @dataclass(frozen=True, slots=True)
 class LayerLayout:
@@ -124,10 +128,9 @@ class PagedLayout:
 
     def check(self, blocks: BlockIds) -> None:
         """Raise `HandshakeError` if a block id (from a peer, say) lies outside this memory."""
-        if len(blocks) > self.num_groups:
-            raise HandshakeError(f"{len(blocks)} block groups asked for, this memory has {self.num_groups}")
         for group, ids in enumerate(blocks):
-            limit = min((layer.num_blocks for layer in self.in_group(group)), default=0)
+            # A pipeline stage may have no layer of a group: then its blocks have no bytes here.
+            limit = min((layer.num_blocks for layer in self.in_group(group)), default=_MAX_BLOCKS)
             bad = next((b for b in ids if not 0 <= b < limit), None)
             if bad is not None:
                 raise HandshakeError(f"block {bad} of group {group} is outside 0..{limit - 1}")
@@ -188,9 +191,11 @@ class PagedLayout:
                 )
                 for name, group, region, offset, stride, count, piece, inner in data["layers"]
             )  # fmt: skip
-            return cls(layers, tuple(int(n) for n in data["regions"]))
-        except (KeyError, TypeError, ValueError) as error:
+            layout = cls(layers, tuple(int(n) for n in data["regions"]))
+            _check_sizes(layout)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise HandshakeError(f"the peer's memory layout is malformed: {error}") from error
+        return layout
 
 
 class PagedMemory:
@@ -315,6 +320,16 @@ def cut(iov: IoVec, start: int, stop: int) -> IoVec:
             out[-1, 1] -= np.uint64(over)
         return out
     return out[:0]
+
+
+def _check_sizes(layout: PagedLayout) -> None:
+    """Raise `HandshakeError` at numbers of a peer that no memory has and no array could hold."""
+    for layer in layout.layers:
+        numbers = [layer.offset, layer.block_stride, layer.piece_bytes, *(n for pair in layer.inner for n in pair)]
+        if layer.group >= _MAX_GROUPS or layer.num_blocks > _MAX_BLOCKS or max(numbers) > _MAX_BYTES:
+            raise HandshakeError(f"layer {layer.name!r}: a number is out of range")
+    if max(layout.region_bytes, default=0) > _MAX_BYTES:
+        raise HandshakeError("a region's size is out of range")
 
 
 def _check_layer(layer: LayerLayout, region_bytes: Sequence[int]) -> None:

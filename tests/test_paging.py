@@ -163,10 +163,18 @@ def test_a_layout_crosses_the_wire_unchanged(cache: Cache) -> None:
     assert PagedLayout.from_wire(cache.layout.to_wire()) == cache.layout
 
 
-@pytest.mark.parametrize("ids", [[[-1]], [[4]], [[0], [0]], [[1 << 40]]])
+@pytest.mark.parametrize("ids", [[[-1]], [[4]], [[0], [-1]], [[0], [1 << 64]], [[1 << 40]]])
 def test_block_ids_that_are_not_there_are_refused(ids: list[list[int]]) -> None:
     with pytest.raises(HandshakeError):
         mla(2, 4, 2, 2).layout.check(ids)
+
+
+def test_a_group_that_has_no_layer_here_moves_nothing() -> None:
+    layout = mla(2, 4, 2, 2).layout
+    for ids in ([[1], [7]], [[1], []], [[1], [], [9]]):
+        layout.check(ids)
+        assert layout.nbytes(ids) == layout.nbytes([[1]])
+        assert layout.pieces(ids)[0].size == 2
 
 
 @pytest.mark.parametrize(
@@ -187,7 +195,17 @@ def test_a_layout_that_leaves_its_region_is_refused(layer: LayerLayout) -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [{}, {"layers": 3, "regions": []}, {"layers": [["l"]], "regions": [1]}, {"layers": [], "regions": ["x"]}]
+    "data",
+    [
+        {},
+        {"layers": 3, "regions": []},
+        {"layers": [["l"]], "regions": [1]},
+        {"layers": [], "regions": ["x"]},
+        {"layers": [], "regions": [float("inf")]},
+        {"layers": [["l", 0, 0, 0, 8, 1 << 60, 8, []]], "regions": [1 << 63]},
+        {"layers": [["l", 1 << 40, 0, 0, 8, 1, 8, []]], "regions": [8]},
+        {"layers": [["l", 0, 0, 0, 1 << 63, 1, 8, []]], "regions": [8]},
+    ],
 )
 def test_a_malformed_layout_from_a_peer_is_refused(data: dict[str, object]) -> None:
     with pytest.raises(HandshakeError):

@@ -6,7 +6,7 @@ that reads them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,8 @@ class Hello:
         role: ``"producer"``, ``"consumer"`` or ``"both"``.
         lease_s: how long claims last unless renewed.
         workers: `WorkerEnd.describe`'s answers, by rank.
+        worker: it is one worker's hello. Its fingerprint is compared with its counterpart's
+            only: vLLM gives workers and scheduler KV configurations that differ.
 
     """
 
@@ -40,10 +42,11 @@ class Hello:
     role: str
     lease_s: float
     workers: tuple[Mapping[str, Any], ...] = ()
+    worker: bool = False
 
     @classmethod
-    def of(cls, settings: EndSettings, incarnation: str, workers: Sequence[Mapping[str, Any]] = ()) -> Hello:
-        """Describe the engine that has these settings."""
+    def of(cls, settings: EndSettings, incarnation: str, *, worker: bool = False) -> Hello:
+        """Describe the engine that has these settings, or one ``worker`` of it."""
         role = "both" if settings.produces and settings.consumes else "producer" if settings.produces else "consumer"
         return cls(
             settings.engine_id,
@@ -52,7 +55,7 @@ class Hello:
             settings.num_parts,
             role,
             settings.options.lease_s,
-            tuple(workers),
+            worker=worker,
         )
 
     def to_wire(self) -> dict[str, Any]:
@@ -65,6 +68,7 @@ class Hello:
             "role": self.role,
             "lease_ms": int(self.lease_s * 1000),
             "workers": [dict(worker) for worker in self.workers],
+            "worker": self.worker,
         }
 
     @classmethod
@@ -82,6 +86,7 @@ class Hello:
             fields.text(data, "role"),
             fields.number(data, "lease_ms", _MAX_LEASE_MS, least=1) / 1000,
             tuple(workers),
+            data.get("worker") is True,
         )
 
 

@@ -151,7 +151,8 @@ class Lender:
     def _hello(self, body: Body) -> Mapping[str, Any] | Future[Mapping[str, Any]]:
         caller = Hello.from_wire(body)
         try:
-            check_fit(caller, self._me)
+            if not caller.worker:
+                check_fit(caller, self._me)
         except HandshakeError as error:
             self._refuse(caller, error)
             raise

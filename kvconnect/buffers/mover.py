@@ -81,7 +81,7 @@ class Mover(WorkerEnd):
             "layout": memory.layout.to_wire(),
             "device": memory.device,
         }
-        me = Hello.of(settings, secrets.token_hex(8))
+        me = Hello.of(settings, secrets.token_hex(8), worker=True)
         channels = Channels(self._server, self._client, options.transfer_timeout_s, options.lease_s, self._lost)
         self._asking = Crew("kvconnect-pipe-asks", _THREADS)
         self._serving = Crew("kvconnect-pipe-serves", _THREADS)

@@ -1,5 +1,6 @@
 """Engines without a model: a scheduler's and its workers' ends of `RemoteBuffer`, over real sockets."""
 
+import dataclasses
 import itertools
 import os
 import threading
@@ -37,15 +38,27 @@ class Engine:
     """One engine; ``options`` are `Config`'s."""
 
     def __init__(
-        self, name, *, produces=False, consumes=False, parts=1, pipe="inproc", shape=None, introduce=True, **options
+        self,
+        name,
+        *,
+        produces=False,
+        consumes=False,
+        parts=1,
+        pipe="inproc",
+        shape=None,
+        introduce=True,
+        marks=None,
+        **options,
     ):
+        """``marks`` are added to the workers' fingerprint only."""
         fingerprint = {"model": "m", "dtype": "bfloat16", **options.pop("fingerprint", {})}
         config = Config(**{"connect_timeout_s": 3.0, "transfer_timeout_s": 10.0, **options})
         settings = EndSettings(name, fingerprint, parts, produces, consumes, config, Backend(pipe))
         shape = shape or layout()
         self.memories = [noisy_memory(shape, rank + 1) if produces else heap_memory(shape) for rank in range(parts)]
         self.end = RemoteBuffer.scheduler_end(settings)
-        self.workers = [RemoteBuffer.worker_end(settings, rank, memory) for rank, memory in enumerate(self.memories)]
+        own = dataclasses.replace(settings, fingerprint={**fingerprint, **(marks or {})})
+        self.workers = [RemoteBuffer.worker_end(own, rank, memory) for rank, memory in enumerate(self.memories)]
         if introduce:
             self.end.introduce([worker.describe() for worker in self.workers])
 

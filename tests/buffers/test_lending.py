@@ -317,6 +317,17 @@ def test_engines_that_differ_are_refused_by_field_once_in_the_log(caplog):
         assert p.end.stats()["refused"] >= 1
 
 
+def test_workers_may_differ_from_their_own_scheduler_but_not_from_their_counterparts():
+    marks = {"blocks": "as rank 0 sees them"}
+    with engines(marks=marks) as (p, d):
+        d.read(d.find("r", Want(key(1), ticket=p.offer()))).wait(8)
+        assert torch.equal(d.block(10), p.block(1))
+    with engines(marks=marks, consumer={"marks": {"blocks": "otherwise"}}) as (p, d):
+        claim = d.find("r", Want(key(1), ticket=p.offer()))
+        with pytest.raises(LoadError, match="blocks differs: ours 'otherwise', theirs 'as rank 0 sees them'"):
+            d.read(claim).wait(8)
+
+
 def test_a_ticket_of_an_engine_that_differs_is_a_mismatch_though_its_namespace_differs_too():
     with engines(consumer={"fingerprint": {"dtype": "float16"}}) as (p, d):
         for number in range(3):
