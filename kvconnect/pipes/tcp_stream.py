@@ -12,6 +12,7 @@ from kvconnect.errors import BrokenError
 from kvconnect.paging import IoVec
 from kvconnect.pipes import vectored
 from kvconnect.pipes.tcp_frames import FRAME_BYTES, Frame, pack_data, unpack
+from kvconnect.pipes.wire import Kind
 
 _SCRATCH_BYTES: Final = 256 << 10
 _NOTHING: Final[IoVec] = np.empty((0, 2), dtype=np.uint64)
@@ -189,8 +190,12 @@ class FrameReader:
         return got
 
     def receiving(self, side: int, transfer: int) -> bool:
-        """Whether the payload being received belongs to this transfer."""
-        return self.frame is not None and (self.frame.side, self.frame.transfer) == (side, transfer)
+        """Whether the payload being received are bytes of this transfer.
+
+        Both ends number their own transfers: a *request* of the peer may bear the same numbers.
+        """
+        frame = self.frame
+        return frame is not None and frame.kind is Kind.DATA and (frame.side, frame.transfer) == (side, transfer)
 
     def divert(self) -> None:
         """Let the rest of the payload being received go nowhere."""
