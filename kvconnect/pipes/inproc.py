@@ -8,6 +8,7 @@ over. Blocks are copied straight from one paged memory to the other.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import threading
@@ -206,11 +207,14 @@ class InprocPipe(Pipe):
         src, dst = (here_iov, there_iov) if source == self._side else (there_iov, here_iov)
         chunks = [slice(at, min(at + CHUNK, transfer.nbytes)) for at in range(0, transfer.nbytes, CHUNK)]
         waiting = deque((cut(dst, at.start, at.stop), cut(src, at.start, at.stop)) for at in chunks)
-        turns.shared().add(lambda: self._copy_chunk(transfer, waiting))
+        # The pieces are bare addresses: the step keeps the memories behind them alive.
+        turns.shared().add(functools.partial(self._copy_chunk, transfer, waiting, (here, there)))
         return transfer
 
-    def _copy_chunk(self, transfer: Transfer, waiting: deque[tuple[IoVec, IoVec]]) -> bool:
-        """Copy the next chunk; return whether more remain."""
+    def _copy_chunk(
+        self, transfer: Transfer, waiting: deque[tuple[IoVec, IoVec]], memories: tuple[PagedMemory, PagedMemory]
+    ) -> bool:
+        """Copy the next chunk between ``memories``; return whether more remain."""
         if transfer.cancelled:
             transfer.finish(LoadError("the transfer was cancelled"))
         elif waiting and not self._begin_chunk():
