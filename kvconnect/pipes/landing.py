@@ -8,6 +8,7 @@ ones: little of it, and not for long.
 from __future__ import annotations
 
 import mmap
+import os
 import weakref
 from collections import deque
 from typing import Final
@@ -15,6 +16,7 @@ from typing import Final
 import numpy as np
 import torch
 
+from kvconnect.errors import BrokenError
 from kvconnect.pipes.reactor import Reactor
 from kvconnect.pipes.wire import Meta
 
@@ -40,10 +42,18 @@ class Landing:
         self._closed = False
 
     def empty(self, meta: Meta) -> torch.Tensor:
-        """Return a contiguous CPU tensor of ``meta``'s shape and dtype, not initialised."""
-        if meta.nbytes < LEAST_BYTES:
-            return meta.empty()
-        area = self._area(-(-meta.nbytes // _GRAIN) * _GRAIN)
+        """Return a contiguous CPU tensor of ``meta``'s shape and dtype, not initialised.
+
+        Raises:
+            BrokenError: there is no memory for it. Its bytes come nevertheless, and have no place.
+
+        """
+        try:
+            if meta.nbytes < LEAST_BYTES:
+                return meta.empty()
+            area = self._area(-(-meta.nbytes // _GRAIN) * _GRAIN)
+        except (RuntimeError, OSError, MemoryError) as error:
+            raise BrokenError(f"no memory for the tensor of {meta.nbytes} bytes that comes: {error}") from error
         owner = np.frombuffer(area, dtype=np.uint8, count=meta.nbytes)
         tensor = torch.from_numpy(owner).view(meta.dtype).view(meta.shape)
         # The tensor's storage holds `owner`, and nothing else does.
@@ -69,7 +79,9 @@ class Landing:
         return area
 
     def _back(self, area: mmap.mmap) -> None:
-        if self._closed or len(area) > MOST_BYTES:
+        # A finalizer: it may run in the middle of anything, so it takes no lock. In a forked
+        # child there is no reactor to tidy up.
+        if self._closed or len(area) > MOST_BYTES or self._loop.pid != os.getpid():
             return
         self._idle.append(area)
         while len(self._idle) > MOST_AREAS or sum(len(one) for one in tuple(self._idle)) > MOST_BYTES:
@@ -79,7 +91,10 @@ class Landing:
                 break
         if not self._tidying:
             self._tidying = True
-            self._loop.call_later(_KEEP_S, self._tidy)
+            self._loop.note(self._tidy_later)
+
+    def _tidy_later(self) -> None:
+        self._loop.call_later(_KEEP_S, self._tidy)
 
     def _tidy(self) -> None:
         self._tidying = False

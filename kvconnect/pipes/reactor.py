@@ -7,10 +7,12 @@ reactor through `Reactor.call_soon`.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import logging
 import os
+import queue
 import select
 import threading
 import time
@@ -47,12 +49,15 @@ class Reactor:
 
     def __init__(self, name: str) -> None:
         """Start the thread, called ``name``."""
+        #: The process in which the thread runs.
+        self.pid = os.getpid()
         self._epoll = select.epoll()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._bell, READ)
         self._ready: dict[int, Ready] = {}
         self._lock = threading.Lock()
         self._soon: deque[Job] = deque()
+        self._notes: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._timers: list[Timer] = []
         self._orders = itertools.count()
         self._rung = False
@@ -80,6 +85,16 @@ class Reactor:
             self._soon.append(job)
             ring, self._rung = not self._rung, True
         if ring:
+            self._ring()
+
+    def note(self, job: Job) -> None:
+        """Run ``job`` on the reactor's thread; for finalizers, since it takes no lock.
+
+        The collector runs them in the middle of anything, also while this very
+        thread holds the reactor's lock.
+        """
+        self._notes.put(job)
+        if not self._stopped:
             self._ring()
 
     def call_later(self, delay_s: float, job: Job) -> Timer:
@@ -156,6 +171,9 @@ class Reactor:
                 job = heapq.heappop(self._timers).job
                 if job is not None:
                     jobs.append(job)
+        with contextlib.suppress(queue.Empty):
+            for _ in range(self._notes.qsize()):
+                jobs.append(self._notes.get_nowait())
         for job in jobs:
             try:
                 job()
