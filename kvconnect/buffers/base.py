@@ -276,9 +276,17 @@ class SchedulerEnd(ABC):
     def found(self, request_id: str) -> Claim | Miss | None:
         """Return the answer to `look`, or ``None`` while it is not known yet.
 
-        An answer always comes: each look has a deadline. The same answer is
-        returned every time until `settle` or `abandon`.
+        An answer always comes: each look has a deadline. A claim may still turn
+        into a miss, if its owner cannot keep it, until `commit`.
         """
+
+    def commit(self, request_id: str) -> Claim | Miss:
+        """Return the final answer to `look`: a claim is used from here on and stays what it is.
+
+        Call it when blocks have been allocated. The default suits buffers whose
+        claims never turn into misses.
+        """
+        return self.found(request_id) or Miss("absent", "there is no answer yet")
 
     @abstractmethod
     def settle(self, request_id: str) -> None:

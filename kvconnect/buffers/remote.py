@@ -154,7 +154,7 @@ class RemoteBuffer(LookupBuffer):
         self._taker.look(request, Want(key), taker)
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._taker.found(request) is not None)
-            answer = self._taker.found(request)
+            answer = self._taker.commit(request)
         self._check_open()
         if isinstance(answer, Claim):
             return _RemoteGrant(self, request, answer)

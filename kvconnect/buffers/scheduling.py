@@ -61,6 +61,10 @@ class RemoteScheduler(SchedulerEnd):
         """Return the answer. See `SchedulerEnd.found`."""
         return self._taker.found(request_id) if self._taker is not None else Miss("not_consumer")
 
+    def commit(self, request_id: str) -> Claim | Miss:
+        """Return the final answer. See `SchedulerEnd.commit`."""
+        return self._taker.commit(request_id) if self._taker is not None else Miss("not_consumer")
+
     def settle(self, request_id: str) -> None:
         """Forget a claim that the workers are done with."""
         if self._taker is not None:

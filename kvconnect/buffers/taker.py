@@ -36,7 +36,7 @@ _GRACE_S = 0.1
 
 @dataclass(eq=False)
 class Look:
-    """One request's search. ``answer``, ``consumed`` and ``over`` are under the taker's lock."""
+    """One request's search. ``answer``, ``committed`` and ``over`` are under the taker's lock."""
 
     request_id: str
     want: Want
@@ -44,7 +44,7 @@ class Look:
     taker: str
     ticket: Ticket | None = None
     answer: Claim | Miss | None = None
-    consumed: bool = False
+    committed: bool = False
     over: bool = False
     #: Where the grant is, once it has been asked for.
     at: str | None = None
@@ -107,7 +107,15 @@ class Taker:
             look = self._looks.get(request_id)
             if look is None:
                 return Miss("absent", "nobody looked for this request")
-            look.consumed |= isinstance(look.answer, Claim)
+            return look.answer
+
+    def commit(self, request_id: str) -> Claim | Miss:
+        """Return the answer, which from here on is final."""
+        with self._lock:
+            look = self._looks.get(request_id)
+            if look is None or look.answer is None:
+                return Miss("absent", "there is no answer for this request")
+            look.committed = True
             return look.answer
 
     def settle(self, request_id: str) -> None:
@@ -156,9 +164,9 @@ class Taker:
             return None
 
     def _answer(self, look: Look, answer: Claim | Miss, *, instead: bool = False) -> bool:
-        """Set the answer; ``instead`` takes back a claim that nobody has seen yet."""
+        """Set the answer; ``instead`` takes back a claim that nobody acts on yet."""
         with self._lock:
-            if look.over or look.consumed or (look.answer is not None and not instead):
+            if look.over or look.committed or (look.answer is not None and not instead):
                 return False
             if isinstance(look.answer, Miss):
                 return False
@@ -303,7 +311,7 @@ class Taker:
         return None if state == "ok" else Miss("gone", "the owner's lease has ended")
 
     def _gone(self, grants: Sequence[str]) -> None:
-        """Owners say that these grants have ended: those nobody has seen yet become misses."""
+        """Owners say that these grants have ended: those nobody acts on yet become misses."""
         ended = set(grants)
         with self._lock:
             looks = [look for look in self._looks.values() if look.grant in ended]

@@ -39,6 +39,7 @@ class _Fetch:
     """What is known about one request."""
 
     phase: _Phase
+    claim: Claim | None = None
     local_tokens: int = 0
     ended: bool = False
 
@@ -88,7 +89,7 @@ class Fetching:
         if not self._covers(found):
             self.counters["miss_window"] += 1
             return self._give_up(request.request_id, fetch)
-        fetch.local_tokens = local_tokens
+        fetch.claim, fetch.local_tokens = found, local_tokens
         return max(0, usable_tokens(self._groups, found.key.length) - local_tokens)
 
     def allocated(self, request: Request, table: Sequence[Sequence[int]], tokens: int) -> None:
@@ -96,16 +97,22 @@ class Fetching:
         fetch = self._fetches.get(request.request_id)
         if fetch is None or fetch.phase is not _Phase.LOOKING:
             return
-        found = self._end.found(request.request_id)
-        if tokens == 0 or not isinstance(found, Claim):
+        claim = fetch.claim
+        if tokens == 0 or claim is None:
             # Our own prefix cache (or another connector) has it all: the entry has served its purpose.
             self._end.settle(request.request_id)
             fetch.phase = _Phase.OVER
             return
-        remote, local = self._pair(found, table, fetch.local_tokens, tokens)
-        gone = any(NULL_BLOCK in ids for ids in remote)
-        refused = "the owner no longer has every block that this engine allocated" if gone else ""
-        self._loads.append(Load(request.request_id, found, remote, local, tokens, refused))
+        answer = self._end.commit(request.request_id)
+        remote, local = self._pair(claim, table, fetch.local_tokens, tokens)
+        refused = ""
+        if not isinstance(answer, Claim):
+            # vLLM waits for this load by now, so it must end as one.
+            self.counters[f"miss_{answer.cause}"] += 1
+            refused = f"the claim has ended: {answer.cause} ({answer.detail})"
+        elif any(NULL_BLOCK in ids for ids in remote):
+            refused = "the owner no longer has every block that this engine allocated"
+        self._loads.append(Load(request.request_id, claim, remote, local, tokens, refused))
         fetch.phase = _Phase.LOADING
         self.counters["loads"] += 1
         self.counters["tokens"] += tokens

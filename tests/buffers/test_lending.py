@@ -272,21 +272,24 @@ def test_a_reader_of_blocks_that_were_reclaimed_hears_that_they_are_stale(pair):
     p.end.reclaim(1)
     assert p.end.drain_released() == [((1, 2, 3),)]
     d.end.look("r", Want(key(1), ticket=ticket))
-    claim = d.end.found("r")
+    claim = d.end.commit("r")
     assert isinstance(claim, Claim), "the ticket was not answered from its own content"
     with pytest.raises(StaleError):
         d.read(claim).wait(8)
-    assert isinstance(d.end.found("r"), Claim), "an answer changed after it was given"
+    assert isinstance(d.end.found("r"), Claim), "an answer changed after it was final"
 
 
-def test_a_claim_that_is_refused_before_anybody_saw_it_is_a_miss(pair):
+def test_a_claim_that_is_refused_before_anybody_acts_on_it_is_a_miss(pair):
     p, d = pair
     meet(p, d)
     ticket = p.offer(asked=False)
     p.end.reclaim(1)
     d.end.look("r", Want(key(1), ticket=ticket))
+    assert isinstance(d.end.found("r"), Claim)
     eventually(lambda: d.end.stats().get("miss_gone"))
     is_miss(d.end.found("r"), "gone")
+    is_miss(d.end.commit("r"), "gone")
+    is_miss(d.end.commit("nobody looked"), "absent")
 
 
 def test_a_cache_reset_leaves_claimed_entries(pair):
