@@ -8,7 +8,7 @@ from typing import Any
 from kvconnect import registry
 from kvconnect.buffers import fields
 from kvconnect.errors import ConfigError, HandshakeError, UnavailableBackendError
-from kvconnect.pipes.base import Pipe
+from kvconnect.pipes.base import Pipe, Verdict
 
 
 def describe_pipes(wanted: str, device: str) -> dict[str, dict[str, Any]]:
@@ -60,7 +60,7 @@ def choose_pipe(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str
     passed = dict.fromkeys({*mine, *other} - shared, "only one side has it")
     best: tuple[str, type[Pipe]] | None = None
     for name, cls in sorted(((name, registry.pipe(name)) for name in shared), key=_nearness):
-        verdict = cls.can_reach(mine[name], other[name]) and cls.can_reach(other[name], mine[name])
+        verdict = _reaches(cls, fields.mapping(mine, name), fields.mapping(other, name))
         if not verdict:
             passed[name] = verdict.reason
         elif best is None:
@@ -71,6 +71,13 @@ def choose_pipe(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str
         reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(passed.items()))
         raise HandshakeError(f"no pipe joins the two engines ({reasons or 'neither has any'})")
     return *best, passed
+
+
+def _reaches(cls: type[Pipe], ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Verdict:
+    try:
+        return cls.can_reach(ours, theirs) and cls.can_reach(theirs, ours)
+    except Exception as error:  # noqa: BLE001 - descriptors are the peer's and pipes may be a third party's: other pipes may still do
+        return Verdict(False, f"cannot be told: {type(error).__name__}: {error}")
 
 
 def _nearness(item: tuple[str, type[Pipe]]) -> tuple[int, bool, bool, str]:

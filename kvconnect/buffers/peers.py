@@ -92,12 +92,15 @@ class Peers:
             self._fail(peer, "mismatch", error)
         except KVConnectError as error:
             self._fail(peer, "unreachable", error)
+        except Exception as error:  # noqa: BLE001 - what peers send may break anything (a third party's pipe, say); those who wait must hear of it
+            self._fail(peer, "mismatch", HandshakeError(f"its hello is of no use: {type(error).__name__}: {error}"))
         else:
             peer.hello, peer.failure = hello, None
             self._logged = {entry for entry in self._logged if entry[0] != peer.endpoint}
-        waiting, peer.waiting = peer.waiting, []
-        for then in waiting:
-            then(peer)
+        finally:
+            waiting, peer.waiting = peer.waiting, []
+            for then in waiting:
+                _tell(then, peer)
 
     def _fail(self, peer: Peer, cause: str, error: KVConnectError) -> None:
         peer.hello, peer.failure = None, Miss(cause, str(error))
@@ -106,6 +109,13 @@ class Peers:
         if not ours and (peer.endpoint, cause) not in self._logged:
             self._logged.add((peer.endpoint, cause))
             logger.warning("peer %s: %s; requests for its KV will be recomputed: %s", peer.endpoint, cause, error)
+
+
+def _tell(then: Callable[[Peer], None], peer: Peer) -> None:
+    try:
+        then(peer)
+    except Exception:  # whoever waits next must hear of it nevertheless
+        logger.exception("a call after meeting %s failed", peer.endpoint)
 
 
 def worker_of(hello: Hello, rank: int) -> Mapping[str, Any]:

@@ -191,6 +191,8 @@ class Taker:
     def _search(self, look: Look) -> None:
         ticket = look.ticket
         if ticket is not None and ticket.key == look.want.key:
+            limit_s = self._options.connect_timeout_s + self._options.lookup_timeout_s
+            self._client.later(limit_s, lambda: self._time_is_up(look))
             self._peers.meet(ticket.at, lambda peer: self._by_ticket(look, ticket, peer), ticket.incarnation)
         else:
             self._by_content(look)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from kvconnect.buffers import taker
 from kvconnect.buffers.base import Claim, Want
 from kvconnect.errors import KVConnectError, LoadError, StaleError
 from kvconnect.testing.leaks import Holdings, assert_nothing_left
@@ -364,6 +365,38 @@ def test_engines_without_a_common_pipe_are_refused():
         miss = d.find("r", Want(key(1), ticket=p.offer()))
         is_miss(miss, "mismatch")
         assert "no pipe joins" in miss.detail
+
+
+@pytest.mark.parametrize("pipes", [{"inproc": 5}, {"inproc": {"pid": []}}, {"inproc": {}}, 7])
+def test_a_peer_that_describes_nonsense_is_a_mismatch_every_time(pipes):
+    with engines() as (p, d):
+        p.end.introduce([{**p.workers[0].describe(), "pipes": pipes}])
+        for number in range(2):
+            is_miss(d.find(f"r{number}", Want(key(1), ticket=p.offer())), "mismatch")
+
+
+def test_a_check_that_breaks_is_a_mismatch_every_time(monkeypatch):
+    with engines() as (p, d):
+        monkeypatch.setattr(taker, "check_shapes", lambda *_: {}["missing"])
+        for number in range(2):
+            miss = d.find(f"r{number}", Want(key(1), ticket=p.offer()), 3)
+            is_miss(miss, "mismatch")
+            assert "KeyError" in miss.detail
+
+
+def test_one_caller_that_fails_does_not_keep_a_meeting_from_the_others(pair, caplog):
+    p, d = pair
+    at, heard = p.offer()["at"], []
+    peers = d.end._taker._peers
+    d.end._client.soon(lambda: [peers.meet(at, then) for then in ([].pop, heard.append)])
+    assert eventually(lambda: heard)[0].hello is not None
+    assert "a call after meeting" in caplog.text
+
+
+def test_a_look_by_ticket_always_ends(monkeypatch):
+    with engines(consumer={"connect_timeout_s": 0.1, "lookup_timeout_s": 0.1}) as (p, d):
+        monkeypatch.setattr(d.end._taker._peers, "meet", lambda *_: None)
+        is_miss(d.find("r", Want(key(1), ticket=p.offer()), 3), "timeout")
 
 
 def test_a_dead_peer_is_a_miss_at_once(pair):
