@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, ClassVar, Final, NoReturn
 
@@ -116,73 +117,66 @@ class TcpPipe(Pipe):
     def _send(self, link: Link, header: bytes, dense: Tensor | None, nbytes: int) -> None:
         try:
             link.send(header, dense.data_ptr() if dense is not None else 0, nbytes)
-        except (BrokenError, DeadlineError) as error:
-            self._fail(error)
+        except BaseException as error:  # noqa: BLE001 - raised again; part of a message may have gone
+            self._fail(error, link)
 
     def recv_tensor(self) -> Tensor | None:
         """Receive straight into a new CPU tensor."""
         self._check_usable()
         with self._receiving:
-            link, meta = self._next_message()
-            if meta.kind is Kind.NONE:
-                return None
-            tensor = self._landing.empty(meta)
-            self._recv_payload(link, tensor)
-            return tensor
+            return self._receive(self._landing.empty)[1]
 
     def recv_tensor_into(self, out: Tensor) -> None:
-        """Receive straight into ``out`` if it is contiguous."""
+        """Receive straight into ``out`` if its memory is the message's."""
         self._check_usable()
-        with self._receiving:
-            link, meta = self._next_message()
-            fits = meta.kind is Kind.TENSOR and meta.shape == tuple(out.shape) and meta.dtype == out.dtype
-            straight = fits and out.is_contiguous() and out.device.type == "cpu" and not out.requires_grad
-            tensor = out if straight else self._landing.empty(meta)
-            if meta.kind is Kind.TENSOR:
-                self._recv_payload(link, tensor)
-            if not fits:
-                what = "None" if meta.kind is Kind.NONE else f"{meta.shape} {meta.dtype}"
-                raise TensorRejectedError(f"received {what}, expected {tuple(out.shape)} {out.dtype}")
-            if tensor is not out:
-                with torch.no_grad():
-                    out.copy_(tensor)
+        plain = out.device.type == "cpu" and out.is_contiguous() and not (out.is_conj() or out.is_neg())
+        plain = plain and not out.requires_grad
 
-    def _next_message(self) -> tuple[Link, Meta]:
-        """Receive a header."""
+        def fits(meta: Meta) -> bool:
+            return meta.kind is Kind.TENSOR and meta.shape == tuple(out.shape) and meta.dtype == out.dtype
+
+        with self._receiving:
+            meta, tensor = self._receive(lambda meta: out if plain and fits(meta) else self._landing.empty(meta))
+        if tensor is None or not fits(meta):
+            what = "None" if tensor is None else f"{meta.shape} {meta.dtype}"
+            raise TensorRejectedError(f"received {what}, expected {tuple(out.shape)} {out.dtype}")
+        if tensor is not out:
+            with torch.no_grad():
+                out.copy_(tensor)
+
+    def _receive(self, place: Callable[[Meta], Tensor]) -> tuple[Meta, Tensor | None]:
+        """Receive a message, a tensor to where ``place`` says."""
         if self._peer_ended:
             raise EndOfPipe("the other end was closed")
-        link = self._connected()
-        meta = self._recv_meta(link)
+        link, tensor = self._connected(), None
+        try:
+            meta = self._recv_meta(link)
+            if meta is not None and meta.kind is Kind.TENSOR:
+                tensor = place(meta)
+                if meta.nbytes:
+                    link.recv(tensor.data_ptr(), meta.nbytes)
+        except BaseException as error:  # noqa: BLE001 - raised again; part of a message may have come
+            self._fail(error, link)
         if meta is None:
             # Nothing of a message has come, so the pipe stays usable.
             raise DeadlineError(f"no message within {self._timeout_s} s")
         if meta.kind is Kind.END:
             self._peer_ended = True
             raise EndOfPipe("the other end was closed")
-        return link, meta
+        return meta, tensor
 
     def _recv_meta(self, link: Link) -> Meta | None:
+        """Receive a header; ``None`` if none came in time."""
         address, view = link.head_address, link.head
-        try:
-            if not link.recv(address, HEADER_BYTES, idle=True):
-                return None
-            more = wire.read(view[:HEADER_BYTES])
-            if more:
-                link.recv(address + HEADER_BYTES, more)
-            meta = wire.decode(view[: HEADER_BYTES + more], self._options.max_message_bytes)
-            if meta.kind not in _MESSAGES:
-                raise BrokenError(f"the peer sent a {meta.kind.name} frame among tensors")
-        except (BrokenError, DeadlineError) as error:
-            self._fail(error)
+        if not link.recv(address, HEADER_BYTES, idle=True):
+            return None
+        more = wire.read(view[:HEADER_BYTES])
+        if more:
+            link.recv(address + HEADER_BYTES, more)
+        meta = wire.decode(view[: HEADER_BYTES + more], self._options.max_message_bytes)
+        if meta.kind not in _MESSAGES:
+            raise BrokenError(f"the peer sent a {meta.kind.name} frame among tensors")
         return meta
-
-    def _recv_payload(self, link: Link, tensor: Tensor) -> None:
-        if not tensor.nbytes:
-            return
-        try:
-            link.recv(tensor.data_ptr(), tensor.nbytes)
-        except (BrokenError, DeadlineError) as error:
-            self._fail(error)
 
     def _check_usable(self) -> None:
         if self._closed:
@@ -200,11 +194,18 @@ class TcpPipe(Pipe):
         except TimeoutError:
             raise DeadlineError(f"the other end did not connect within {self._timeout_s} s") from None
 
-    def _fail(self, error: KVConnectError) -> NoReturn:
+    def _fail(self, error: BaseException, link: Link) -> NoReturn:
         """Let the pipe be dead, and the error reach the caller."""
-        if self._closed:
+        if not isinstance(error, KVConnectError):
+            # Such as a signal's handler that raised: nobody knows how far the message is.
+            self._failure = BrokenError(f"a message was cut short by {error!r}")
+            link.end(reset=False)
+        elif self._closed:
             raise ClosedError("this end was closed") from error
-        self._failure = error
+        elif isinstance(error, ClosedError):  # the other direction failed and shut the link
+            raise BrokenError(str(self._failure)) from self._failure
+        elif self._failure is None:
+            self._failure = error
         raise error
 
     # -- the end ----------------------------------------------------------------------------
