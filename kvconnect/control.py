@@ -32,6 +32,7 @@ _BATCH = 64  # messages taken from one socket before the loop looks at the other
 _HEARTBEAT_MS = 5_000
 _HEARTBEAT_LIMIT_MS = 15_000
 _LINGER_MS = 200
+_IDLE_S = 300.0  # a connection not used for this long is closed: each costs sockets and descriptors
 
 
 def _tune(sock: zmq.Socket[bytes]) -> None:
@@ -166,6 +167,7 @@ class ControlClient:
         self._loop = Loop(name)
         self._peers: dict[str, _Peer] = {}
         self._number = 0
+        self._sweep: Timer | None = None
         self._loop.start()
 
     def call(self, endpoint: str, op: str, body: Mapping[str, Any], timeout_s: float) -> Future[dict[str, Any]]:
@@ -208,28 +210,42 @@ class ControlClient:
         self, endpoint: str, op: str, body: Mapping[str, Any], timeout_s: float, future: Future[dict[str, Any]]
     ) -> None:
         self._number += 1
+        late = DeadlineError(f"{endpoint} did not answer {op!r} within {timeout_s:g} s")
+        # First of all, so that the call ends whatever happens.
+        timer = self._loop.later(timeout_s, partial(self._expire, endpoint, self._number, future, late))
+        future.add_done_callback(lambda _: timer.cancel())
         try:
             data = messages.pack_request(self._number, op, body)
             peer = self._peers.get(endpoint) or self._connect(endpoint)
             peer.send(self._number, data, future)
         except KVConnectError as error:
             future.set_exception(error)
-            return
-        timer = self._loop.later(timeout_s, partial(self._expire, peer, self._number, op, timeout_s))
-        future.add_done_callback(lambda _: timer.cancel())
 
     def _connect(self, endpoint: str) -> _Peer:
         peer = _Peer(endpoint, self._loop, self._lost)
         self._peers[endpoint] = peer
+        if self._sweep is None:
+            self._sweep = self._loop.later(_IDLE_S / 2, self._close_idle)
         return peer
 
-    def _expire(self, peer: _Peer, number: int, op: str, timeout_s: float) -> None:
-        future = peer.pending.pop(number, None)
-        if future is not None:
-            future.set_exception(DeadlineError(f"{peer.endpoint} did not answer {op!r} within {timeout_s:g} s"))
-            if not peer.connected:
-                # Not to be delivered late, when the caller has long acted on the failure.
-                self._lost(peer, f"{peer.endpoint} cannot be reached")
+    def _close_idle(self) -> None:
+        """End connections that were not used for long; the next call opens another."""
+        before = time.monotonic() - _IDLE_S
+        for peer in list(self._peers.values()):
+            if not peer.pending and peer.used < before:
+                self._lost(peer, f"{peer.endpoint} was not asked for long")
+        self._sweep = self._loop.later(_IDLE_S / 2, self._close_idle) if self._peers else None
+
+    def _expire(self, endpoint: str, number: int, future: Future[dict[str, Any]], late: DeadlineError) -> None:
+        if future.done():
+            return
+        peer = self._peers.get(endpoint)
+        if peer is not None:
+            peer.pending.pop(number, None)
+        future.set_exception(late)
+        if peer is not None and not peer.connected:
+            # Not to be delivered late, when the caller has long acted on the failure.
+            self._lost(peer, f"{endpoint} cannot be reached")
 
     def _lost(self, peer: _Peer, reason: str) -> None:
         if self._peers.get(peer.endpoint) is peer:
@@ -251,6 +267,20 @@ _ENDED = {
 }
 
 
+def _sockets(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+    """Return a connection's socket and its monitor."""
+    sock: zmq.Socket[bytes] = context.socket(zmq.DEALER)
+    try:
+        _tune(sock)
+        # A reconnecting socket would replay what it had queued; a new one never does.
+        sock.setsockopt(zmq.RECONNECT_IVL, -1)
+        sock.setsockopt(zmq.IPV6, int(endpoint.count(":") > 1))
+        return sock, sock.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | sum(_ENDED))
+    except zmq.ZMQError:
+        sock.close(linger=0)
+        raise
+
+
 class _Peer:
     """One connection of the client, and the calls that wait on it. Lives on the client's thread."""
 
@@ -258,13 +288,12 @@ class _Peer:
         self.endpoint = endpoint
         self.pending: dict[int, Future[dict[str, Any]]] = {}
         self.connected = False
+        self.used = time.monotonic()
         self._loop, self._lost = loop, lost
-        self._socket: zmq.Socket[bytes] = loop.context.socket(zmq.DEALER)
-        _tune(self._socket)
-        # A reconnecting socket would replay what it had queued; a new one never does.
-        self._socket.setsockopt(zmq.RECONNECT_IVL, -1)
-        self._socket.setsockopt(zmq.IPV6, int(endpoint.count(":") > 1))
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | sum(_ENDED))
+        try:
+            self._socket, self._monitor = _sockets(loop.context, endpoint)
+        except zmq.ZMQError as error:  # out of sockets or file descriptors
+            raise BrokenError(f"{endpoint} cannot be reached: {error.strerror}") from error
         loop.watch(self._socket, self._receive)
         loop.watch(self._monitor, self._notice)
         try:
@@ -279,6 +308,7 @@ class _Peer:
         except zmq.ZMQError as error:
             raise BrokenError(f"{self.endpoint} takes no more requests: {error.strerror}") from error
         self.pending[number] = future
+        self.used = time.monotonic()
 
     def _receive(self) -> None:
         for _ in range(_BATCH):

@@ -21,6 +21,7 @@ import zmq
 logger = logging.getLogger(__name__)
 
 _JOIN_S = 5.0
+_MAX_SOCKETS = 1 << 16
 
 
 class Timer:
@@ -42,6 +43,8 @@ class Loop:
 
     def __init__(self, name: str) -> None:
         self.context = zmq.Context()
+        # The default of 1023 is used up by a few hundred peers.
+        self.context.set(zmq.MAX_SOCKETS, min(_MAX_SOCKETS, self.context.get(zmq.SOCKET_LIMIT)))
         self._poller = zmq.Poller()
         self._handlers: dict[zmq.Socket[bytes], Callable[[], None]] = {}
         self._posted: collections.deque[Callable[[], None]] = collections.deque()

@@ -1,5 +1,6 @@
 """The control channel over real sockets."""
 
+import errno
 import socket
 import threading
 import time
@@ -9,7 +10,7 @@ import msgpack
 import pytest
 import zmq
 
-from kvconnect import messages
+from kvconnect import control, messages
 from kvconnect.control import ControlClient, ControlServer
 from kvconnect.errors import (
     BrokenError,
@@ -272,6 +273,48 @@ def test_timers_run_in_order_and_can_be_cancelled(client):
     client.later(0.15, over.set)
     assert over.wait(5)
     assert seen == ["early", "late"]
+
+
+def test_hundreds_of_peers_are_answered(client):
+    server = ControlServer(host="0.0.0.0")  # noqa: S104 - many addresses of loopback stand for many peers
+    server.handle("echo", lambda body: body)
+    calls = [client.call(f"127.0.{n // 200}.{1 + n % 200}:{server.port}", "echo", {"n": n}, 30) for n in range(400)]
+    assert [outcome(call, 30)["n"] for call in calls] == list(range(400))
+    server.close()
+
+
+def test_what_the_context_has_no_sockets_for_fails_its_call_and_no_other(server, client):
+    assert outcome(client.call(server.endpoint, "echo", {"n": 1}, 5)) == {"n": 1}
+
+    def refuse(*_):
+        raise zmq.ZMQError(errno.EMFILE)
+
+    client._loop.context.socket = refuse
+    with pytest.raises(BrokenError, match="open files"):
+        outcome(client.call("127.0.0.2:9", "echo", {}, 5))
+    assert outcome(client.call(server.endpoint, "echo", {"n": 2}, 5)) == {"n": 2}
+
+
+def test_a_call_that_cannot_be_sent_ends_at_its_deadline_at_the_latest(server, client, monkeypatch):
+    monkeypatch.setattr(client, "_connect", lambda _: {}["missing"])
+    with pytest.raises(DeadlineError):
+        outcome(client.call(server.endpoint, "echo", {}, 0.1))
+
+
+def test_a_connection_that_is_not_used_is_closed_and_opened_again(server, monkeypatch):
+    monkeypatch.setattr(control, "_IDLE_S", 0.2)
+    client = ControlClient()
+    for n in range(2):
+        assert outcome(client.call(server.endpoint, "echo", {"n": n}, 5)) == {"n": n}
+        until = time.monotonic() + 5
+        while client._peers:
+            assert time.monotonic() < until, "an idle connection stays open"
+            threading.Event().wait(0.02)
+    server.handle("never", lambda _: Future())
+    waiting = client.call(server.endpoint, "never", {}, 0.7)
+    with pytest.raises(DeadlineError):
+        outcome(waiting)
+    client.close()
 
 
 def test_closing_leaves_nothing_behind():
