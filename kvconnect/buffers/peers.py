@@ -75,6 +75,12 @@ class Peers:
                 lambda answer: self._heard(peer, answer)
             )
 
+    def recheck(self) -> None:
+        """Apply ``check`` to those met before there was anything to check against."""
+        for peer in list(self._peers.values()):
+            if peer.hello is not None:
+                self._judge(peer, peer.hello)
+
     def lost(self, endpoint: str, error: KVConnectError) -> None:
         """Forget a peer whose connection broke; the next `meet` starts afresh, a little later."""
         peer = self._peers.get(endpoint)
@@ -84,23 +90,31 @@ class Peers:
     def _heard(self, peer: Peer, answer: Future[dict[str, Any]]) -> None:
         try:
             hello = Hello.from_wire(answer.result())
-            if not self._me.worker:
-                check_fit(self._me, hello)
-            if self._check is not None:
-                self._check(hello)
         except HandshakeError as error:
             self._fail(peer, "mismatch", error)
         except KVConnectError as error:
             self._fail(peer, "unreachable", error)
+        else:
+            self._judge(peer, hello)
+        finally:
+            waiting, peer.waiting = peer.waiting, []
+            for then in waiting:
+                _tell(then, peer)
+
+    def _judge(self, peer: Peer, hello: Hello) -> None:
+        """Remember a peer by its hello, as one that fits or as one that does not."""
+        try:
+            if not self._me.worker:
+                check_fit(self._me, hello)
+            if self._check is not None:
+                self._check(hello)
+        except KVConnectError as error:
+            self._fail(peer, "mismatch", error)
         except Exception as error:  # noqa: BLE001 - what peers send may break anything (a third party's pipe, say); those who wait must hear of it
             self._fail(peer, "mismatch", HandshakeError(f"its hello is of no use: {type(error).__name__}: {error}"))
         else:
             peer.hello, peer.failure = hello, None
             self._logged = {entry for entry in self._logged if entry[0] != peer.endpoint}
-        finally:
-            waiting, peer.waiting = peer.waiting, []
-            for then in waiting:
-                _tell(then, peer)
 
     def _fail(self, peer: Peer, cause: str, error: KVConnectError) -> None:
         peer.hello, peer.failure = None, Miss(cause, str(error))

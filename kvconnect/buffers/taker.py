@@ -133,6 +133,7 @@ class Taker:
     def introduce(self, workers: Sequence[Mapping[str, Any]]) -> None:
         """Learn our own workers, so that a peer with other memory shapes is refused at hello."""
         self._workers = tuple(workers)
+        self._client.soon(self._peers.recheck)  # those met before this
 
     def stats(self) -> dict[str, int]:
         """Counters since the start."""

@@ -348,6 +348,16 @@ def test_memory_of_another_shape_is_refused_by_layer(shape, named):
         assert named in miss.detail
 
 
+def test_a_peer_met_before_our_workers_were_known_is_checked_when_they_are():
+    with engines(consumer={"shape": layout(layers=4), "introduce": False}) as (p, d):
+        assert isinstance(d.find("early", Want(key(1), ticket=p.offer())), Claim)
+        d.end.introduce([worker.describe() for worker in d.workers])
+        d.end._client.flush()
+        miss = d.find("late", Want(key(2), ticket=p.offer(2, ((5,),))))
+        is_miss(miss, "mismatch")
+        assert "layer 3" in miss.detail
+
+
 def test_more_blocks_or_other_places_are_no_mismatch():
     with engines(consumer={"shape": layout(blocks=32)}) as (p, d):
         d.read(d.find("r", Want(key(1), ticket=p.offer()))).wait(8)
