@@ -22,7 +22,15 @@ from concurrent.futures import Future
 from typing import Any
 
 from kvconnect import blocks as paged
-from kvconnect.errors import BrokenError, ClosedError, DeadlineError, HandshakeError, KVConnectError, LoadError
+from kvconnect.errors import (
+    BrokenError,
+    BusyError,
+    ClosedError,
+    DeadlineError,
+    HandshakeError,
+    KVConnectError,
+    LoadError,
+)
 from kvconnect.paging import BlockIds, PagedLayout, PagedMemory
 from kvconnect.pipes.base import Channel, Pipe, Transfer
 from kvconnect.pipes.chunks import LISTEN_S, ChunkReceiver, ChunkSender, Threads, again, ours
@@ -31,6 +39,8 @@ from kvconnect.pipes.turns import CHUNK_BYTES
 
 #: Chunks of one transfer that may be under way at once; bounds what a slow receiver has to hold.
 WINDOW = 4
+#: Transfers that the other end may have running here at once; the rest of its requests is refused.
+MAX_FLOWS = 1024
 
 
 class BlockStream:
@@ -100,13 +110,13 @@ class BlockStream:
 
     def _answered(self, flow: Flow, answer: Future[dict[str, Any]]) -> None:
         try:
-            credit = 0 if flow.receives else count(answer.result(), "credit")
+            credit = count(answer.result(), "credit")
         except Exception as error:  # noqa: BLE001 - whatever the channel raises ends this transfer
             self.end(flow, ours(error))
             return
         if flow.nbytes == 0:
             self.end(flow, None)
-        else:
+        elif not flow.receives:
             self._sender.grant(flow, credit)
 
     def _stop(self, flow: Flow, error: KVConnectError) -> None:
@@ -140,9 +150,14 @@ class BlockStream:
         }
 
     def _accept(self, kind: Kind, body: dict[str, Any]) -> dict[str, Any]:
-        """The other end asks: check before anything is touched, then send, or be ready to receive."""
+        """The other end asks: check before anything is touched, then send, or be ready to receive.
+
+        What it asks for costs memory here (an address and a length for every piece), so both
+        the size of a request and the number of requests are bounded.
+        """
         blocks = unpack(body.get("groups"))
         self._local.layout.check(blocks)
+        _check_counts(self._local.layout, blocks)
         nbytes = self._local.layout.nbytes(blocks)
         if body.get("nbytes") != nbytes:
             raise HandshakeError(f"these blocks have {nbytes} bytes here, {body.get('nbytes')} at the other end")
@@ -150,6 +165,11 @@ class BlockStream:
         credit = count(body, "credit")
         if nbytes:
             with self._lock:
+                if (
+                    sum(other.transfer is None for table in self._flows.values() for other in table.values())
+                    >= MAX_FLOWS
+                ):
+                    raise BusyError(f"{MAX_FLOWS} transfers of the other end are running here already")
                 self._enter(flow)
             if not flow.receives:
                 self._sender.grant(flow, credit)
@@ -238,6 +258,14 @@ class BlockStream:
         if any(now - flow.stamp > LISTEN_S for flow in flows):
             self._receiver.listen()
         return bool(flows)
+
+
+def _check_counts(layout: PagedLayout, blocks: BlockIds) -> None:
+    """Raise `HandshakeError` if more blocks of a group are asked for than it has, as ids that repeat."""
+    for group, ids in enumerate(blocks):
+        limit = max((layer.num_blocks for layer in layout.in_group(group)), default=len(ids))
+        if len(ids) > limit:
+            raise HandshakeError(f"{len(ids)} blocks of group {group} asked for, this memory has {limit}")
 
 
 def _cancelled() -> KVConnectError:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvconnect.errors import BrokenError, BusyError, DeadlineError, HandshakeError, KVConnectError
 from kvconnect.paging import PagedLayout
+from kvconnect.pipes import stream as stream_module
 from kvconnect.pipes.base import Pipe, PipeSpec, Reach, Traits
 from kvconnect.pipes.flows import TAG_BYTES, Kind, pack, read_tag, unpack, write_tag
 from kvconnect.pipes.inproc import InprocPipe
@@ -203,6 +204,34 @@ def test_a_malformed_request_is_refused_before_anything_is_sent(change: dict[str
     body = {"transfer": 1, "groups": pack([[0]]), "nbytes": BLOCK, "credit": 4} | change
     error = pair.channels[0].call("blocks.read", body).exception(LIMIT_S)
     assert isinstance(error, HandshakeError)
+    pair.close()
+
+
+def test_a_request_for_more_blocks_than_there_are_is_refused() -> None:
+    """Ids that repeat would make the serving end list pieces without bound."""
+    pair = open_pair(ThreeMethodPipe)
+    mine, theirs = noisy_memory(layout(), 1), noisy_memory(layout(), 2)
+    BlockStream(pair.there, theirs, mine.layout, pair.channels[1])
+    for ids, refused in ([0] * 65, True), ([0] * 64, False):
+        body = {"transfer": 1, "groups": pack([ids]), "nbytes": len(ids) * BLOCK, "credit": 0}
+        error = pair.channels[0].call("blocks.read", body).exception(LIMIT_S)
+        assert isinstance(error, HandshakeError) == refused, error
+    pair.close()
+
+
+def test_requests_beyond_a_bound_are_refused_until_others_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_module, "MAX_FLOWS", 2)
+    pair = open_pair(ThreeMethodPipe)
+    ends = attach(pair, noisy_memory(layout(), 1), noisy_memory(layout(), 2))
+    for number in 7, 8:  # without credit, so they stay
+        body = {"transfer": number, "groups": pack([[0]]), "nbytes": BLOCK, "credit": 0}
+        pair.channels[0].call("blocks.read", body).result(LIMIT_S)
+    with pytest.raises(BusyError):
+        ends.here.read_blocks([[0]], [[0]]).wait(LIMIT_S)
+    ends.there.read_blocks([[0]], [[0]]).wait(LIMIT_S)  # the bound is for what the other end asks
+    stop = {"kind": int(Kind.READ), "transfer": 7, "receives": False}
+    assert pair.channels[0].call("blocks.stop", stop).result(LIMIT_S) == {"running": True}
+    ends.here.read_blocks([[1]], [[1]]).wait(LIMIT_S)
     pair.close()
 
 
