@@ -1,4 +1,4 @@
-"""A hand inside a running engine, for the negative control: it zeroes KV blocks.
+"""A hand inside a running engine: it zeroes KV blocks for the negative control, and looks at them.
 
 vLLM adds this class to its workers (``--worker-extension-cls``) and lets a
 development server call its methods (``VLLM_SERVER_DEV_MODE=1``,
@@ -9,7 +9,10 @@ before the decoding engine reads it.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
+
+import torch
 
 
 class KVProbe:
@@ -22,16 +25,31 @@ class KVProbe:
             block: the block's id in the engine's pool, as text, as the server passes it.
 
         """
-        worker: Any = self
-        number = int(block)
-        blocks = int(worker.vllm_config.cache_config.num_gpu_blocks)
-        if not 0 < number < blocks:
-            raise ValueError(f"block {number} is not one of 1 to {blocks - 1}")
-        written = 0
-        tensors = worker.model_runner.kv_caches
-        for tensor in tensors:
-            # Releases before 0.26 put K and V first.
-            part = tensor[number] if tensor.shape[0] == blocks else tensor[:, number]
+        parts = self._parts(int(block))
+        for part in parts:
             part.zero_()
-            written += part.numel() * part.element_size()
-        return {"layers": len(tensors), "bytes": written}
+        return {"layers": len(parts), "bytes": sum(part.numel() * part.element_size() for part in parts)}
+
+    def digest_kv_blocks(self) -> dict[str, str]:
+        """Return a digest of every block's bytes in all layers, by block id."""
+        found = {}
+        for block in range(1, self._num_blocks()):
+            digest = hashlib.blake2b(digest_size=16)
+            for part in self._parts(block):
+                digest.update(part.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            found[str(block)] = digest.hexdigest()
+        return found
+
+    def _num_blocks(self) -> int:
+        worker: Any = self
+        return int(worker.vllm_config.cache_config.num_gpu_blocks)
+
+    def _parts(self, block: int) -> list[torch.Tensor]:
+        """Return one block of every layer, as views."""
+        worker: Any = self
+        blocks = self._num_blocks()
+        if not 0 < block < blocks:
+            raise ValueError(f"block {block} is not one of 1 to {blocks - 1}")
+        # Releases before 0.26 put K and V first.
+        tensors = worker.model_runner.kv_caches
+        return [tensor[block] if tensor.shape[0] == blocks else tensor[:, block] for tensor in tensors]

@@ -159,6 +159,13 @@ class Fleet:
         rpc = {"method": "zero_kv_block", "args": [str(block)], "timeout": 30}
         self._http.post(engine.url + "/collective_rpc", json=rpc).raise_for_status()
 
+    def digests(self, engine: Server) -> dict[int, str]:
+        """Return a digest of each block's bytes in all layers of an engine's memory."""
+        rpc = {"method": "digest_kv_blocks", "timeout": 60}
+        response = self._http.post(engine.url + "/collective_rpc", json=rpc)
+        response.raise_for_status()
+        return {int(block): digest for block, digest in response.json()["results"][0].items()}
+
     def busy(self, engine: Server) -> str:
         """Return what keeps an engine from being idle with every block free; empty if nothing does.
 
