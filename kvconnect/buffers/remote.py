@@ -158,7 +158,8 @@ class RemoteBuffer(LookupBuffer):
         self._check_open()
         if isinstance(answer, Claim):
             return _RemoteGrant(self, request, answer)
-        self._taker.settle(request)
+        # Not settled: what the owner may still grant is to be offered again.
+        self._taker.abandon(request)
         return None
 
     def close(self) -> None:

@@ -26,7 +26,7 @@ from kvconnect.buffers.renewal import Renewal
 from kvconnect.buffers.ticket import Ticket
 from kvconnect.config import Config
 from kvconnect.control import ControlClient
-from kvconnect.errors import BrokenError, HandshakeError, KVConnectError
+from kvconnect.errors import BrokenError, DeadlineError, HandshakeError, KVConnectError
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ class Taker:
     def abandon(self, request_id: str) -> None:
         """Give back what was or will be claimed."""
         look = self._forget(request_id)
-        if look is not None and not isinstance(look.answer, Miss):
+        if look is not None:
             self._client.soon(lambda: self._give_back(look))
 
     def introduce(self, workers: Sequence[Mapping[str, Any]]) -> None:
@@ -214,11 +214,13 @@ class Taker:
 
     def _ticket_claimed(self, look: Look, ticket: Ticket, answer: Future[dict[str, Any]]) -> None:
         miss = self._refusal(ticket, answer)
-        if miss is not None:
-            # Too late if the engine acts on the claim by now: then the owner's answer to
-            # the workers' release decides.
-            self._answer(look, miss, instead=True)
-        elif not look.over:
+        # Too late for a miss if the engine acts on the claim by now: then the owner's answer
+        # to the workers' release decides.
+        if miss is not None and self._answer(look, miss, instead=True):
+            if _is_late(answer):
+                self._give_back(look)
+            look.at = None
+        elif not look.over and (miss is None or _is_late(answer)):
             self._renewal.add(ticket.at, look.grant)
 
     # -- the client's thread: by label and content ------------------------------------
@@ -284,6 +286,8 @@ class Taker:
     def _offer_claimed(self, look: Look, offer: Ticket, answer: Future[dict[str, Any]]) -> None:
         look.claiming = False
         if self._refusal(offer, answer) is not None:
+            if _is_late(answer):
+                self._give_back(look)
             look.at = None
             self._try_best(look)
         elif self._answer(look, _claim_of(look, offer)):
@@ -334,6 +338,11 @@ class Taker:
             theirs = worker_of(hello, fields.number(ours, "rank", 1 << 12))
             check_shapes(ours, theirs)
             choose_pipe(ours, theirs)
+
+
+def _is_late(answer: Future[dict[str, Any]]) -> bool:
+    """Whether a claim was not answered in time, so that the owner may have granted it."""
+    return isinstance(answer.exception(), DeadlineError)
 
 
 def _claim_of(look: Look, ticket: Ticket) -> Claim:

@@ -3,14 +3,16 @@
 import json
 import logging
 import socket
+import threading
 import time
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 import pytest
 import torch
 
 from kvconnect.buffers import taker
-from kvconnect.buffers.base import Claim, Want
+from kvconnect.buffers.base import Claim, Miss, Want
 from kvconnect.errors import KVConnectError, LoadError, StaleError
 from kvconnect.testing.leaks import Holdings, assert_nothing_left
 from tests.buffers.engines import Engine, eventually, group, is_miss, key, layout
@@ -256,6 +258,51 @@ def test_what_was_settled_unread_comes_back_before_the_lease_ends():
         d.end.settle("r")
         eventually(p.end.drain_released, 2.5)
         assert p.end.stats()["failed"] == 1
+
+
+def answers_late(engine, op, delay_s):
+    """Have ``engine`` carry out ``op`` at once and answer late."""
+    handlers = engine.end._lender._server._handlers
+    real = handlers[op]
+
+    def slow(body):
+        later, answer = Future(), real(body)
+        threading.Timer(delay_s, lambda: later.set_result(answer)).start()
+        return later
+
+    handlers[op] = slow
+
+
+def test_a_claim_that_is_granted_too_late_is_given_back():
+    with engines(consumer={"lookup_timeout_s": 0.2}) as (p, d):
+        meet(p, d)
+        answers_late(p, "claim", 0.6)
+        ticket = p.offer(asked=False)
+        d.end.look("r", Want(key(1), ticket=ticket))
+        assert isinstance(d.end.found("r"), Claim)
+        is_miss(eventually(lambda: found if isinstance(found := d.end.found("r"), Miss) else None), "unreachable")
+        eventually(lambda: p.end.unasked_blocks() == 3, 2)
+
+
+def test_an_offer_that_is_granted_too_late_is_given_back():
+    with engines(consumer={"lookup_timeout_s": 0.2}) as (p, d):
+        meet(p, d)
+        answers_late(p, "claim", 0.6)
+        p.offer(asked=False)
+        assert isinstance(d.find("r", Want(key(1))), Miss)
+        eventually(lambda: p.end.unasked_blocks() == 3, 2)
+
+
+def test_a_claim_in_use_that_is_granted_too_late_is_renewed():
+    with engines(consumer={"lookup_timeout_s": 0.2}, lease_s=0.9) as (p, d):
+        meet(p, d)
+        answers_late(p, "claim", 0.6)
+        d.end.look("r", Want(key(1), ticket=p.offer()))
+        claim = d.end.commit("r")
+        until = time.monotonic() + 1.8
+        eventually(lambda: time.monotonic() > until)
+        assert p.end.drain_released() == []
+        d.read(claim).wait(8)
 
 
 def test_an_entry_that_nobody_takes_expires():
