@@ -90,9 +90,9 @@ class Link:
 class Links:
     """Pipes that this worker asked for, by owner."""
 
-    def __init__(self, station: Station, crew: Crew) -> None:
-        """Join ``station`` to its counterparts; pipes are opened on ``crew``."""
-        self._station, self._crew = station, crew
+    def __init__(self, station: Station, crew: Crew, ending: Crew) -> None:
+        """Join ``station`` to its counterparts; pipes are opened on ``crew`` and aborted on ``ending``."""
+        self._station, self._crew, self._ending = station, crew, ending
         self._client, self._channels, self._options = station.client, station.channels, station.settings.options
         self._peers = Peers(station.me, station.client, self._options.connect_timeout_s)
         self._links: dict[tuple[str, str], Link] = {}
@@ -137,7 +137,7 @@ class Links:
         pipe, link.pipe = link.pipe, None
         if pipe is not None:
             self._channels.close(link.id, "asks")
-            self._crew.submit(pipe.abort)
+            self._ending.submit(pipe.abort)
             self._client.call(link.endpoint, "pipe.close", {"pipe": link.id}, self._options.release_timeout_s)
 
     def lost(self, pipe: str) -> None:
@@ -164,7 +164,11 @@ class Links:
 
         def opened() -> None:
             link.pipe = pipe
-            self._opened(link)
+            if self._links.get((link.at, link.incarnation)) is link:
+                self._opened(link)
+                return
+            self.drop(link)  # it was dropped meanwhile
+            self._opened(link, ClosedError("the pipe was closed while it was opened"))
 
         if not self._client.soon(opened):
             pipe.abort()

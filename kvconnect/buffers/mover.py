@@ -51,7 +51,9 @@ class _Read:
     inner: Transfer | None = None
     timer: Timer | None = None
     tries: int = 0
+    #: Both under the mover's lock: given up; its pipe was asked for the blocks.
     stopped: KVConnectError | None = None
+    moving: bool = False
 
 
 class Mover(WorkerEnd):
@@ -83,12 +85,14 @@ class Mover(WorkerEnd):
         }
         me = Hello.of(settings, secrets.token_hex(8), worker=True)
         channels = Channels(self._server, self._client, options.transfer_timeout_s, options.lease_s, self._lost)
-        self._asking = Crew("kvconnect-pipe-asks", _THREADS)
-        self._serving = Crew("kvconnect-pipe-serves", _THREADS)
         self._starting = Crew("kvconnect-read-starts", 1)
+        asking, serving = Crew("kvconnect-pipe-asks", _THREADS), Crew("kvconnect-pipe-serves", _THREADS)
+        # Its own thread: pipes that are slow to open must not keep others from ending.
+        ending = Crew("kvconnect-pipe-ends", 1)
+        self._crews = (self._starting, asking, serving, ending)
         station = Station(settings, me, self._description, memory, self._client, channels)
-        self._links = Links(station, self._asking)
-        self._pipes = PipeServer(station, self._server, self._serving)
+        self._links = Links(station, asking, ending)
+        self._pipes = PipeServer(station, self._server, serving, ending)
 
     def describe(self) -> dict[str, Any]:
         """Return what peers need to read this worker's blocks."""
@@ -138,7 +142,7 @@ class Mover(WorkerEnd):
         self._client.soon(self._links.drop_all)
         self._client.flush()
         self._client.close()
-        for crew in (self._starting, self._asking, self._serving):
+        for crew in self._crews:
             crew.close()
         for transfer in over:
             transfer.finish(LoadError("the buffer was closed"))
@@ -201,8 +205,12 @@ class Mover(WorkerEnd):
         pipe = link.pipe
 
         def move() -> None:
+            with self._lock:
+                if read.stopped is not None:
+                    return  # `_stop` has finished it
+                read.moving = True
             try:
-                if pipe is None or read.transfer.cancelled:
+                if pipe is None:
                     raise ClosedError("the pipe was closed")
                 inner = pipe.read_blocks(read.remote, read.local)
             except Exception as error:  # noqa: BLE001 - a third party's may raise anything
@@ -232,6 +240,7 @@ class Mover(WorkerEnd):
             if read.stopped is None and read.tries == 1:
                 # The pipe may have been dead for long. The owner is asked anew, once.
                 read.link = read.inner = None
+                read.moving = False
                 self._link(read)
                 return
         if read.stopped is not None or error is not None:
@@ -256,14 +265,17 @@ class Mover(WorkerEnd):
         """Give up. A transfer under way keeps its blocks until its pipe has let go of them."""
         if read.transfer.done or read.stopped is not None:
             return
-        read.stopped = error
+        with self._lock:
+            read.stopped = error
         link, inner = read.link, read.inner
-        if link is None:
+        if link is None or not read.moving:
             self._finish(read, error)
-        elif inner is not None:
+            return
+        if inner is not None:
             inner.cancel()
-            if not inner.done:
-                self._client.later(_LET_GO_S, lambda: None if inner.done else self._links.drop(link))
+        # Without ``inner`` the pipe is still starting: only its end can unblock it.
+        if inner is None or not inner.done:
+            self._client.later(_LET_GO_S, lambda: None if read.transfer.done else self._links.drop(link))
 
     def _finish(self, read: _Read, error: KVConnectError | None) -> None:
         if read.timer is not None:

@@ -35,9 +35,9 @@ class Served:
 class PipeServer:
     """Pipes that peers' workers asked for, over this worker's memory."""
 
-    def __init__(self, station: Station, server: ControlServer, crew: Crew) -> None:
-        """Answer ``pipe.open``, ``pipe.ready`` and ``pipe.close`` at ``server``; open on ``crew``."""
-        self._station, self._channels, self._crew = station, station.channels, crew
+    def __init__(self, station: Station, server: ControlServer, crew: Crew, ending: Crew) -> None:
+        """Answer ``pipe.*`` at ``server``; open pipes on ``crew`` and abort them on ``ending``."""
+        self._station, self._channels, self._crew, self._ending = station, station.channels, crew, ending
         self._served: dict[str, Served] = {}
         server.handle("pipe.open", self._handle_open)
         server.handle("pipe.ready", self._handle_ready)
@@ -50,7 +50,7 @@ class PipeServer:
             served.dropped = True
             self._channels.close(pipe, "serves")
             if served.pipe is not None:
-                self._crew.submit(served.pipe.abort)
+                self._ending.submit(served.pipe.abort)
 
     def drop_all(self) -> None:
         """End every pipe."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from kvconnect import registry
+from kvconnect.buffers import mover
 from kvconnect.buffers.base import Claim, Want
 from kvconnect.buffers.choice import choose_pipe, describe_pipes
 from kvconnect.errors import BrokenError, DeadlineError, HandshakeError, LoadError, UnknownBackendError
@@ -28,6 +29,9 @@ class FaultyPipe(InprocPipe):
     breaks: int = 0
     clogs = False
     refuses = False
+    stalls = False
+    stalled: ClassVar[threading.Event]  # a read is starting
+    gate: ClassVar[threading.Event]  # lets it go on
     started: ClassVar[list] = []  # clogged transfers
     held: ClassVar[list] = []  # those of them that were cancelled
 
@@ -37,8 +41,16 @@ class FaultyPipe(InprocPipe):
         super().__init__(spec)
         type(self).opened[spec.side] += 1
 
+    def abort(self):
+        super().abort()
+        type(self).gate.set()
+
     def read_blocks(self, remote, local):
         cls = type(self)
+        if cls.stalls:
+            cls.stalled.set()
+            cls.gate.wait(20)
+            raise BrokenError("cut")
         if cls.breaks:
             cls.breaks -= 1
             self.abort()
@@ -52,7 +64,8 @@ class FaultyPipe(InprocPipe):
 
 @pytest.fixture
 def faulty(monkeypatch):
-    cls = type("Faulty", (FaultyPipe,), {"opened": Counter(), "started": [], "held": []})
+    own = {"opened": Counter(), "started": [], "held": [], "stalled": threading.Event(), "gate": threading.Event()}
+    cls = type("Faulty", (FaultyPipe,), own)
     real = registry.pipe
     monkeypatch.setattr(registry, "pipe", lambda name: cls if name == "inproc" else real(name))
     return cls
@@ -133,6 +146,43 @@ def test_a_cancelled_load_ends_once_the_pipe_let_go(pair, faulty):
     eventually(lambda: transfer.done)
     with pytest.raises(LoadError):
         transfer.poll()
+
+
+def test_a_read_that_hangs_while_it_starts_ends_with_its_pipe_and_those_behind_it_at_once(pair, faulty, monkeypatch):
+    monkeypatch.setattr(mover, "_LET_GO_S", 1.0)
+    p, d = pair
+    first, second = claimed(p, d, 1), claimed(p, d, 2)
+    faulty.stalls = True
+    hanging = d.read(first)
+    assert faulty.stalled.wait(8)
+    behind = d.read(second, local=((20, 21, 22),))
+    with pytest.raises(DeadlineError):
+        behind.wait(3)
+    assert not hanging.done, "the engine got its blocks back while the pipe could still write to them"
+    with pytest.raises(DeadlineError):
+        hanging.wait(8)
+    assert not d.block(20).any()
+    faulty.stalls = False
+    d.read(claimed(p, d, 3)).wait(8)
+
+
+def test_a_pipe_that_was_dropped_while_it_was_opened_is_not_kept(pair, faulty):
+    p, d = pair
+    links = d.workers[0]._links
+    join = links._join
+
+    def slow(link, hello):
+        pipe = join(link, hello)
+        links._links.pop((link.at, link.incarnation))
+        return pipe
+
+    links._join = slow
+    with pytest.raises(LoadError, match="while it was opened"):
+        d.read(claimed(p, d, 1)).wait(8)
+    assert faulty.gate.wait(8), "its pipe was not ended"
+    eventually(lambda: p.workers[0]._pipes.count == 0)
+    links._join = join
+    d.read(claimed(p, d, 2)).wait(8)
 
 
 def test_whatever_a_third_partys_pipe_raises_is_a_load_error(pair, faulty, caplog):
