@@ -10,6 +10,7 @@ most until the pipe's deadline.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -26,6 +27,8 @@ from kvconnect.paging import PagedMemory, cut
 from kvconnect.pipes.base import Channel, Pipe
 from kvconnect.pipes.flows import TAG_BYTES, Flow, Key, read_tag, write_tag
 from kvconnect.pipes.turns import CHUNK_BYTES, Turns
+
+log = logging.getLogger(__name__)
 
 #: Threads that send, and as many that receive, for all pipes of a process.
 THREADS = 4
@@ -266,10 +269,19 @@ class Threads:
                 self._changed.wait_for(lambda: False, LISTEN_S / 4)
                 streams, self._watched = self._watched, set()
             now = time.monotonic()
-            resting = {stream for stream in streams if stream.check_time(now)}
+            resting = {stream for stream in streams if _rests(stream, now)}
             with self._changed:
                 self._watched |= resting
             del streams, resting  # an idle clock keeps no stream alive
+
+
+def _rests(stream: Clocked, now: float) -> bool:
+    try:
+        return stream.check_time(now)
+    except Exception:
+        # A bug in one stream must not stop the clock of all others.
+        log.exception("a stream's transfers could not be looked at; it is watched no more")
+        return False
 
 
 os.register_at_fork(after_in_child=Threads.renew_lock)

@@ -32,7 +32,7 @@ from kvconnect.errors import (
     LoadError,
 )
 from kvconnect.paging import BlockIds, PagedLayout, PagedMemory
-from kvconnect.pipes.base import Channel, Pipe, Transfer
+from kvconnect.pipes.base import Channel, Message, Pipe, Transfer
 from kvconnect.pipes.chunks import LISTEN_S, ChunkReceiver, ChunkSender, Threads, again, ours
 from kvconnect.pipes.flows import Flow, Key, Kind, count, flow_key, pack, unpack
 from kvconnect.pipes.turns import CHUNK_BYTES
@@ -95,9 +95,17 @@ class BlockStream:
             transfer = flow.transfer = Transfer(nbytes, lambda: self._stop(flow, _cancelled()))
             self._enter(flow)
         body = {"transfer": flow.key[1], "groups": pack(remote), "nbytes": nbytes, "credit": WINDOW}
-        asked = self._channel.call("blocks.read" if flow.receives else "blocks.write", body)
+        asked = self._tell("blocks.read" if flow.receives else "blocks.write", body)
         asked.add_done_callback(lambda answer: self._answered(flow, answer))
         return transfer
+
+    def _tell(self, op: str, body: Message) -> Future[dict[str, Any]]:
+        try:
+            return self._channel.call(op, body)
+        except Exception as error:  # noqa: BLE001 - a third party's channel that raises has failed, no more
+            failed: Future[dict[str, Any]] = Future()
+            failed.set_exception(ours(error))
+            return failed
 
     def _enter(self, flow: Flow) -> None:
         if self._failure is not None:
@@ -121,7 +129,7 @@ class BlockStream:
 
     def _stop(self, flow: Flow, error: KVConnectError) -> None:
         """Give up ``flow`` at both ends; what is still on its way is received and dropped."""
-        answer = self._channel.call("blocks.stop", flow.address())
+        answer = self._tell("blocks.stop", flow.address())
         with self._lock:
             twice, flow.error = flow.error is not None, flow.error or error
             flow.credit = -(1 << 60)  # no more chunks, whatever the other end grants
@@ -211,7 +219,7 @@ class BlockStream:
         """A chunk is in place and more are to come: grant credit, half a window at a time."""
         chunks, half = flow.moved // CHUNK_BYTES, WINDOW // 2
         if chunks % half == 0 and flow.nbytes - flow.moved > half * CHUNK_BYTES:
-            self._channel.call("blocks.credit", {**flow.address(), "chunks": half})
+            self._tell("blocks.credit", {**flow.address(), "chunks": half})
 
     # -- ending -------------------------------------------------------------------
 
@@ -232,7 +240,7 @@ class BlockStream:
             flow.transfer.finish(flow.error)
         elif flow.receives or flow.error is not None:
             error = None if flow.error is None else str(flow.error)
-            self._channel.call("blocks.done", {**flow.address(), "error": error})
+            self._tell("blocks.done", {**flow.address(), "error": error})
 
     def fail(self, error: KVConnectError) -> None:
         """End all transfers, here and at the other end; begin no more."""
@@ -242,7 +250,7 @@ class BlockStream:
         for flow in flows:
             self.end(flow, error)
         if first:
-            self._channel.call("blocks.broken", {"error": str(error)})
+            self._tell("blocks.broken", {"error": str(error)})
 
     def close(self) -> None:
         """End all transfers with `ClosedError`. Idempotent; leaves the pipe to its owner."""

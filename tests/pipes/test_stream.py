@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+from concurrent.futures import Future
 from typing import ClassVar
 
 import pytest
@@ -13,6 +15,7 @@ from kvconnect.errors import BrokenError, BusyError, DeadlineError, HandshakeErr
 from kvconnect.paging import PagedLayout
 from kvconnect.pipes import stream as stream_module
 from kvconnect.pipes.base import Pipe, PipeSpec, Reach, Traits
+from kvconnect.pipes.chunks import Threads
 from kvconnect.pipes.flows import TAG_BYTES, Kind, pack, read_tag, unpack, write_tag
 from kvconnect.pipes.inproc import InprocPipe
 from kvconnect.pipes.stream import BlockStream
@@ -155,6 +158,53 @@ def test_a_transfer_on_which_nothing_moves_fails_and_the_pipe_goes_on() -> None:
     stream.read([[0]], [[0]]).wait(LIMIT_S)
     assert regions(mine)[0][:BLOCK].equal(regions(theirs)[0][:BLOCK])
     pair.close()
+
+
+class RaisingChannel:
+    """A third party's channel that raises where it should return a failed future."""
+
+    def call(self, op: str, body: object) -> Future[dict[str, object]]:
+        raise OSError("the channel is gone")
+
+    def handle(self, op: str, handler: object) -> None:
+        pass
+
+
+def test_a_channel_that_raises_ends_the_transfer() -> None:
+    pair = open_pair(ThreeMethodPipe)
+    mine, theirs = noisy_memory(layout(), 1), noisy_memory(layout(), 2)
+    stream = BlockStream(pair.here, mine, theirs.layout, RaisingChannel())
+    for start in stream.read, stream.write:
+        with pytest.raises(BrokenError, match="the channel is gone"):
+            start([[0]], [[0]]).wait(LIMIT_S)
+    pair.close()
+
+
+class BadWatch:
+    """Raises when the clock looks at it."""
+
+    def __init__(self) -> None:
+        self.looks = threading.Semaphore(0)
+
+    def check_time(self, now: float) -> bool:
+        self.looks.release()
+        raise RuntimeError("bad")
+
+
+def test_the_clock_of_all_streams_outlives_one_that_fails(caplog: pytest.LogCaptureFixture) -> None:
+    bad, good = BadWatch(), threading.Event()
+
+    class GoodWatch:
+        def check_time(self, now: float) -> bool:
+            good.set()
+            return False
+
+    with caplog.at_level(logging.ERROR, "kvconnect.pipes.chunks"):
+        Threads.current().watch(bad)
+        assert bad.looks.acquire(timeout=LIMIT_S)
+        Threads.current().watch(GoodWatch())
+        assert good.wait(LIMIT_S)
+    assert "could not be looked at" in caplog.text
 
 
 def test_the_deadline_of_a_pipe_is_that_of_its_block_path() -> None:
