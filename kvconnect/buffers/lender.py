@@ -172,9 +172,11 @@ class Lender:
     def _refuse(self, caller: Hello, error: HandshakeError) -> None:
         with self._lock:
             self._counts["refused"] += 1
-            first = (caller.engine, str(error)) not in self._refused
-            if len(self._refused) < _MAX_WAITING:
-                self._refused.add((caller.engine, str(error)))
+            refusal = (caller.engine, str(error))
+            # Engine names are the peers' choice: the log must not grow with them.
+            first = refusal not in self._refused and len(self._refused) < _MAX_WAITING
+            if first:
+                self._refused.add(refusal)
         if first:
             logger.warning("engine %s does not fit, its requests will be recomputed: %s", caller.engine, error)
 

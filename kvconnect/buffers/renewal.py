@@ -15,6 +15,9 @@ from kvconnect.buffers.peers import Peers
 from kvconnect.control import ControlClient
 from kvconnect.errors import BrokenError, KVConnectError
 
+#: However short a lease a peer claims to give, it is not renewed more often than this.
+_LEAST_S = 0.25
+
 
 @dataclass
 class _Round:
@@ -62,7 +65,7 @@ class Renewal:
 
     def _interval(self, endpoint: str) -> float:
         hello = self._peers.met(endpoint)
-        return min(self._lease_s, hello.lease_s if hello else self._lease_s) / 3
+        return max(_LEAST_S, min(self._lease_s, hello.lease_s if hello else self._lease_s) / 3)
 
     def _send(self, endpoint: str) -> None:
         round_ = self._rounds[endpoint]

@@ -21,11 +21,16 @@ from kvconnect.pipes.base import Message, Pipe
 logger = logging.getLogger(__name__)
 
 
+_MAX_PIPES = 4096
+_MAX_PIPES_OF_ONE = 64  # one is in use; others are those of earlier incarnations at its address
+
+
 @dataclass(eq=False)
 class Served:
     """One pipe that a peer asked for."""
 
     id: str
+    peer: str
     opened: Future[Message] = field(default_factory=Future)
     ready: Future[Message] = field(default_factory=Future)
     pipe: Pipe | None = None
@@ -71,15 +76,22 @@ class PipeServer:
         name = fields.text(body, "name")
         if name not in self._station.worker["pipes"]:
             raise HandshakeError(f"pipe differs: ours {name!r}, theirs one of {sorted(self._station.worker['pipes'])}")
-        served = Served(fields.text(body, "pipe"))
-        if served.id in self._served:
-            raise HandshakeError(f"pipe {served.id} is open already")
-        channel = self._channels.open(served.id, "serves", fields.text(worker, "endpoint"))
+        message, layout = fields.mapping(body, "message"), PagedLayout.from_wire(fields.mapping(worker, "layout"))
+        served = Served(fields.text(body, "pipe"), fields.text(worker, "endpoint"))
+        self._check_room(served)
+        channel = self._channels.open(served.id, "serves", served.peer)
         self._served[served.id] = served
-        message, layout = fields.mapping(body, "message"), fields.mapping(worker, "layout")
-        if not self._crew.submit(lambda: self._open(served, name, message, PagedLayout.from_wire(layout), channel)):
+        if not self._crew.submit(lambda: self._open(served, name, message, layout, channel)):
+            self.drop(served.id)
             raise ClosedError("the peer is shutting down")
         return served.opened
+
+    def _check_room(self, served: Served) -> None:
+        if served.id in self._served:
+            raise HandshakeError(f"pipe {served.id} is open already")
+        pipes = list(self._served.values())
+        if len(pipes) >= _MAX_PIPES or sum(pipe.peer == served.peer for pipe in pipes) >= _MAX_PIPES_OF_ONE:
+            raise HandshakeError("the peer serves too many pipes already")
 
     def _handle_ready(self, body: dict[str, Any]) -> Future[Message]:
         served = self._served.get(fields.text(body, "pipe"))

@@ -68,7 +68,7 @@ class Taker:
         """Search on ``client``'s thread, in the name of ``me``; ``on_answer`` hears of answers."""
         self._options, self._name = options, me.incarnation
         self._client, self._producers, self._on_answer = client, producers, on_answer
-        self._peers = Peers(me, client, options.connect_timeout_s, self._check_workers)
+        self._peers = Peers(me, client, options.connect_timeout_s, lambda hello: _check_workers(self._workers, hello))
         self._renewal = Renewal(client, self._peers, options.lease_s, self._gone)
         self._workers: Sequence[Mapping[str, Any]] = ()
         self._lock = threading.Lock()
@@ -332,12 +332,13 @@ class Taker:
         # A peer that cannot be told will end the claim by itself.
         self._client.call(look.at, "abandon", {"grants": [look.grant]}, self._options.release_timeout_s)
 
-    def _check_workers(self, hello: Hello) -> None:
-        # What the workers would find out with the first load, before any load is promised.
-        for ours in self._workers:
-            theirs = worker_of(hello, fields.number(ours, "rank", 1 << 12))
-            check_shapes(ours, theirs)
-            choose_pipe(ours, theirs)
+
+def _check_workers(workers: Sequence[Mapping[str, Any]], hello: Hello) -> None:
+    """Check what our workers would find out with the first load, before any load is promised."""
+    for ours in workers:
+        theirs = worker_of(hello, fields.number(ours, "rank", 1 << 12))
+        check_shapes(ours, theirs)
+        choose_pipe(ours, theirs)
 
 
 def _is_late(answer: Future[dict[str, Any]]) -> bool:

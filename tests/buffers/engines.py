@@ -5,11 +5,12 @@ import itertools
 import os
 import threading
 import time
+from contextlib import contextmanager
 
 import torch
 
 from kvconnect.blocks import heap_memory
-from kvconnect.buffers.base import EndSettings, LookupKey, Miss
+from kvconnect.buffers.base import EndSettings, LookupKey, Miss, Want
 from kvconnect.buffers.remote import RemoteBuffer
 from kvconnect.config import Backend, Config
 from kvconnect.paging import LayerLayout, PagedLayout
@@ -104,3 +105,23 @@ def is_miss(answer, cause):
     assert isinstance(answer, Miss), answer
     assert answer.cause == cause, answer
     return True
+
+
+@contextmanager
+def engines(producer=None, consumer=None, **both):
+    options = {"group": group(), **both}
+    p = Engine("P", produces=True, **{**options, **(producer or {})})
+    d = Engine("D", consumes=True, **{**options, **(consumer or {})})
+    try:
+        yield p, d
+    finally:
+        d.close()
+        p.close()
+
+
+def meet(p, d):
+    """Let D read something of P's once."""
+    claim = d.find("meet", Want(key(99), ticket=p.offer(99, ((63,),))))
+    d.read(claim).wait(8)
+    d.end.settle("meet")
+    p.freed()

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kvconnect import registry
-from kvconnect.buffers import mover
+from kvconnect.buffers import mover, serving
 from kvconnect.buffers.base import Claim, Want
 from kvconnect.buffers.choice import choose_pipe, describe_pipes
 from kvconnect.errors import BrokenError, DeadlineError, HandshakeError, LoadError, UnknownBackendError
@@ -183,6 +183,23 @@ def test_a_pipe_that_was_dropped_while_it_was_opened_is_not_kept(pair, faulty):
     eventually(lambda: p.workers[0]._pipes.count == 0)
     links._join = join
     d.read(claimed(p, d, 2)).wait(8)
+
+
+def test_one_peer_may_open_only_so_many_pipes_and_a_malformed_request_leaves_none(pair, monkeypatch):
+    monkeypatch.setattr(serving, "_MAX_PIPES_OF_ONE", 2)
+    p, d = pair
+    station, pipes = d.workers[0]._links._station, p.workers[0]._pipes
+    good = {"name": "inproc", "message": {}, "hello": station.me.to_wire(), "worker": dict(station.worker)}
+    for broken in ({"message": 5}, {"worker": {**station.worker, "endpoint": 5}}):
+        with pytest.raises(HandshakeError):
+            pipes._handle_open({**good, "pipe": "broken", **broken})
+    assert pipes.count == 0
+    for number in range(2):
+        pipes._handle_open({**good, "pipe": f"n{number}"})
+    with pytest.raises(HandshakeError, match="too many pipes"):
+        pipes._handle_open({**good, "pipe": "n2"})
+    elsewhere = {**good, "worker": {**station.worker, "endpoint": "127.0.0.1:9"}}
+    pipes._handle_open({**elsewhere, "pipe": "n3"})
 
 
 def test_whatever_a_third_partys_pipe_raises_is_a_load_error(pair, faulty, caplog):
