@@ -22,6 +22,7 @@ from kvconnect.buffers.choice import choose_pipe
 from kvconnect.buffers.crew import Crew
 from kvconnect.buffers.hello import Hello, check_shapes
 from kvconnect.buffers.peers import RETRY_S, Peer, Peers, worker_of
+from kvconnect.buffers.recent import Recent
 from kvconnect.control import ControlClient, wait_for
 from kvconnect.errors import BrokenError, ClosedError, KVConnectError
 from kvconnect.paging import PagedLayout, PagedMemory
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 #: Given to an exchange or a reply beyond its own deadline, so that the error is the deadline's.
 _SLACK_S = 1.0
+#: From here on, failures whose time is over are forgotten.
+_MAX_LINKS = 1024
 
 Then = Callable[["Link | KVConnectError"], None]
 
@@ -96,7 +99,7 @@ class Links:
         self._client, self._channels, self._options = station.client, station.channels, station.settings.options
         self._peers = Peers(station.me, station.client, self._options.connect_timeout_s)
         self._links: dict[tuple[str, str], Link] = {}
-        self._told: set[str] = set()
+        self._told: Recent[str] = Recent()
 
     # -- on the client's thread -----------------------------------------------------
 
@@ -123,12 +126,21 @@ class Links:
 
     def _opened(self, link: Link, failure: KVConnectError | None = None) -> None:
         link.failure, link.retry_at = failure, time.monotonic() + RETRY_S
+        if len(self._links) > _MAX_LINKS:
+            self._forget_failed()
         for key in [key for key, other in self._links.items() if key[0] == link.at and other is not link]:
             if self._links[key].pipe is not None and failure is None:
                 self.drop(self._links[key])  # of an earlier incarnation
         waiting, link.waiting = link.waiting, []
         for then in waiting:
             then(failure or link)
+
+    def _forget_failed(self) -> None:
+        """Forget failures whose time is over; addresses and incarnations are whatever tickets say."""
+        now = time.monotonic()
+        for key, link in list(self._links.items()):
+            if link.failure is not None and not link.waiting and link.retry_at <= now:
+                del self._links[key]
 
     def drop(self, link: Link) -> None:
         """Forget a link and end its pipe; the next `get` opens another."""
@@ -209,11 +221,9 @@ class Links:
         return pipe
 
     def _complain(self, line: str) -> None:
-        logger.log(logging.DEBUG if line in self._told else logging.WARNING, line)
-        self._told.add(line)
+        logger.log(logging.WARNING if self._told.add(line) else logging.DEBUG, line)
 
     def _tell(self, link: Link, passed: Mapping[str, str]) -> None:
         line = f"{link.name} (" + "; ".join(f"not {name}: {why}" for name, why in sorted(passed.items())) + ")"
-        level = logging.DEBUG if line in self._told else logging.INFO
-        self._told.add(line)
+        level = logging.INFO if self._told.add(line) else logging.DEBUG
         logger.log(level, "reading from %s over %s", link.at, line if passed else link.name)

@@ -14,6 +14,7 @@ from typing import Any
 
 from kvconnect.buffers.base import Miss
 from kvconnect.buffers.hello import Hello, check_fit
+from kvconnect.buffers.recent import Recent
 from kvconnect.control import ControlClient
 from kvconnect.errors import ClosedError, HandshakeError, KVConnectError
 
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 #: A peer that failed is not asked again for this long, so that it costs one time-out and not one per request.
 RETRY_S = 3.0
+_MAX_PEERS = 4096
 
 
 @dataclass(eq=False)
@@ -50,7 +52,7 @@ class Peers:
         self._timeout_s = timeout_s
         self._check = check
         self._peers: dict[str, Peer] = {}
-        self._logged: set[tuple[str, str]] = set()
+        self._logged: Recent[tuple[str, str]] = Recent()
 
     def met(self, endpoint: str, incarnation: str | None = None) -> Hello | None:
         """Return the hello of a peer that was met and not lost since. Any thread."""
@@ -65,7 +67,11 @@ class Peers:
 
     def meet(self, endpoint: str, then: Callable[[Peer], None], incarnation: str | None = None) -> None:
         """Call ``then`` once the endpoint has been met or has failed; at once if that is known."""
-        peer = self._peers.setdefault(endpoint, Peer(endpoint))
+        # The last asked for come last; endpoints are whatever tickets say.
+        peer = self._peers.pop(endpoint, None) or Peer(endpoint)
+        self._peers[endpoint] = peer
+        if len(self._peers) > _MAX_PEERS:
+            self._forget_oldest()
         if peer.is_met(incarnation) or (peer.failure and time.monotonic() < peer.retry_at):
             then(peer)
             return
@@ -74,6 +80,11 @@ class Peers:
             self._client.call(endpoint, "hello", self._me.to_wire(), self._timeout_s).add_done_callback(
                 lambda answer: self._heard(peer, answer)
             )
+
+    def _forget_oldest(self) -> None:
+        oldest = next((other for other in self._peers.values() if not other.waiting), None)
+        if oldest is not None:
+            del self._peers[oldest.endpoint]
 
     def recheck(self) -> None:
         """Apply ``check`` to those met before there was anything to check against."""
@@ -114,14 +125,13 @@ class Peers:
             self._fail(peer, "mismatch", HandshakeError(f"its hello is of no use: {type(error).__name__}: {error}"))
         else:
             peer.hello, peer.failure = hello, None
-            self._logged = {entry for entry in self._logged if entry[0] != peer.endpoint}
+            self._logged.forget(lambda entry: entry[0] == peer.endpoint)
 
     def _fail(self, peer: Peer, cause: str, error: KVConnectError) -> None:
         peer.hello, peer.failure = None, Miss(cause, str(error))
         peer.retry_at = time.monotonic() + RETRY_S
         ours = isinstance(error, ClosedError)  # we are shutting down: no news of the peer
-        if not ours and (peer.endpoint, cause) not in self._logged:
-            self._logged.add((peer.endpoint, cause))
+        if not ours and self._logged.add((peer.endpoint, cause)):
             logger.warning("peer %s: %s; requests for its KV will be recomputed: %s", peer.endpoint, cause, error)
 
 

@@ -8,8 +8,9 @@ import time
 import pytest
 import torch
 
-from kvconnect.buffers import lender, taker
+from kvconnect.buffers import lender, links, peers, taker
 from kvconnect.buffers.base import Claim, Want
+from kvconnect.buffers.recent import Recent
 from kvconnect.control import ControlClient
 from kvconnect.errors import HandshakeError, KVConnectError, LoadError
 from tests.buffers.engines import Engine, engines, eventually, group, is_miss, key, layout, meet
@@ -213,3 +214,33 @@ def _claimed(d, again):
         d.end.abandon("new")
         return None
     return answer
+
+
+def test_no_number_of_made_up_addresses_makes_memory_grow(monkeypatch):
+    monkeypatch.setattr(peers, "_MAX_PEERS", 4)
+    with engines() as (p, d):
+        ticket = p.offer()
+        for number in range(12):
+            d.find(f"r{number}", Want(key(1), ticket={**ticket, "at": f"nowhere-{number}"}))
+        assert len(d.end._taker._peers._peers) <= 5
+        assert isinstance(d.find("r", Want(key(1), ticket=ticket)), Claim)
+
+
+def test_no_number_of_failed_links_makes_memory_grow(monkeypatch):
+    monkeypatch.setattr(links, "_MAX_LINKS", 4)
+    monkeypatch.setattr(links, "RETRY_S", 0.0)
+    with engines() as (p, d):
+        claim = d.find("r", Want(key(1), ticket=p.offer()))
+        for number in range(12):
+            with pytest.raises(LoadError):
+                d.read(dataclasses.replace(claim, data={**claim.data, "incarnation": f"i{number}"})).wait(8)
+        assert len(d.workers[0]._links._links) <= 5
+        d.read(claim).wait(8)
+
+
+def test_what_was_noticed_lately_is_no_news_and_the_oldest_is_forgotten():
+    recent = Recent(2)
+    assert [recent.add(item) for item in "aababcca"] == [True, False, True, False, False, True, False, True]
+    assert len(recent) == 2
+    recent.forget(lambda item: item == "a")
+    assert recent.add("a")
