@@ -32,6 +32,7 @@ does not hurt the pipe; only a broken wire does.
 from __future__ import annotations
 
 import enum
+import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
 
     from kvconnect.paging import BlockIds, PagedLayout, PagedMemory
     from kvconnect.pipes.stream import BlockStream
+
+logger = logging.getLogger("kvconnect.pipes.base")
 
 Message = Mapping[str, Any]
 
@@ -191,7 +194,10 @@ class Transfer:
             self._over.set()
             callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
-            callback(self)
+            try:
+                callback(self)
+            except Exception:  # one listener's mistake must not keep the others from hearing
+                logger.exception("a callback of a transfer failed")
 
 
 class Pipe(ABC):
