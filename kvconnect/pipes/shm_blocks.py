@@ -200,6 +200,7 @@ class ShmBlocks:
         """Start a transfer that was asked for before the peer was attached."""
         try:
             if self._stream is None:
+                self._guard.check_peer()
                 self._move(ask)
                 return
             stream = self._stream
@@ -226,6 +227,9 @@ class ShmBlocks:
 
         def check() -> None:
             guard.check_open()
+            if not ask.reads:
+                # A peer that has closed may use its blocks again: not one chunk more goes there.
+                guard.check_peer()
             if transfer.cancelled:
                 raise LoadError("the transfer was cancelled")
 
