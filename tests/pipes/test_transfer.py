@@ -1,7 +1,5 @@
 """`Transfer`: who is told of its end."""
 
-from __future__ import annotations
-
 import pytest
 
 from kvconnect.pipes.base import Transfer
