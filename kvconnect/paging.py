@@ -128,8 +128,10 @@ class PagedLayout:
 
     def check(self, blocks: BlockIds) -> None:
         """Raise `HandshakeError` if a block id (from a peer, say) lies outside this memory."""
+        if len(blocks) > self.num_groups:
+            raise HandshakeError(f"{len(blocks)} block groups asked for, this memory has {self.num_groups}")
         for group, ids in enumerate(blocks):
-            # A pipeline stage may have no layer of a group: then its blocks have no bytes here.
+            # A pipeline stage may have no layer of a group in between: its blocks have no bytes here.
             limit = min((layer.num_blocks for layer in self.in_group(group)), default=_MAX_BLOCKS)
             bad = next((b for b in ids if not 0 <= b < limit), None)
             if bad is not None:

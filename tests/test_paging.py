@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -170,11 +170,17 @@ def test_block_ids_that_are_not_there_are_refused(ids: list[list[int]]) -> None:
 
 
 def test_a_group_that_has_no_layer_here_moves_nothing() -> None:
-    layout = mla(2, 4, 2, 2).layout
-    for ids in ([[1], [7]], [[1], []], [[1], [], [9]]):
+    one = mla(2, 4, 2, 2).layout
+    layout = PagedLayout((*one.layers, replace(one.layers[0], name="last", group=2)), one.region_bytes)
+    for ids in ([[1], [7]], [[1], []], [[1], [9]]):
         layout.check(ids)
         assert layout.nbytes(ids) == layout.nbytes([[1]])
         assert layout.pieces(ids)[0].size == 2
+
+
+def test_more_groups_than_there_are_are_refused() -> None:
+    with pytest.raises(HandshakeError, match="2 block groups asked for, this memory has 1"):
+        mla(2, 4, 2, 2).layout.check([[1], [1]])
 
 
 @pytest.mark.parametrize(

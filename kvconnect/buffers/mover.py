@@ -180,6 +180,9 @@ class Mover(WorkerEnd):
         read.timer = self._client.later(timeout_s, lambda: self._stop(read, late))
         try:
             _check_owned(read)
+            # A pipeline stage without a layer of the last groups has nothing of them to move.
+            groups = self._memory.layout.num_groups
+            read.remote, read.local = read.remote[:groups], read.local[:groups]
             self._memory.layout.check(read.local)
         except KVConnectError as error:
             self._finish(read, error)
