@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import logging
 import os
 import threading
+from collections import deque
+from collections.abc import Iterator
 from typing import Final
 
 from kvconnect.paging import PagedMemory
+from kvconnect.pipes.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +39,7 @@ _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 _lock = threading.Lock()
 _done: set[tuple[int, int, int]] = set()
+_turns: dict[int, Turns] = {}
 
 
 def advise(address: int, nbytes: int) -> None:
@@ -47,8 +52,8 @@ def advise(address: int, nbytes: int) -> None:
 def collapse(memory: PagedMemory) -> None:
     """Turn ``memory``, touched or not, into huge pages, once a process and region.
 
-    The kernel copies it page by page (0.5 to 1 s for 512 MB), so a thread of its own
-    does it, in slices; the memory can be used meanwhile.
+    The kernel copies it page by page (0.5 to 1 s for 512 MB), so a thread does it, one
+    for all memories of a process, slice by slice; the memory can be used meanwhile.
     """
     if memory.device != "cpu":
         return
@@ -59,18 +64,38 @@ def collapse(memory: PagedMemory) -> None:
         }
         new = regions - _done
         _done.update(new)
-    if new:
-        # The thread keeps `memory`, and so its owner, alive while it works.
-        threading.Thread(target=_collapse, args=(memory, sorted(new)), name="kvconnect-huge-pages", daemon=True).start()
+        if not new:
+            return
+        if pid not in _turns:
+            _turns.clear()
+            _turns[pid] = Turns("kvconnect-huge-pages", 1)
+        # The step keeps `memory`, and so its owner, alive while it works.
+        _turns[pid].add(functools.partial(_collapse_next, memory, deque(_slices(sorted(new)))))
 
 
-def _collapse(memory: PagedMemory, regions: list[tuple[int, int, int]]) -> None:
+def _slices(regions: list[tuple[int, int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield address and length of one call's work after the other."""
     for _, base, nbytes in regions:
         start, end = _whole(base, base + nbytes, HUGE_BYTES)
         for at in range(start, end, _SLICE_BYTES):
-            if _madvise(at, min(_SLICE_BYTES, end - at), _MADV_COLLAPSE) and ctypes.get_errno() not in _GO_ON:
-                log.debug("no huge pages for KV memory on %s: %s", memory.device, os.strerror(ctypes.get_errno()))
-                return
+            yield at, min(_SLICE_BYTES, end - at)
+
+
+def _collapse_next(memory: PagedMemory, slices: deque[tuple[int, int]]) -> bool:
+    """Collapse the next slice of ``memory``; return whether more remain."""
+    if slices and _madvise(*slices.popleft(), _MADV_COLLAPSE) and ctypes.get_errno() not in _GO_ON:
+        log.debug("no huge pages for KV memory on %s: %s", memory.device, os.strerror(ctypes.get_errno()))
+        return False
+    return bool(slices)
+
+
+def _renew_lock() -> None:
+    # Another thread of the parent may have held the lock at the moment of the fork.
+    global _lock  # noqa: PLW0603
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 def _whole(start: int, end: int, grain: int) -> tuple[int, int]:
