@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -38,7 +39,9 @@ def build(settings: Settings) -> Starlette:
     )
     timeout = httpx.Timeout(settings.decode_timeout_s, connect=settings.connect_timeout_s)
     # trust_env: HTTP_PROXY is meant for the way out, not for the engines behind us.
-    client = httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False)
+    # A cookie belongs to the client that it was meant for; a shared jar would send it with everybody's requests.
+    nobodys = CookieJar(DefaultCookiePolicy(allowed_domains=[]))
+    client = httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False, cookies=nobodys)
     prefill = Upstream("prefill", settings.prefill, client, settings.prefill_timeout_s)
     decode = Upstream("decode", settings.decode, client, settings.decode_timeout_s)
 

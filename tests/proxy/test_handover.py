@@ -208,3 +208,15 @@ def test_leg_bodies_do_not_change_the_request_they_are_made_from():
     legs.prefill_body(body)
     legs.decode_body(body, {"b": 2})
     assert body == {"prompt": "x", "n": 2, "kv_transfer_params": {"a": 1}}
+
+
+def test_a_servers_cookie_goes_to_its_client_and_into_no_other_request(stage):
+    for engine in (stage.prefill[0], stage.decode[0]):
+        engine.behave = says(200, {"kv_transfer_params": TICKET}, (b"set-cookie", b"session=alice; Path=/"))
+    answer = stage.post({"prompt": "x"})
+    assert answer.headers["set-cookie"] == "session=alice; Path=/"
+    stage.client.cookies.clear()
+    stage.post({"prompt": "y"})
+    stage.post({"prompt": "z"}, headers={"Cookie": "own=1"})
+    for engine in (stage.prefill[0], stage.decode[0]):
+        assert [seen.header("cookie") for seen in engine.seen] == [None, None, "own=1"]
