@@ -51,6 +51,9 @@ def base_url(leg: str, url: str) -> str:
         valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:  # a port that is not one
         valid = False
+    if "@" in full.partition("://")[2].partition("/")[0]:
+        # The URL shows in logs and in /health; so not even here is it repeated.
+        raise ConfigError(f"--{leg} must look like 'http://host:port': leave out the user and password before the '@'")
     if not valid or parts.path.strip("/") or parts.query:
         raise ConfigError(f"--{leg} must look like 'http://host:port', got {url!r}")
     return f"{parts.scheme}://{parts.netloc}"

@@ -29,6 +29,13 @@ def test_anything_else_is_refused_with_the_option_and_the_cure(url):
         Settings(decode=(url,))
 
 
+@pytest.mark.parametrize("url", ["http://user:secret@h:1", "user:secret@h:1", "http://secret@h", "http://u:secret@h:x"])
+def test_a_user_or_password_in_a_url_is_refused_and_not_repeated(url):
+    with pytest.raises(ConfigError, match="leave out the user and password") as caught:
+        Settings(decode=(url,))
+    assert "secret" not in str(caught.value)
+
+
 def test_each_leg_needs_a_server():
     with pytest.raises(ConfigError, match=r"at least one prefill server \(--prefill URL\)"):
         Settings(prefill=())
