@@ -97,7 +97,7 @@ class Upstream:
         last: httpx.HTTPError | None = None
         for step in range(len(self.urls)):
             url = self.urls[(start + step) % len(self.urls)]
-            request = self._client.build_request(method, url + path, headers=headers, content=content)
+            request = self._request(method, url + path, headers, content)
             try:
                 with anyio.fail_after(self._timeout_s):
                     return await self._client.send(request, stream=True)
@@ -109,6 +109,12 @@ class Upstream:
             except httpx.HTTPError as error:
                 raise self._failed(error) from error
         raise GatewayError(502, f"{self.leg} unreachable") from last
+
+    def _request(self, method: str, url: str, headers: Headers, content: bytes) -> httpx.Request:
+        try:
+            return self._client.build_request(method, url, headers=headers, content=content)
+        except httpx.InvalidURL as error:
+            raise GatewayError(400, f"the request's path or query cannot be passed on: {error}") from error
 
     def _timed_out(self) -> GatewayError:
         return GatewayError(504, f"{self.leg} timed out after {self._timeout_s:g} s")

@@ -265,3 +265,16 @@ def test_health_does_not_wait_for_a_server_that_hangs(make_stage):
     answer = stage.client.get("/health")
     assert answer.status_code == 503
     assert list(answer.json()["decode"].values()) == ["TimeoutError"]
+
+
+@pytest.mark.parametrize(("method", "path"), [("POST", "/v1/completions"), ("GET", "/v1/models")])
+def test_a_query_that_cannot_be_passed_on_is_a_bad_request(stage, method, path):
+    """Just short enough for our own server, and too long for a URL with an upstream in front of it."""
+    target = path + "?" + "q" * (65_530 - len(path))
+    head = f"{method} {target} HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{{}}"
+    with socket.create_connection(("127.0.0.1", stage.port), timeout=WAIT_S) as connection:
+        connection.sendall(head.encode())
+        answer = connection.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == 400
+    assert not stage.decode[0].seen
