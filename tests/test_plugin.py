@@ -94,7 +94,9 @@ def test_an_error_stops_no_engine(factory, caplog, monkeypatch):
 
 
 def test_a_vllm_without_the_factory_stops_no_engine(caplog, monkeypatch):
-    monkeypatch.setitem(sys.modules, "vllm", None)
+    # The module itself, too: another test of this process may have imported it.
+    for name in ("vllm", "vllm.distributed.kv_transfer.kv_connector.factory"):
+        monkeypatch.setitem(sys.modules, name, None)
     _plugin.register()
     assert "kvconnect's connectors were not registered with vLLM" in caplog.text
 

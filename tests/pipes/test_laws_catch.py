@@ -320,13 +320,20 @@ def test_a_law_catches_the_pipe_that_breaks_it(broken: type[Pipe], law: Law, mon
     monkeypatch.setattr(pipe_laws, "LIMIT_S", 3.0)
     monkeypatch.setattr(pipe_laws, "PROMPT_S", 2.0)
     monkeypatch.setattr(pipe_laws, "SETTLE_S", 0.1)
+    # What a pipe breaks by a race shows sooner or later, not every time.
+    assert any(catches(law, broken) for _ in range(10))
+
+
+def catches(law: Law, broken: type[Pipe]) -> bool:
+    """Try a law once: it fails by its own assertion, by the pipe's error or by a wait that ran out."""
     pair = open_pair(broken, timeout_s=6.0)
     try:
-        # A law fails by its own assertion, or by the pipe's error or a wait that ran out.
-        with pytest.raises((AssertionError, errors.KVConnectError, TimeoutError)):
-            law(pair)
+        law(pair)
+    except (AssertionError, errors.KVConnectError, TimeoutError):
+        return True
     finally:
         pair.close()
+    return False
 
 
 def test_every_law_has_a_pipe_that_it_catches() -> None:
