@@ -103,8 +103,7 @@ class ShmBlocks:
         guard: Guard,
         make_stream: Callable[[], BlockStream],
     ) -> None:
-        if local.layout.shape() != remote.shape():
-            raise HandshakeError(f"layouts differ: ours {local.layout.shape()}, theirs {remote.shape()}")
+        paged.check_shapes(local.layout, remote)
         self._peer, self._local, self._remote, self._channel, self._guard = peer, local, remote, channel, guard
         huge_pages.collapse(local)
         self._make_stream = make_stream

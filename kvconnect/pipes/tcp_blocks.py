@@ -48,8 +48,7 @@ class BlockConnection:
             HandshakeError: the two layouts have different shapes.
 
         """
-        if local.layout.shape() != remote.shape():
-            raise HandshakeError(f"memory layouts differ: ours {local.layout.shape()}, theirs {remote.shape()}")
+        paged.check_shapes(local.layout, remote)
         self._loop, self._local, self._remote = loop, local, remote
         self._chunk_bytes, self._timeout_s = chunk_bytes, timeout_s
         self._requests = BlockRequests(local, chunk_bytes)
