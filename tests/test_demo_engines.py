@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -157,3 +158,21 @@ def test_stopping_twice_and_stopping_what_never_started_do_nothing(tmp_path: Pat
     engines.start([one], lambda _: None)
     engines.stop([one], grace_s=2)
     engines.stop([one])
+
+
+def test_no_port_is_handed_out_twice_nor_one_that_the_kernel_gives_away() -> None:
+    ports = [engines.free_port() for _ in range(200)]
+    assert len(set(ports)) == 200
+    lowest, _ = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+    assert max(ports) < int(lowest)
+
+
+def test_a_port_in_use_is_not_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(engines, "_LOWEST_PORT", port)
+        monkeypatch.setattr(engines, "_first_ephemeral_port", lambda: port + 1)
+        with pytest.raises(ServerError, match="no TCP port"):
+            engines.free_port()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import selectors
 import signal
@@ -35,12 +36,49 @@ class ServerError(Exception):
     """A server did not start, or ended; the text carries the end of its log."""
 
 
+#: Servers listen below the ports that the kernel itself gives to connections and to "any port".
+_LOWEST_PORT = 15_000
+_handed_out: set[int] = set()
+
+
 def free_port(host: str = "127.0.0.1") -> int:
-    """Return a TCP port that was free a moment ago."""
+    """Return a TCP port for a server that starts later; none twice.
+
+    Asking the kernel for any free port is not enough: it may name the same one again
+    before the server has bound it, or give it away while the server starts. vLLM
+    binds with SO_REUSEPORT, so two engines on one port would share its requests
+    without a word.
+
+    Raises:
+        ServerError: no port is free.
+
+    """
+    ports = list(range(_LOWEST_PORT, _first_ephemeral_port()))
+    random.SystemRandom().shuffle(ports)  # other runs on this host draw from the same range
+    for port in ports:
+        if port not in _handed_out and _is_free(host, port):
+            _handed_out.add(port)
+            return port
+    raise ServerError(f"no TCP port from {_LOWEST_PORT} up to the kernel's own is free on {host}")
+
+
+def _is_free(host: str, port: int) -> bool:
     with socket.socket() as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
+        # As servers do, so that a connection of an earlier one in TIME_WAIT does not count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def _first_ephemeral_port() -> int:
+    try:
+        text = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii")
+    except OSError:
+        return 32_768
+    return max(int(text.split()[0]), _LOWEST_PORT + 1_000)
 
 
 def cuda_devices() -> int:
