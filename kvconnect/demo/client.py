@@ -11,18 +11,12 @@ from typing import Any
 
 import httpx
 
+from kvconnect.connectors.protocol import ASK_FOR_TICKET
+
 MODEL = "demo"
 EXTERNAL_TOKENS = 'vllm:prompt_tokens_by_source_total{source="external_kv_transfer"}'
-
-#: What a router sends to the prefilling engine, as NixlConnector's protocol has it.
-ASK = {
-    "do_remote_decode": True,
-    "do_remote_prefill": False,
-    "remote_engine_id": None,
-    "remote_block_ids": None,
-    "remote_host": None,
-    "remote_port": None,
-}
+#: What a router sends to the prefilling engine.
+ASK = ASK_FOR_TICKET
 
 
 @dataclass(frozen=True)

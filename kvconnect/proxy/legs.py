@@ -7,17 +7,9 @@ import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-Headers = list[tuple[bytes, bytes]]
+from kvconnect.connectors.protocol import ASK_FOR_TICKET
 
-#: What vLLM's NixlConnector and its routers send to ask for a hand-over.
-ASK_FOR_TICKET: Mapping[str, Any] = {
-    "do_remote_decode": True,
-    "do_remote_prefill": False,
-    "remote_engine_id": None,
-    "remote_block_ids": None,
-    "remote_host": None,
-    "remote_port": None,
-}
+Headers = list[tuple[bytes, bytes]]
 
 #: Fields that the prefill leg goes without: they shape the answer, which is
 #: thrown away, or contradict its one token (vLLM answers 400 to min_tokens > max_tokens).
