@@ -22,7 +22,7 @@ def gather(memory: PagedMemory, iov: IoVec, out: Tensor) -> None:
 
     Args:
         memory: where the pieces lie; must be on the CPU.
-        iov: addresses and lengths, as from `PagedMemory.iovec` or `kvconnect.paging.cut`.
+        iov: addresses and lengths, as from `PagedMemory.iovec` or `kvconnect.paging.Pieces.cut`.
         out: contiguous CPU tensor of exactly as many bytes.
 
     Raises:

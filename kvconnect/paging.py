@@ -307,21 +307,55 @@ def merge(iov: IoVec) -> IoVec:
     return out
 
 
-def cut(iov: IoVec, start: int, stop: int) -> IoVec:
-    """Return the pieces that make up bytes ``start:stop`` of the stream ``iov``."""
-    ends = np.cumsum(iov[:, 1], dtype=np.uint64)
-    lo = int(np.searchsorted(ends, start, side="right"))
-    hi = int(np.searchsorted(ends, stop, side="left"))
-    out = iov[lo : hi + 1].copy()
-    if len(out) and stop > start:
-        before = int(ends[lo]) - int(iov[lo, 1])
-        out[0, 0] += np.uint64(start - before)
-        out[0, 1] -= np.uint64(start - before)
-        over = int(ends[min(hi, len(ends) - 1)]) - stop
-        if over > 0:
-            out[-1, 1] -= np.uint64(over)
+class Pieces:
+    """A stream of pieces of memory that can be cut anywhere, for a search and the cut's own pieces.
+
+    A large transfer has many thousand pieces and is cut once for each chunk, so their
+    ends are summed up once, here. Never changes: threads may share it.
+    """
+
+    __slots__ = ("_ends", "_iov", "nbytes")
+
+    def __init__(self, iov: IoVec) -> None:
+        """Copy ``iov``, without the pieces that are empty."""
+        self._iov: IoVec = iov[iov[:, 1] > 0]
+        self._ends = np.cumsum(self._iov[:, 1], dtype=np.uint64)
+        #: Length of the stream in bytes.
+        self.nbytes = int(self._ends[-1]) if len(self._ends) else 0
+
+    def cut(self, start: int, stop: int) -> IoVec:
+        """Return the pieces that make up bytes ``start:stop``, as an array of the caller's own.
+
+        Raises:
+            ValueError: the stream does not have these bytes.
+
+        """
+        if not 0 <= start <= stop <= self.nbytes:
+            raise ValueError(f"bytes {start} to {stop} of a stream of {self.nbytes}")
+        if start == stop:
+            return self._iov[:0].copy()
+        # np.uint64, not int: numpy would convert the whole array to find a common type.
+        first = int(self._ends.searchsorted(np.uint64(start), side="right"))
+        last = int(self._ends.searchsorted(np.uint64(stop), side="left"))
+        out = self._iov[first : last + 1].copy()
+        skipped = np.uint64(start) - (self._ends[first] - self._iov[first, 1])
+        out[0, 0] += skipped
+        out[0, 1] -= skipped
+        out[-1, 1] -= self._ends[last] - np.uint64(stop)
         return out
-    return out[:0]
+
+
+def spans(nbytes: int, step: int, first: int | None = None) -> list[tuple[int, int]]:
+    """Divide a stream of ``nbytes`` bytes into chunks; return their ``(start, stop)``.
+
+    Args:
+        nbytes: bytes of the stream.
+        step: bytes of a chunk; the last one has what is left.
+        first: bytes of the first chunk, if other than ``step``.
+
+    """
+    marks = [0, *range(first or step, nbytes, step)] if nbytes else []
+    return list(zip(marks, [*marks[1:], nbytes], strict=True)) if marks else []
 
 
 def _check_sizes(layout: PagedLayout) -> None:

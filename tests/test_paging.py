@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import timeit
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvconnect.errors import HandshakeError
-from kvconnect.paging import IoVec, LayerLayout, PagedLayout, PagedMemory, cut, merge, place
+from kvconnect.paging import IoVec, LayerLayout, PagedLayout, PagedMemory, Pieces, merge, place, spans
 
 
 def expand(iov: IoVec) -> list[int]:
@@ -20,8 +21,9 @@ def expand(iov: IoVec) -> list[int]:
 
 
 @st.composite
-def streams(draw: st.DrawFn) -> IoVec:
-    lengths = draw(st.lists(st.integers(1, 20), max_size=12))
+def streams(draw: st.DrawFn, *, empty: bool = False) -> IoVec:
+    """Pieces of one run of memory, in order or in reverse; ``empty``: some may have no bytes."""
+    lengths = draw(st.lists(st.integers(0 if empty else 1, 20), max_size=12))
     at, rows = 1000, []
     for length in lengths:
         at += draw(st.sampled_from([0, 0, 5]))
@@ -32,16 +34,55 @@ def streams(draw: st.DrawFn) -> IoVec:
     return np.array(rows, dtype=np.uint64).reshape(-1, 2)
 
 
-@given(streams(), st.data())
-def test_cut_takes_the_bytes_in_between(iov: IoVec, data: st.DataObject) -> None:
+@given(streams(empty=True), st.data())
+def test_a_cut_has_the_bytes_in_between_and_no_empty_piece(iov: IoVec, data: st.DataObject) -> None:
     addresses = expand(iov)
-    start = data.draw(st.integers(0, len(addresses)))
-    stop = data.draw(st.integers(start, len(addresses)))
     kept = iov.copy()
-    part = cut(iov, start, stop)
-    assert expand(part) == addresses[start:stop]
-    assert (iov == kept).all(), "cut changed its argument"
-    assert (part[:, 1] > 0).all()
+    pieces = Pieces(iov)
+    assert pieces.nbytes == len(addresses)
+    for _ in range(3):  # in any order
+        start = data.draw(st.integers(0, len(addresses)))
+        stop = data.draw(st.integers(start, len(addresses)))
+        part = pieces.cut(start, stop)
+        assert expand(part) == addresses[start:stop]
+        assert (part[:, 1] > 0).all()
+        assert part.dtype == np.uint64
+        assert part.flags.c_contiguous
+        part[:] = 0  # the caller's own: neither the stream nor what it was made from changes
+    assert (iov == kept).all()
+    assert expand(pieces.cut(0, pieces.nbytes)) == addresses
+
+
+@given(streams(empty=True), st.integers(-3, 300), st.integers(-3, 300))
+def test_bytes_that_a_stream_does_not_have_are_refused(iov: IoVec, start: int, stop: int) -> None:
+    pieces = Pieces(iov)
+    if 0 <= start <= stop <= pieces.nbytes:
+        assert len(expand(pieces.cut(start, stop))) == stop - start
+    else:
+        with pytest.raises(ValueError, match=f"bytes {start} to {stop} of a stream of {pieces.nbytes}"):
+            pieces.cut(start, stop)
+
+
+def test_a_cut_takes_no_longer_in_a_long_stream() -> None:
+    def seconds(length: int) -> float:
+        pieces = Pieces(np.array([[1 << 40, 64]], dtype=np.uint64).repeat(length, axis=0))
+        half = pieces.nbytes // 2
+        return min(timeit.repeat(lambda: pieces.cut(half, half + 640), number=3, repeat=30))
+
+    assert seconds(1_000_000) < 20 * seconds(1000)
+
+
+@given(st.integers(0, 500), st.integers(1, 100), st.none() | st.integers(1, 100))
+def test_spans_follow_each_other_and_all_but_the_first_and_the_last_have_one_length(
+    nbytes: int, step: int, first: int | None
+) -> None:
+    found = spans(nbytes, step, first)
+    assert [byte for start, stop in found for byte in range(start, stop)] == list(range(nbytes))
+    lengths = [stop - start for start, stop in found]
+    assert all(lengths)
+    assert lengths[:1] == ([min(first or step, nbytes)] if nbytes else [])
+    assert all(length == step for length in lengths[1:-1])
+    assert all(length <= step for length in lengths[1:])
 
 
 @given(streams())
@@ -55,7 +96,8 @@ def test_merge_keeps_every_byte_and_leaves_no_neighbours(iov: IoVec) -> None:
 @given(streams(), st.integers(1, 30))
 def test_chunks_of_a_stream_make_up_the_stream(iov: IoVec, size: int) -> None:
     addresses = expand(iov)
-    chunks = [expand(cut(iov, at, min(at + size, len(addresses)))) for at in range(0, len(addresses), size)]
+    pieces = Pieces(iov)
+    chunks = [expand(pieces.cut(start, stop)) for start, stop in spans(len(addresses), size)]
     assert [address for chunk in chunks for address in chunk] == addresses
 
 

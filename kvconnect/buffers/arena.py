@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvconnect import blocks as paged
 from kvconnect.errors import BrokenError, LoadError
-from kvconnect.paging import LayerLayout, PagedLayout, PagedMemory, cut
+from kvconnect.paging import LayerLayout, PagedLayout, PagedMemory, Pieces
 from kvconnect.pipes import wire
 
 _LEAD = struct.Struct("<II")
@@ -73,10 +73,10 @@ def encode(tensors: Sequence[Tensor]) -> list[Tensor]:
 def store(arena: Arena, ids: Ids, stream: Sequence[Tensor]) -> None:
     """Write an entry's stream into its blocks."""
     memory = arena.memory
-    whole = memory.iovec([ids])
+    whole = Pieces(memory.iovec([ids]))
     at = 0
     for piece in stream:
-        paged.scatter(piece, memory, cut(whole, at, at + piece.nbytes))
+        paged.scatter(piece, memory, whole.cut(at, at + piece.nbytes))
         at += piece.nbytes
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kvconnect import blocks as paged
 from kvconnect.errors import BrokenError, ClosedError, DeadlineError, EndOfPipe, KVConnectError
-from kvconnect.paging import PagedMemory, cut
+from kvconnect.paging import PagedMemory
 from kvconnect.pipes.base import Channel, Pipe
 from kvconnect.pipes.flows import TAG_BYTES, Flow, Key, read_tag, write_tag
 from kvconnect.pipes.turns import CHUNK_BYTES, Turns
@@ -112,7 +112,7 @@ class ChunkSender:
         error: KVConnectError | None = None
         chunk = _scratch(stop - start + TAG_BYTES)
         try:
-            paged.gather(self._memory, cut(flow.iov, start, stop), chunk[: stop - start])
+            paged.gather(self._memory, flow.pieces.cut(start, stop), chunk[: stop - start])
         except KVConnectError as caught:
             error = caught
         write_tag(chunk, flow.key, start)
@@ -202,7 +202,7 @@ class ChunkReceiver:
             flow.copying = True
         error: KVConnectError | None = None
         try:
-            paged.scatter(data, self._memory, cut(flow.iov, offset, offset + data.nbytes))
+            paged.scatter(data, self._memory, flow.pieces.cut(offset, offset + data.nbytes))
         except KVConnectError as caught:
             error = caught
         self._placed(flow, data.nbytes, error)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvconnect.errors import BrokenError, HandshakeError, KVConnectError
-from kvconnect.paging import BlockIds, IoVec
+from kvconnect.paging import BlockIds, Pieces
 from kvconnect.pipes.base import Transfer
 
 # magic, kind, transfer, offset in the stream
@@ -43,15 +43,13 @@ class Flow:
     Args:
         key: who asked, and the asking end's number for it.
         receives: whether this end receives.
-        iov: this end's pieces.
-        nbytes: their bytes.
+        pieces: this end's memory.
 
     """
 
     key: Key
     receives: bool
-    iov: IoVec
-    nbytes: int
+    pieces: Pieces
     #: The handle of whoever asked; none where the other end did.
     transfer: Transfer | None = None
     #: Bytes sent, or scattered.
@@ -67,6 +65,11 @@ class Flow:
     error: KVConnectError | None = None
     #: When something moved last.
     stamp: float = field(default_factory=time.monotonic)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the transfer moves."""
+        return self.pieces.nbytes
 
     def address(self) -> dict[str, Any]:
         """Name this transfer in a message to the other end, which does the opposite in it."""

@@ -34,7 +34,7 @@ from kvconnect.errors import (
     LoadError,
     TensorRejectedError,
 )
-from kvconnect.paging import BlockIds, IoVec, PagedLayout, PagedMemory, cut
+from kvconnect.paging import BlockIds, PagedLayout, PagedMemory, Pieces, spans
 from kvconnect.pipes import turns, vectored
 from kvconnect.pipes.base import Channel, Pipe, PipeSpec, Reach, Traits, Transfer
 from kvconnect.pipes.turns import CHUNK_BYTES as CHUNK
@@ -203,25 +203,30 @@ class InprocPipe(Pipe):
         if there is None:
             raise BrokenError("the other end is not attached to paged memory, or no longer")
         transfer = Transfer(paged.check_pair(here.layout, ours, there.layout, theirs))
-        here_iov, there_iov = here.iovec(ours), there.iovec(theirs)
-        src, dst = (here_iov, there_iov) if source == self._side else (there_iov, here_iov)
-        chunks = [slice(at, min(at + CHUNK, transfer.nbytes)) for at in range(0, transfer.nbytes, CHUNK)]
-        waiting = deque((cut(dst, at.start, at.stop), cut(src, at.start, at.stop)) for at in chunks)
+        here_pieces, there_pieces = Pieces(here.iovec(ours)), Pieces(there.iovec(theirs))
+        ends = (there_pieces, here_pieces) if source == self._side else (here_pieces, there_pieces)
+        waiting = deque(spans(transfer.nbytes, CHUNK))
         # The pieces are bare addresses: the step keeps the memories behind them alive.
-        turns.shared().add(functools.partial(self._copy_chunk, transfer, waiting, (here, there)))
+        turns.shared().add(functools.partial(self._copy_chunk, transfer, waiting, ends, (here, there)))
         return transfer
 
     def _copy_chunk(
-        self, transfer: Transfer, waiting: deque[tuple[IoVec, IoVec]], memories: tuple[PagedMemory, PagedMemory]
+        self,
+        transfer: Transfer,
+        waiting: deque[tuple[int, int]],
+        ends: tuple[Pieces, Pieces],
+        memories: tuple[PagedMemory, PagedMemory],
     ) -> bool:
-        """Copy the next chunk between ``memories``; return whether more remain."""
+        """Copy the next chunk to the first of ``ends``, both in ``memories``; return whether more remain."""
         if transfer.cancelled:
             transfer.finish(LoadError("the transfer was cancelled"))
         elif waiting and not self._begin_chunk():
             transfer.finish(BrokenError("the pipe was closed while blocks were moving"))
         elif waiting:
             try:
-                vectored.copy(*waiting.popleft())
+                to, of = ends
+                span = waiting.popleft()
+                vectored.copy(to.cut(*span), of.cut(*span))
             finally:
                 self._end_chunk()
         if not waiting:

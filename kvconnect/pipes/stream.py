@@ -31,7 +31,7 @@ from kvconnect.errors import (
     KVConnectError,
     LoadError,
 )
-from kvconnect.paging import BlockIds, PagedLayout, PagedMemory
+from kvconnect.paging import BlockIds, PagedLayout, PagedMemory, Pieces
 from kvconnect.pipes.base import Channel, Message, Pipe, Transfer
 from kvconnect.pipes.chunks import LISTEN_S, ChunkReceiver, ChunkSender, Threads, again, ours
 from kvconnect.pipes.flows import Flow, Key, Kind, count, flow_key, pack, unpack
@@ -88,10 +88,10 @@ class BlockStream:
 
     def _begin(self, kind: Kind, local: BlockIds, remote: BlockIds) -> Transfer:
         nbytes = paged.check_pair(self._local.layout, local, self._remote, remote)
-        iov = self._local.iovec(local)
+        pieces = Pieces(self._local.iovec(local))
         with self._lock:
             self._last_number += 1
-            flow = Flow((kind, self._last_number), kind is Kind.READ, iov, nbytes)
+            flow = Flow((kind, self._last_number), kind is Kind.READ, pieces)
             transfer = flow.transfer = Transfer(nbytes, lambda: self._stop(flow, _cancelled()))
             self._enter(flow)
         body = {"transfer": flow.key[1], "groups": pack(remote), "nbytes": nbytes, "credit": WINDOW}
@@ -169,7 +169,7 @@ class BlockStream:
         nbytes = self._local.layout.nbytes(blocks)
         if body.get("nbytes") != nbytes:
             raise HandshakeError(f"these blocks have {nbytes} bytes here, {body.get('nbytes')} at the other end")
-        flow = Flow((kind, count(body, "transfer")), kind is Kind.WRITE, self._local.iovec(blocks), nbytes)
+        flow = Flow((kind, count(body, "transfer")), kind is Kind.WRITE, Pieces(self._local.iovec(blocks)))
         credit = count(body, "credit")
         if nbytes:
             with self._lock:
