@@ -25,6 +25,8 @@ logger = logging.getLogger("kvconnect.pipes.reactor")
 
 READ: Final = select.EPOLLIN
 WRITE: Final = select.EPOLLOUT
+#: With the others: only when something happens, not as long as it lasts.
+EDGE: Final = select.EPOLLET
 
 #: Called with the epoll events that are ready.
 Ready = Callable[[int], None]

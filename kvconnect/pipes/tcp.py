@@ -214,24 +214,26 @@ class TcpPipe(Pipe):
         """Say that no more comes, and end once the peer has what was sent."""
         if not self._begin_end(at_once=False):
             return
+        link = self._link_or_none()
+        if link is not None:
+            link.stop_receiving()  # first: telling the peer may take a while
         if self._blocks is not None:
             self._blocks.close(wait=True)
-        link = self._link_or_none()
         if link is not None:
             self._say_end(link)
 
     def _say_end(self, link: Link) -> None:
-        # In the middle of another thread's message there is no place for an end mark.
-        whole = self._failure is None and self._sending.take()
-        if not whole:
+        if self._failure is not None:
             link.end(reset=False)
             return
-        try:
-            link.send(wire.control(Kind.END))
-        except (BrokenError, DeadlineError, ClosedError):
-            link.end(reset=False)  # nobody is left to be told
-        else:
-            link.linger(self._loop)
+        # In the middle of another thread's message there is no place for an end mark.
+        if self._sending.take():
+            try:
+                link.send(wire.control(Kind.END))
+            except (BrokenError, DeadlineError, ClosedError):
+                link.end(reset=False)  # nobody is left to be told
+                return
+        link.linger(self._loop)
 
     def abort(self) -> None:
         """End at once; what the peer has not received is lost."""

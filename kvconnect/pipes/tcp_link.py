@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import socket
 import struct
-import termios
 import threading
 import time
 from typing import Final, NoReturn
@@ -14,13 +12,16 @@ from typing import Final, NoReturn
 import numpy as np
 
 from kvconnect.errors import BrokenError, ClosedError, DeadlineError
-from kvconnect.pipes import reactor, vectored
+from kvconnect.pipes import vectored
 from kvconnect.pipes.reactor import Reactor
+from kvconnect.pipes.tcp_farewell import Farewell, hang_up
 from kvconnect.pipes.wire import MAX_HEADER_BYTES
 
 #: A message may take this long a byte on top of the pipe's time-out, so that size alone never fails it.
 _SECONDS_A_BYTE: Final = 1 / (32 << 20)
-_DRAIN_BYTES: Final = 64 << 10
+#: Sides of the connection, as indices.
+_SENDS: Final = 0
+_RECEIVES: Final = 1
 
 
 class Link:
@@ -42,8 +43,9 @@ class Link:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
         self._sock, self._timeout_s = sock, timeout_s
         self._lock = threading.Lock()
-        self._users = 0
-        self._ended = False
+        self._users = [0, 0]
+        self._ended = self._deaf = self._shut = False
+        self._loop: Reactor | None = None
         self._out_head, self._out_address = _header_memory()
         #: Where the receiving thread may put a header.
         self.head, self.head_address = _header_memory()
@@ -63,7 +65,7 @@ class Link:
         self._out_head[: len(header)] = header
         iov = self._out
         iov[0, 0], iov[0, 1], iov[1, 0], iov[1, 1] = self._out_address, len(header), address, nbytes
-        fd = self._enter()
+        fd = self._enter(_SENDS)
         try:
             while left:
                 try:
@@ -79,7 +81,7 @@ class Link:
                     iov = vectored.advance(iov, done)
                     self._check(deadline, "the peer takes data too slowly")
         finally:
-            self._leave()
+            self._leave(_SENDS)
 
     def recv(self, address: int, nbytes: int, *, idle: bool = False) -> bool:
         """Receive ``nbytes`` bytes to ``address``. For one thread at a time.
@@ -89,11 +91,11 @@ class Link:
 
         Raises:
             DeadlineError, BrokenError: part of it may have come.
-            ClosedError: `end` was called.
+            ClosedError: `end` or `stop_receiving` was called.
 
         """
         deadline = time.monotonic() + self._timeout_s + nbytes * _SECONDS_A_BYTE
-        fd = self._enter()
+        fd = self._enter(_RECEIVES)
         try:
             while nbytes:
                 try:
@@ -111,9 +113,11 @@ class Link:
                 idle = False
                 address, nbytes = address + done, nbytes - done
                 if nbytes:
+                    if self._deaf:
+                        raise ClosedError("this end was closed")
                     self._check(deadline, "a message comes too slowly")
         finally:
-            self._leave()
+            self._leave(_RECEIVES)
         return True
 
     def end(self, *, reset: bool) -> None:
@@ -126,96 +130,76 @@ class Link:
                 if reset:
                     self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 self._sock.shutdown(socket.SHUT_RDWR)
-            if not self._users:
-                self._sock.close()
+            leave = not any(self._users)
+        if leave:
+            self._part()
+
+    def stop_receiving(self) -> None:
+        """Let nobody receive any more and wake whoever is blocked in it; sending goes on. Never blocks."""
+        with self._lock:
+            if self._ended or self._deaf:
+                return
+            self._deaf = True
+            if self._users[_RECEIVES]:
+                self._shut = True
+                with contextlib.suppress(OSError):  # the peer may be faster
+                    self._sock.shutdown(socket.SHUT_RD)
 
     def linger(self, loop: Reactor) -> None:
-        """Close once the peer has all that was sent. Never blocks.
-
-        Closing a socket with unread data resets the connection, and what the peer
-        has not fetched by then is lost. So the reactor reads on until the peer ends too.
-        """
+        """Wake whoever is blocked, and close once the peer has all that was sent. Never blocks."""
+        self.stop_receiving()
         with self._lock:
             if self._ended:
                 return
-            self._ended = True
-            with contextlib.suppress(OSError):  # the peer may be faster
-                # With both directions shut whoever is blocked wakes, and closes as it leaves.
-                self._sock.shutdown(socket.SHUT_RDWR if self._users else socket.SHUT_WR)
-            if self._users:
-                return
-        self._sock.setblocking(False)
-        _Farewell(loop, self._sock, self._timeout_s)
+            self._ended, self._loop = True, loop
+            # With both directions shut, whatever the peer sends resets the connection, and what it has
+            # not fetched by then is lost. So a receive that had to be woken leaves sending open, unless a
+            # send has to be woken, too (which cuts its message short in any case).
+            if self._users[_SENDS] or not self._shut:
+                with contextlib.suppress(OSError):  # the peer may be faster
+                    self._sock.shutdown(socket.SHUT_WR)
+            leave = not any(self._users)
+        if leave:
+            self._part()
 
-    def _enter(self) -> int:
+    def _part(self) -> None:
+        """Give up the socket; the last user does so."""
+        if self._loop is None:
+            hang_up(self._sock)
+        else:
+            Farewell(self._loop, self._sock, self._timeout_s, deaf=self._shut)
+
+    def _enter(self, side: int) -> int:
         with self._lock:
-            if self._ended:
+            if self._ended or (side == _RECEIVES and self._deaf):
                 raise ClosedError("this end was closed")
-            self._users += 1
+            self._users[side] += 1
             return self._sock.fileno()
 
-    def _leave(self) -> None:
+    def _leave(self, side: int) -> None:
         with self._lock:
-            self._users -= 1
-            if self._ended and not self._users:
-                self._sock.close()
+            self._users[side] -= 1
+            leave = self._ended and not any(self._users)
+        if leave:
+            self._part()
 
     def _check(self, deadline: float, what: str) -> None:
         if time.monotonic() > deadline:
             self._late(what)
 
-    def _late(self, what: str) -> NoReturn:
-        if self._ended:
+    def _check_open(self) -> None:
+        if self._ended or self._deaf:
             raise ClosedError("this end was closed")
+
+    def _late(self, what: str) -> NoReturn:
+        self._check_open()
         raise DeadlineError(f"{what} (time-out {self._timeout_s} s)")
 
     def _fail(self, what: str, error: OSError | None = None) -> NoReturn:
-        if self._ended:
-            raise ClosedError("this end was closed")
+        self._check_open()
         raise BrokenError(f"{what}: {error}" if error else what) from error
 
 
 def _header_memory() -> tuple[memoryview, int]:
     memory = np.empty(MAX_HEADER_BYTES, dtype=np.uint8)
     return memoryview(memory.data), int(memory.ctypes.data)
-
-
-class _Farewell:
-    """Stays after this end has closed, until the peer's kernel has everything or the peer ends, too.
-
-    What the peer still sends is dropped, and once nothing of ours is on its way any
-    more, answered with a reset: a sender learns that nobody receives. (What has
-    reached the peer's kernel stays readable there after a reset.)
-    """
-
-    def __init__(self, loop: Reactor, sock: socket.socket, timeout_s: float) -> None:
-        self._loop, self._sock = loop, sock
-        if _over(sock):
-            sock.close()
-            return
-        self._timer = loop.call_later(timeout_s, self._leave)
-        loop.watch(sock.fileno(), reactor.READ, self._read)
-
-    def _read(self, _events: int) -> None:
-        if _over(self._sock):
-            self._leave()
-
-    def _leave(self) -> None:
-        self._timer.cancel()
-        self._loop.unwatch(self._sock.fileno())
-        self._sock.close()
-
-
-def _over(sock: socket.socket) -> bool:
-    """Drop some of what has come; return whether closing now loses nothing."""
-    try:
-        return not sock.recv(_DRAIN_BYTES) or _unacknowledged(sock) == 0
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True  # a reset is an end as well
-
-
-def _unacknowledged(sock: socket.socket) -> int:
-    answer = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4))
-    return int(struct.unpack("i", answer)[0])

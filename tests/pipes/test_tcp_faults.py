@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import signal
+import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from typing import Any
 
 import pytest
 import torch
 
 from kvconnect.errors import BrokenError, ClosedError
+from kvconnect.pipes import wire
+from kvconnect.pipes.base import PipeSpec
 from kvconnect.pipes.landing import Landing
 from kvconnect.pipes.tcp import TcpPipe
+from kvconnect.pipes.tcp_listener import GREETING
+from kvconnect.pipes.wire import Kind
 from kvconnect.testing.peers import PipePair, open_pair, spawn
 
 LIMIT_S = 10.0
@@ -95,3 +103,101 @@ def test_a_thread_that_waits_while_its_pipe_is_closed_hears_of_the_close(pair: P
     pair.here.close()
     with pytest.raises(ClosedError):
         waiting.result(LIMIT_S)
+
+
+class Reader:
+    """A raw socket with a small receive buffer in the place of the asking end, so that much stays unfetched."""
+
+    def __init__(self, timeout_s: float = LIMIT_S) -> None:
+        offer: dict[str, Any] = {}
+
+        def exchange(mine: Mapping[str, Any]) -> Mapping[str, Any]:
+            offer.update(mine)
+            return {"tcp": 1}
+
+        self.pipe = TcpPipe.open(PipeSpec("serves", exchange, timeout_s=timeout_s))
+        self.sock = socket.socket()
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self.sock.settimeout(LIMIT_S)
+        self.sock.connect((offer["host"], offer["port"]))
+        self.sock.sendall(GREETING + offer["token"])
+
+    def drain(self) -> bytes:
+        """Everything up to an end mark, or to the end of the connection."""
+        data = b""
+        while not data.endswith(wire.control(Kind.END)) and (part := self.sock.recv(1 << 20)):
+            data += part
+        return data
+
+    def close(self) -> None:
+        self.sock.close()
+        self.pipe.abort()
+
+
+@pytest.fixture
+def reader() -> Iterator[Reader]:
+    one = Reader()
+    yield one
+    one.close()
+
+
+@pytest.mark.parametrize("chatter", [wire.control(Kind.NONE), bytes(100 << 10)], ids=["one message", "many bytes"])
+def test_a_close_while_a_receive_waits_loses_nothing_that_was_sent_though_the_peer_sends(
+    reader: Reader, chatter: bytes
+) -> None:
+    waiting = spawn(reader.pipe.recv_tensor)
+    sent = torch.arange(1 << 15)  # more than the peer's kernel takes, less than ours does
+    reader.pipe.send_tensor(sent)
+    _await_blocked(waiting)
+    reader.pipe.close()
+    with pytest.raises(ClosedError):
+        waiting.result(1)
+    reader.sock.sendall(chatter)
+    time.sleep(0.1)  # a reset would need a moment to come back
+    header, _ = wire.encode(sent)
+    assert reader.drain() == header + sent.numpy().tobytes() + wire.control(Kind.END)
+
+
+def test_a_close_while_a_send_waits_loses_no_earlier_message_though_the_peer_sends(reader: Reader) -> None:
+    sent = torch.arange(1 << 12)
+    reader.pipe.send_tensor(sent)
+    waiting = spawn(lambda: reader.pipe.send_tensor(torch.zeros(64 << 20, dtype=torch.uint8)))
+    _await_blocked(waiting)
+    reader.pipe.close()
+    with pytest.raises(ClosedError):
+        waiting.result(1)
+    reader.sock.sendall(wire.control(Kind.NONE))
+    time.sleep(0.1)  # a reset would need a moment to come back
+    whole = wire.encode(sent)[0] + sent.numpy().tobytes()
+    assert reader.drain()[: len(whole)] == whole
+
+
+def test_who_still_sends_to_an_end_that_closed_while_it_received_learns_so(reader: Reader) -> None:
+    waiting = spawn(reader.pipe.recv_tensor)
+    _await_blocked(waiting)
+    reader.pipe.close()
+    assert waiting.exception(1)
+    assert reader.drain() == wire.control(Kind.END)
+    with pytest.raises(OSError, match=r"reset|Broken pipe"):  # noqa: PT012 - the first bytes are still taken
+        for _ in range(100):
+            reader.sock.sendall(bytes(1024))
+            time.sleep(0.01)
+
+
+def test_a_waiting_receive_hears_of_the_close_though_the_end_mark_does_not_fit() -> None:
+    reader = Reader(timeout_s=1.0)
+    waiting = spawn(reader.pipe.recv_tensor)
+    sending = spawn(lambda: reader.pipe.send_tensor(torch.zeros(8 << 20, dtype=torch.uint8)))
+    _await_blocked(sending)
+    closing = spawn(reader.pipe.close)
+    with pytest.raises(ClosedError):
+        waiting.result(0.5)
+    assert isinstance(sending.exception(LIMIT_S), ClosedError)
+    closing.result(LIMIT_S)
+    reader.close()
+
+
+def _await_blocked(call: Future[Any]) -> None:
+    """Give a call time to reach the kernel, where it stays."""
+    with pytest.raises(TimeoutError):
+        call.result(0.2)
