@@ -12,7 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
-from kvconnect.connectors import compat, setup
+from kvconnect.connectors import compat, setup, siblings
 from kvconnect.connectors.plan import Plan
 from kvconnect.connectors.scheduler import SchedulerHalf
 from kvconnect.connectors.worker import WorkerHalf
@@ -43,8 +43,10 @@ class KvConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         compat.share_vllm_logging()
         engine = setup.engine(vllm_config, kv_cache_config, self.pipe)
+        rank = compat.worker_rank() if role is KVConnectorRole.WORKER else siblings.SCHEDULER
+        siblings.enter(self, siblings.Post.of(engine.settings, rank))
         self._scheduler = SchedulerHalf(engine) if role is KVConnectorRole.SCHEDULER else None
-        self._worker = WorkerHalf(engine, compat.worker_rank()) if role is KVConnectorRole.WORKER else None
+        self._worker = WorkerHalf(engine, rank) if role is KVConnectorRole.WORKER else None
 
     @property
     def _s(self) -> SchedulerHalf:
@@ -147,6 +149,7 @@ class KvConnector(KVConnectorBase_V1, SupportsHMA):
 
     def shutdown(self) -> None:
         """End all transfers and stop all threads of this process's half."""
+        siblings.leave(self)
         for half in (self._scheduler, self._worker):
             if half is not None:
                 half.close()

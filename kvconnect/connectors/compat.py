@@ -154,3 +154,19 @@ def parallel_fields(parallel: Any) -> Mapping[str, int]:
         "decode_context_parallel_size": getattr(parallel, "decode_context_parallel_size", 1),
         "prefill_context_parallel_size": getattr(parallel, "prefill_context_parallel_size", 1),
     }
+
+
+#: Methods of speculative decoding that keep no KV of their own.
+_WITHOUT_KV = frozenset({"ngram", "ngram_gpu", "suffix", "medusa", "mlp_speculator"})
+
+
+def draft_model(speculative: Any) -> str:
+    """Name the model whose KV layers stand beside the target's; empty if there are none.
+
+    How many tokens it drafts does not matter to its KV.
+    """
+    if speculative is None or speculative.method in _WITHOUT_KV:
+        return ""
+    drafter = speculative.draft_model_config
+    name = speculative.model if drafter is None else f"{drafter.model} {drafter.revision or ''}"
+    return f"{speculative.method} {name}".strip()

@@ -25,10 +25,12 @@ def fingerprint(config: VllmConfig, kv: KVCacheConfig) -> dict[str, str | int]:
         "dtype": str(model.dtype),
         "quantization": str(model.quantization or ""),
         "kv_cache_dtype": str(cache.cache_dtype),
+        # Before the blocks, whose shapes and layers follow from these: a refusal names the first that differs.
+        **compat.parallel_fields(config.parallel_config),
+        "draft_model": compat.draft_model(config.speculative_config),
         "blocks": groups.block_shape(kv),
         "block_layout": _inner_order(kv),
         "platform": _platform(),
-        **compat.parallel_fields(config.parallel_config),
     }
 
 

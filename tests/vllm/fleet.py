@@ -34,7 +34,8 @@ TINY_BLOCKS = 72
 class Plan:
     """Which engines a fleet has.
 
-    ``plain`` ones have no connector; ``strangers`` are consumers whose blocks fit nobody's.
+    ``plain`` ones have no connector; ``strangers`` have ``stranger_arguments`` beside everybody's,
+    such that they fit nobody, and ``stranger_role``.
     With ``multi`` the connector is the only child of a MultiConnector.
     ``extra_config`` goes under ``kv_connector_extra_config`` of each. With ``tiny``
     the last consumer's KV cache has `TINY_BLOCKS` blocks, so that it preempts.
@@ -45,6 +46,8 @@ class Plan:
     consumers: int = 2
     plain: int = 0
     strangers: int = 0
+    stranger_arguments: tuple[str, ...] = ("--block-size", str(2 * BLOCK))
+    stranger_role: str = "kv_consumer"
     multi: bool = False
     variant: model.Variant = "llama"
     tiny: bool = True
@@ -76,8 +79,9 @@ class Fleet:
         ]
 
         self.plain = [self._engine(f"N{i}", options, None) for i in range(plan.plain)]
-        other = replace(options, block_size=2 * BLOCK)
-        self.strangers = [self._engine(f"S{i}", other, "kv_consumer") for i in range(plan.strangers)]
+        self.strangers = [
+            self._engine(f"S{i}", options, plan.stranger_role, plan.stranger_arguments) for i in range(plan.strangers)
+        ]
 
     @property
     def engines(self) -> list[Server]:
@@ -98,9 +102,16 @@ class Fleet:
 
     # -- requests ------------------------------------------------------------------
 
-    def ask(self, engine: Server, prompt: Prompt, **how: Any) -> Answer:
-        """Send a request to one engine; ``how`` as `client.send` has it."""
-        return api.send(self._http, engine.url, prompt, **how)
+    def ask(self, engine: Server, prompt: Prompt, *, rank: int | None = None, **how: Any) -> Answer:
+        """Send a request to one engine; ``how`` as `client.send` has it.
+
+        ``rank`` names the engine among data-parallel ones; vLLM chooses otherwise.
+        """
+        if rank is None:
+            return api.send(self._http, engine.url, prompt, **how)
+        with api.open_client(120.0) as http:
+            http.headers["X-data-parallel-rank"] = str(rank)
+            return api.send(http, engine.url, prompt, **how)
 
     def ticket(self, producer: Server, prompt: Prompt, **how: Any) -> Mapping[str, Any]:
         """Prefill on a producer, asked for a hand-over, and return its ``kv_transfer_params``."""
