@@ -25,6 +25,8 @@ from kvconnect.paging import Int64Array, IoVec
 from kvconnect.pipes import vectored
 
 _BEACON_BYTES: Final = 32
+#: Numbers beyond are none of a process (PID_MAX_LIMIT is far below); the kernel takes a C int.
+_MAX_PID: Final = (1 << 31) - 1
 #: More threads than this gain nothing on one stream of memory.
 _MAX_THREADS: Final = 2
 
@@ -54,12 +56,13 @@ class PeerMemory:
         """
         try:
             self._pid, address = int(card["pid"]), int(card["address"])
-            self._expected = bytes(card["beacon"])
+            beacon = card["beacon"]
             self._beacon = vectored.pieces((address, _BEACON_BYTES))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise HandshakeError(f"the peer's card is malformed: {error}") from error
-        if self._pid <= 0 or len(self._expected) != _BEACON_BYTES:
+        if not 0 < self._pid <= _MAX_PID or not isinstance(beacon, bytes) or len(beacon) != _BEACON_BYTES:
             raise HandshakeError("the peer's card is malformed: pid or beacon out of range")
+        self._expected = beacon
         try:
             self._pidfd = io.FileIO(os.pidfd_open(self._pid))
         except OSError as error:
@@ -177,7 +180,15 @@ class SharedCopy:
                 return False
             number, self._next = self._next, self._next + 1
             self._running += 1
-        error = self._attempt(number)
+        error: KVConnectError | None = BrokenError("the copy was interrupted")
+        try:
+            error = self._attempt(number)
+        finally:
+            # Also if a signal's handler raised: a chunk that nobody copies must not count as running.
+            more = self._ran(error)
+        return more
+
+    def _ran(self, error: KVConnectError | None) -> bool:
         with self._lock:
             self._running -= 1
             if error is not None:
@@ -196,8 +207,15 @@ class SharedCopy:
         except KVConnectError as error:
             return error
         except Exception as error:  # noqa: BLE001 - whoever waits for the end must hear of a bug, too
-            return BrokenError(f"a copy failed unexpectedly: {error!r}")
+            return unexpected("a copy", error)
         return None
+
+
+def unexpected(what: str, error: Exception) -> BrokenError:
+    """Return what a transfer fails with when ``what`` met an error that is none of ours."""
+    broken = BrokenError(f"{what} failed unexpectedly: {error!r}")
+    broken.__cause__ = error
+    return broken
 
 
 def useful_threads() -> int:

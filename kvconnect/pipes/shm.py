@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
+
 from kvconnect.config import parse_options
 from kvconnect.errors import (
     BrokenError,
@@ -78,7 +80,7 @@ class ShmPipe(Pipe):
         self._beacon = Beacon()
         self._life = _Life(self._free)
         self._sending, self._receiving = _Turn("send", self._life), _Turn("receive", self._life)
-        self._meeting = threading.Lock()
+        self._meeting, self._attaching = threading.Lock(), threading.Lock()
         self._ends: tuple[Sender, Receiver] | None = None
         self._blocks: ShmBlocks | None = None
         self._listener: Listener | None = None
@@ -207,12 +209,24 @@ class ShmPipe(Pipe):
 
     def attach(self, local: PagedMemory, remote: PagedLayout, channel: Channel) -> None:
         """Tell the peer where this end's memory is; see `Pipe.attach`."""
-        self._life.check_open()
+        if torch.device(local.device).type != "cpu":
+            raise ConfigError(f"the shm pipe moves blocks in CPU memory, these are on {local.device!r}")
 
         def stream() -> BlockStream:
             return BlockStream(self, local, remote, channel, self._timeout_s)
 
-        self._blocks = ShmBlocks(self._peer, local, remote, channel, self, stream)
+        # Inside, so that a close meanwhile waits and then finds the block path to end.
+        self._life.enter()
+        try:
+            with self._attaching:
+                if self._blocks is not None:
+                    raise BusyError("this pipe is attached to paged memory already")
+                self._blocks = ShmBlocks(self._peer, local, remote, channel, self, stream, timeout_s=self._timeout_s)
+            if self._life.closed:
+                self._blocks.close()
+                self._life.check_open()
+        finally:
+            self._life.leave()
 
     def read_blocks(self, remote: BlockIds, local: BlockIds) -> Transfer:
         """Start to read the peer's blocks; see `Pipe.read_blocks`."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from kvconnect.errors import BrokenError, ClosedError, DeadlineError, HandshakeE
 from kvconnect.paging import BlockIds, PagedLayout, PagedMemory, place
 from kvconnect.pipes import huge_pages, turns
 from kvconnect.pipes.base import Channel, Transfer
-from kvconnect.pipes.peer_memory import Chunks, PeerMemory, SharedCopy, useful_threads
+from kvconnect.pipes.chunks import Threads, again
+from kvconnect.pipes.peer_memory import Chunks, PeerMemory, SharedCopy, unexpected, useful_threads
 from kvconnect.pipes.stream import BlockStream
 
 log = logging.getLogger(__name__)
@@ -77,6 +79,8 @@ class _Ask:
     local: BlockIds
     remote: BlockIds
     reads: bool
+    #: When it has waited for the peer's attaching too long, by `time.monotonic`.
+    until: float
     #: The stream's transfer that carries this one out.
     inner: Transfer | None = None
 
@@ -91,6 +95,7 @@ class ShmBlocks:
         channel: to tell each other where the memory is.
         guard: the pipe.
         make_stream: makes the default block path, when that has to serve instead.
+        timeout_s: how long a transfer waits for the peer to attach.
 
     """
 
@@ -102,13 +107,17 @@ class ShmBlocks:
         channel: Channel,
         guard: Guard,
         make_stream: Callable[[], BlockStream],
+        *,
+        timeout_s: float,
     ) -> None:
         paged.check_shapes(local.layout, remote)
         self._peer, self._local, self._remote, self._channel, self._guard = peer, local, remote, channel, guard
         huge_pages.collapse(local)
-        self._make_stream = make_stream
+        self._make_stream, self._timeout_s = make_stream, timeout_s
         self._lock = threading.Lock()
         self._theirs: Word | None = None
+        #: Why no transfer can begin any more; every later ask is told.
+        self._ended: KVConnectError | None = None
         self._waiting: list[_Ask] = []
         self._stream = make_stream() if peer is None else None
         channel.handle(_OP, self._on_word)
@@ -124,8 +133,8 @@ class ShmBlocks:
         return self._begin(local, remote, reads=False)
 
     def close(self) -> None:
-        """Fail what has not begun; transfers under way see that the pipe is closed."""
-        self._drop(ClosedError("this end was closed"))
+        """Fail what has not begun and begin no more; transfers under way see that the pipe is closed."""
+        self._end(ClosedError("this end was closed"))
         if self._stream is not None:
             self._stream.close()
 
@@ -147,9 +156,13 @@ class ShmBlocks:
             try:
                 self._learn(answer.result())
             except KVConnectError as malformed:
-                self._drop(malformed)
+                self._end(malformed)
         elif isinstance(error, (BrokenError, ClosedError, DeadlineError)):
-            self._drop(error)
+            with self._lock:
+                # A peer that has told us by itself got our word as the answer.
+                known = self._ready()
+            if not known:
+                self._end(error)
         else:
             # It is not attached yet, and will tell us when it is.
             log.debug("the peer does not answer yet: %s", error)
@@ -161,6 +174,8 @@ class ShmBlocks:
     def _learn(self, body: Mapping[str, Any]) -> None:
         word = Word.read(body, len(self._remote.region_bytes))
         with self._lock:
+            if self._ended is not None:
+                raise BrokenError(f"this end moves no blocks any more: {self._ended}")
             # An answer may be older than a call that overtook it.
             streams = word.streams or (self._theirs is not None and self._theirs.streams)
             self._theirs = Word(word.direct, streams, word.bases)
@@ -184,11 +199,16 @@ class ShmBlocks:
         nbytes = paged.check_pair(self._local.layout, local, self._remote, remote)
         self._guard.check_open()
         transfer = Transfer(nbytes, lambda: self._cancelled(ask))
-        ask = _Ask(transfer, local, remote, reads)
+        ask = _Ask(transfer, local, remote, reads, time.monotonic() + self._timeout_s)
         with self._lock:
-            if not self._ready():
+            if self._ended is not None:
+                raise again(self._ended)
+            waits = not self._ready()
+            if waits:
                 self._waiting.append(ask)
-                return transfer
+        if waits:
+            Threads.current().watch(self)
+            return transfer
         if self._stream is not None:
             return self._stream.read(remote, local) if reads else self._stream.write(local, remote)
         self._guard.check_peer()
@@ -206,6 +226,8 @@ class ShmBlocks:
             inner = stream.read(ask.remote, ask.local) if ask.reads else stream.write(ask.local, ask.remote)
         except KVConnectError as error:
             ask.transfer.finish(error)
+        except Exception as error:  # noqa: BLE001 - this is the channel's thread, but the asker must hear of it
+            ask.transfer.finish(unexpected("the start of a transfer", error))
         else:
             ask.inner = inner
             inner.add_done_callback(lambda over: ask.transfer.finish(over.error))
@@ -238,8 +260,11 @@ class ShmBlocks:
                 guard.check_peer()
             except KVConnectError as gone:
                 error = error or gone
-            finally:
+            except Exception as bug:  # noqa: BLE001 - without this look, what was copied is worth nothing
+                error = error or unexpected("the look at the peer", bug)
+            try:
                 guard.leave()
+            finally:
                 transfer.finish(error)
 
         guard.enter()
@@ -247,11 +272,23 @@ class ShmBlocks:
         for _ in range(min(len(here), useful_threads())):
             turns.shared().add(work.step)
 
-    def _drop(self, error: KVConnectError) -> None:
+    def _end(self, error: KVConnectError) -> None:
+        """Fail what waits for the peer, and whatever is asked for from now on."""
         with self._lock:
+            self._ended = self._ended or error
             asks, self._waiting = self._waiting, []
         for ask in asks:
             ask.transfer.finish(error)
+
+    def check_time(self, now: float) -> bool:
+        """Fail what has waited for the peer too long; return whether anything still waits (for `Threads`)."""
+        with self._lock:
+            late = [ask for ask in self._waiting if ask.until <= now]
+            self._waiting = [ask for ask in self._waiting if ask.until > now]
+            more = bool(self._waiting)
+        for ask in late:
+            ask.transfer.finish(DeadlineError(f"the peer did not attach its memory within {self._timeout_s} s"))
+        return more
 
     def _cancelled(self, ask: _Ask) -> None:
         """Somebody gave up ``ask``; one that is being copied here sees that by itself."""

@@ -100,9 +100,19 @@ class Lane:
             raise BrokenError("the peer sent a reply that makes no sense")
         return packet[0]
 
-    def recv_fd(self) -> int:
-        """Receive one packet with a file descriptor and return that; the caller closes it."""
-        return _recv_fd(self._sock)[1]
+    def recv_fd(self, expected: bytes) -> int:
+        """Receive the packet ``expected`` with a file descriptor and return that; the caller closes it.
+
+        Raises:
+            BrokenError: another packet came, or the peer is gone.
+            DeadlineError: no packet came in time.
+
+        """
+        packet, fd = _recv_fd(self._sock)
+        if packet != expected:
+            os.close(fd)
+            raise BrokenError("the peer sent a file descriptor that makes no sense")
+        return fd
 
     def hung_up(self) -> bool:
         """Whether the peer's end is closed. Messages may still be queued here."""
@@ -123,16 +133,19 @@ class Listener:
     """Where the serving end waits for its one peer."""
 
     def __init__(self) -> None:
-        """Bind to a name that nobody can guess."""
+        """Bind to a name that nobody can guess; raise `BrokenError` if the system gives no socket."""
         self._token = secrets.token_bytes(_TOKEN_BYTES)
         self._name = "kvconnect-" + secrets.token_hex(16)
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            raise BrokenError(f"no socket to meet the peer at: {error.strerror}") from error
         try:
             self._sock.bind("\0" + self._name)
             self._sock.listen(4)
-        except BaseException:
+        except OSError as error:
             self._sock.close()
-            raise
+            raise BrokenError(f"no socket to meet the peer at: {error.strerror}") from error
 
     def invitation(self) -> dict[str, Any]:
         """Return what `connect` needs to know; msgpack-able."""
@@ -175,10 +188,17 @@ class Listener:
             return None
         try:
             token, fd = _recv_fd(visitor)
-        except BrokenError:
+        except (BrokenError, DeadlineError):
             return None
-        brought = socket.socket(fileno=fd)
-        if secrets.compare_digest(token, self._token) and brought.family == socket.AF_UNIX:
+        if not secrets.compare_digest(token, self._token):
+            os.close(fd)
+            return None
+        try:
+            brought = socket.socket(fileno=fd)
+        except OSError:
+            os.close(fd)  # no socket at all
+            return None
+        if brought.family == socket.AF_UNIX and brought.type == socket.SOCK_SEQPACKET:
             return brought
         brought.close()
         return None
@@ -197,15 +217,13 @@ def connect(invitation: Mapping[str, Any], timeout_s: float) -> tuple[Lane, Lane
 
     Raises:
         HandshakeError: the invitation is malformed.
-        BrokenError: nobody listens any more.
+        BrokenError: nobody listens any more, or the system gives no sockets.
 
     """
-    try:
-        name, token = str(invitation["name"]), bytes(invitation["token"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise HandshakeError(f"the peer's invitation is malformed: {error!r}") from error
-    out = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    name, token = invitation.get("name"), invitation.get("token")
+    if not isinstance(name, str) or not isinstance(token, bytes):
+        raise HandshakeError("the peer's invitation is malformed: it has no name or no token")
+    out, mine, theirs = _three_sockets()
     try:
         _set_timeout(out, timeout_s)
         out.connect("\0" + name)
@@ -217,6 +235,20 @@ def connect(invitation: Mapping[str, Any], timeout_s: float) -> tuple[Lane, Lane
     finally:
         theirs.close()
     return Lane(out, timeout_s), Lane(mine, timeout_s)
+
+
+def _three_sockets() -> tuple[socket.socket, socket.socket, socket.socket]:
+    """Return one to connect, and both ends of the other direction."""
+    try:
+        mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    except OSError as error:
+        raise BrokenError(f"no sockets to meet the peer with: {error.strerror}") from error
+    try:
+        return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET), mine, theirs
+    except OSError as error:
+        mine.close()
+        theirs.close()
+        raise BrokenError(f"no sockets to meet the peer with: {error.strerror}") from error
 
 
 def _shutdown(sock: socket.socket) -> None:

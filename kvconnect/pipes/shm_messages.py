@@ -26,7 +26,9 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from kvconnect.errors import BrokenError, EndOfPipe, KVConnectError, TensorRejectedError
+import torch
+
+from kvconnect.errors import BrokenError, DeadlineError, EndOfPipe, KVConnectError, TensorRejectedError
 from kvconnect.pipes import huge_pages, ring, turns, vectored, wire
 from kvconnect.pipes.huge_pages import HUGE_BYTES
 from kvconnect.pipes.peer_memory import Chunks, PeerMemory, SharedCopy, useful_threads
@@ -43,6 +45,10 @@ _MESSAGE, _LARGE, _RING, _FILLED, _DONE, _STREAM, _FREED = range(1, 8)
 _TAGS: Final = [bytes([tag]) for tag in range(8)]
 _ADDRESS: Final = struct.Struct("<BQ")
 _BUFFER_BYTES: Final = INLINE_BYTES + 4096
+#: Kinds of messages on a lane; the wire has more, for other media.
+_KINDS: Final = (wire.Kind.TENSOR, wire.Kind.NONE, wire.Kind.END)
+#: Far more than a copy of any size takes.
+_STUCK_S: Final = 60.0
 
 
 class Sender:
@@ -124,6 +130,8 @@ class Receiver:
         self._view = memoryview(self._buffer)
         self._start = ctypes.addressof((ctypes.c_char * _BUFFER_BYTES).from_buffer(self._buffer))
         self._ended = False
+        #: Why nothing more can be received.
+        self._failure = ""
         #: The last header and what it says: peers repeat themselves.
         self._last = (b"", wire.Meta(wire.Kind.NONE))
 
@@ -131,14 +139,20 @@ class Receiver:
         """Receive one message, into ``out`` if given; as `Pipe.recv_tensor` and `Pipe.recv_tensor_into`."""
         if self._ended:
             raise EndOfPipe("the peer has closed its end")
-        length = self.lane.recv_into(self._buffer)
+        if self._failure:
+            # Packets may still be queued, but what follows half a message cannot be told apart.
+            raise BrokenError(f"the pipe had failed: {self._failure}")
+        begun = False
         try:
+            length = self.lane.recv_into(self._buffer)
+            begun = True
             return self._take(length, out)
         except (EndOfPipe, TensorRejectedError):
             raise
-        except BaseException:
-            # Half a message is gone; what follows it could not be told apart.
-            self.lane.shutdown()
+        except BaseException as error:
+            if begun or not isinstance(error, DeadlineError):
+                self._failure = str(error) or repr(error)
+                self.lane.shutdown()
             raise
 
     def close(self) -> None:
@@ -152,6 +166,8 @@ class Receiver:
         tag = self._buffer[0]
         if tag == _MESSAGE:
             meta, end = self._header(1, length)
+            if meta.kind not in _KINDS:
+                raise BrokenError(f"the peer sent a {meta.kind.name} message, which this pipe does not have")
             if end + meta.nbytes != length:
                 raise BrokenError(f"the peer announced {meta.nbytes} bytes and sent {length - end}")
             return self._deliver(meta, out, lambda target: self._copy_inline(end, meta.nbytes, target))
@@ -187,11 +203,13 @@ class Receiver:
             fill(None)
             what = f"{meta.shape} {meta.dtype}" if is_tensor else "None"
             raise TensorRejectedError(f"received {what}, expected {tuple(out.shape)} {out.dtype}")
-        plain = out.device.type == "cpu" and out.is_contiguous() and not (out.is_conj() or out.is_neg())
-        target = out if plain else _fresh(meta)
+        target = out if _is_plain(out) else _fresh(meta)
         fill(target)
         if target is not out:
-            out.copy_(target)
+            try:
+                out.copy_(target)
+            except RuntimeError as error:
+                raise TensorRejectedError(f"the message cannot be written to the tensor given: {error}") from error
         return out
 
     def _copy_inline(self, at: int, nbytes: int, target: Tensor | None) -> None:
@@ -227,12 +245,20 @@ class Receiver:
             outcome.append(error)
             over.set()
 
-        copy = SharedCopy(len(here), lambda i: peer.read(here[i], there[i]), lambda: None, end)
+        def read(number: int, _target: Tensor = target) -> None:
+            # The pieces are bare addresses: the default keeps the memory behind them alive.
+            peer.read(here[number], there[number])
+
+        copy = SharedCopy(len(here), read, lambda: None, end)
         turns.shared().add(copy.step)
-        while copy.step():
-            pass
-        # Bounded by the one chunk that the other thread may still be copying.
-        over.wait()
+        try:
+            while copy.step():
+                pass
+        finally:
+            # Usually bounded by the one chunk that the other thread is still copying. After an
+            # interrupt, too, the memory must not be written to once the caller has it back.
+            if not over.wait(_STUCK_S):
+                raise BrokenError("the copy of a message did not end")
         if outcome[0] is not None:
             raise outcome[0]
 
@@ -248,7 +274,7 @@ class Receiver:
                 self.lane.send(_TAGS[_FREED])
 
     def _adopt_ring(self) -> Ring:
-        fd = self.lane.recv_fd()
+        fd = self.lane.recv_fd(_TAGS[_RING])
         try:
             self._ring = ring.adopt(fd)
         finally:
@@ -256,9 +282,23 @@ class Receiver:
         return self._ring
 
 
+def _is_plain(out: Tensor) -> bool:
+    """Whether bytes can be written to ``out`` as they came."""
+    dense = out.device.type == "cpu" and out.layout is torch.strided and not out.is_nested
+    return dense and out.is_contiguous() and not (out.is_conj() or out.is_neg())
+
+
 def _fresh(meta: wire.Meta) -> Tensor:
-    """Return a new tensor; large ones in huge pages, since zeroing small ones costs more than the copy."""
-    target = meta.empty()
+    """Return a new tensor; large ones in huge pages, since zeroing small ones costs more than the copy.
+
+    Raises:
+        BrokenError: there is not so much memory; the message is lost.
+
+    """
+    try:
+        target = meta.empty()
+    except (RuntimeError, MemoryError) as error:
+        raise BrokenError(f"no memory for the peer's message of {meta.nbytes} bytes") from error
     if meta.nbytes >= 2 * HUGE_BYTES:
         huge_pages.advise(target.data_ptr(), meta.nbytes)
     return target
