@@ -69,6 +69,7 @@ def _add_proxy(parser: argparse.ArgumentParser) -> None:
     _add_seconds(parser, "connect", "for opening a connection")
     _add_seconds(parser, "prefill", "for a whole prefill; afterwards the decode server computes alone")
     _add_seconds(parser, "decode", "for the decode server's headers, and between pieces of its answer")
+    _add_seconds(parser, "client", "for a client that takes nothing of its answer; afterwards it is cut off")
 
 
 def _add_seconds(parser: argparse.ArgumentParser, what: str, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import AsyncIterator, Callable
@@ -21,7 +22,7 @@ from kvconnect.proxy.upstream import GatewayError, Upstream
 
 if TYPE_CHECKING:
     from starlette.requests import Request
-    from starlette.types import Receive, Scope, Send
+    from starlette.types import Message, Receive, Scope, Send
 
 _log = logging.getLogger("kvconnect.proxy")
 
@@ -55,13 +56,13 @@ def build(settings: Settings) -> Starlette:
         able = all("ok" in verdicts.values() for verdicts in report.values())
         return JSONResponse(report, status_code=200 if able else 503)
 
-    handover = Handover(prefill, decode, settings.max_body_bytes)
+    handover = Handover(prefill, decode, settings)
     return Starlette(
         lifespan=lifespan,
         routes=[
             Route("/v1/completions", handover, methods=["POST"]),
             Route("/v1/chat/completions", handover, methods=["POST"]),
-            Route("/v1/models", Passed(decode), methods=["GET"]),
+            Route("/v1/models", Passed(decode, settings), methods=["GET"]),
             Route("/health", health, methods=["GET"]),
         ],
     )
@@ -70,36 +71,36 @@ def build(settings: Settings) -> Starlette:
 class Passed:
     """An ASGI endpoint that passes a request without a body on to one leg."""
 
-    def __init__(self, leg: Upstream) -> None:
-        self._leg = leg
+    def __init__(self, leg: Upstream, settings: Settings) -> None:
+        self._leg, self._client_timeout_s = leg, settings.client_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         headers = legs.request_headers(scope["headers"], legs.request_id(scope["headers"]))
-        await _until_gone(receive, lambda: _relay(self._leg, scope, headers, b"", send))
+        bounded = _bounded(send, self._client_timeout_s)
+        await _until_gone(receive, lambda: _relay(self._leg, scope, headers, b"", bounded))
 
 
 class Handover:
     """An ASGI endpoint that has the prompt computed on one leg and the answer on the other."""
 
-    def __init__(self, prefill: Upstream, decode: Upstream, max_body_bytes: int) -> None:
+    def __init__(self, prefill: Upstream, decode: Upstream, settings: Settings) -> None:
         self._prefill, self._decode = prefill, decode
-        self._max_body_bytes = max_body_bytes
+        self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        try:
-            content = await _read_body(receive, self._max_body_bytes)
-        except _Gone:
-            return
-        except GatewayError as failure:
-            await _refuse(send, failure)
-            return
-        body = legs.parse(content)
-        if body is None:
-            await _refuse(send, GatewayError(400, "the request body must be a JSON object"))
-            return
-        await _until_gone(receive, lambda: self._serve(scope, body, send))
+        send = _bounded(send, self._settings.client_timeout_s)
+        with contextlib.suppress(_Gone):
+            try:
+                content = await _read_body(receive, self._settings)
+                body = legs.parse(content)
+                if body is None:
+                    raise GatewayError(400, "the request body must be a JSON object")
+            except GatewayError as failure:
+                await _refuse(send, failure)
+                return
+            await _until_gone(receive, lambda: self._serve(scope, body, send))
 
     async def _serve(self, scope: Scope, body: dict[str, Any], send: Send) -> None:
         name = legs.request_id(scope["headers"])
@@ -157,7 +158,7 @@ async def _relay(
 
 
 class _Gone(Exception):  # noqa: N818 - a state of the client, not an error
-    """The client went away."""
+    """The client went away, or does nothing any more."""
 
 
 async def _until_gone(receive: Receive, serve: Callable[[], Any]) -> None:
@@ -170,19 +171,42 @@ async def _until_gone(receive: Receive, serve: Callable[[], Any]) -> None:
             group.cancel_scope.cancel()
 
         group.start_soon(watch)
-        await serve()
+        # Not out of the group, which would wrap it. Its legs have been closed by now.
+        with contextlib.suppress(_Gone):
+            await serve()
         group.cancel_scope.cancel()
 
 
-async def _read_body(receive: Receive, limit: int) -> bytes:
+def _bounded(send: Send, timeout_s: float) -> Send:
+    """Return ``send``, but with `_Gone` for a client that takes nothing for ``timeout_s``.
+
+    A client that has stopped reading looks alive for ever, and an engine's request with it.
+    """
+
+    async def bounded(message: Message) -> None:
+        try:
+            with anyio.fail_after(timeout_s):
+                await send(message)
+        except TimeoutError as error:
+            _log.warning("a client took nothing of its answer for %g s; its request is given up", timeout_s)
+            raise _Gone from error
+
+    return bounded
+
+
+async def _read_body(receive: Receive, settings: Settings) -> bytes:
     content = bytearray()
     while True:
-        message = await receive()
+        try:
+            with anyio.fail_after(settings.client_timeout_s):
+                message = await receive()
+        except TimeoutError as error:
+            raise GatewayError(408, f"nothing of the request body came for {settings.client_timeout_s:g} s") from error
         if message["type"] == "http.disconnect":
             raise _Gone
         content += message.get("body", b"")
-        if len(content) > limit:
-            raise GatewayError(413, f"the request body is larger than {limit} bytes")
+        if len(content) > settings.max_body_bytes:
+            raise GatewayError(413, f"the request body is larger than {settings.max_body_bytes} bytes")
         if not message.get("more_body", False):
             return bytes(content)
 

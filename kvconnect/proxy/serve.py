@@ -13,6 +13,8 @@ from kvconnect.proxy.settings import Settings
 
 _log = logging.getLogger("kvconnect.proxy")
 
+_MAX_INT = 2**31 - 1
+
 
 def serve(settings: Settings, host: str, port: int) -> None:
     """Serve until interrupted.
@@ -37,7 +39,7 @@ def serve(settings: Settings, host: str, port: int) -> None:
         # At a stop, open streams are given this long and are then cut.
         timeout_graceful_shutdown=5,
     )
-    with _listen(host, port) as listener:
+    with _listen(host, port, settings.client_timeout_s) as listener:
         _log.info(
             "listening on %s:%d, prefill %s, decode %s",
             *listener.getsockname()[:2],
@@ -47,11 +49,16 @@ def serve(settings: Settings, host: str, port: int) -> None:
         uvicorn.Server(config).run(sockets=[listener])
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int, client_timeout_s: float) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise ConfigError(
             f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port"
         ) from error
+    # Connections inherit it. The application gives such a client up, but closing its connection
+    # waits until what is buffered has gone out: this ends the connection, too.
+    limit_ms = min(round(client_timeout_s * 1000) or 1, _MAX_INT)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit_ms)
+    return listener

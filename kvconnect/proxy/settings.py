@@ -18,6 +18,8 @@ class Settings:
         connect_timeout_s: for opening a connection to a server.
         prefill_timeout_s: for the whole of a prefill request; afterwards the decode server computes alone.
         decode_timeout_s: for a decode server's response headers, and between two pieces of its body.
+        client_timeout_s: for a client to send a piece of its request or to take a piece of its answer;
+            one that does neither for so long is given up, and its request at the servers with it.
         health_timeout_s: for each server asked by ``/health``.
         max_body_bytes: largest request body that is accepted.
 
@@ -28,6 +30,7 @@ class Settings:
     connect_timeout_s: float = 5.0
     prefill_timeout_s: float = 300.0
     decode_timeout_s: float = 600.0
+    client_timeout_s: float = 60.0
     health_timeout_s: float = 5.0
     max_body_bytes: int = 64 << 20
 
@@ -38,9 +41,10 @@ class Settings:
             if not urls:
                 raise ConfigError(f"the proxy needs at least one {leg} server (--{leg} URL)")
             object.__setattr__(self, leg, urls)
-        for name in ("connect_timeout_s", "prefill_timeout_s", "decode_timeout_s", "health_timeout_s"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be greater than 0, got {getattr(self, name)}")
+        for name in ("connect", "prefill", "decode", "client", "health"):
+            limit_s = getattr(self, f"{name}_timeout_s")
+            if limit_s <= 0:
+                raise ConfigError(f"{name}_timeout_s must be greater than 0, got {limit_s}")
 
 
 def base_url(leg: str, url: str) -> str:

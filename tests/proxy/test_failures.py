@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import socket
 import threading
@@ -12,6 +13,7 @@ import time
 import httpx
 import pytest
 
+from kvconnect.proxy.serve import _listen
 from tests.proxy.servers import WAIT_S, Call, answers, says
 
 
@@ -222,6 +224,94 @@ def test_a_client_that_leaves_in_mid_stream_aborts_the_decode_leg(stage):
     with stage.client.stream("POST", "/v1/completions", json={"prompt": "x", "stream": True}) as answer:
         assert next(answer.iter_raw()) == b"data: 1\n\n"
     assert engine.aborted.wait(WAIT_S)
+
+
+def ask(stage, *, window_bytes: int) -> socket.socket:
+    """Return a client's connection, on which a request was sent and nothing has been read."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, window_bytes)
+    connection.settimeout(WAIT_S)
+    connection.connect(("127.0.0.1", stage.port))
+    body = json.dumps({"prompt": "x", "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    connection.sendall(head + body)
+    return connection
+
+
+def sends_without_end(engine):
+    """Return the behaviour of an engine that generates until its client is gone."""
+
+    async def behave(call: Call) -> None:
+        gone = asyncio.ensure_future(asyncio.wait_for(call.until_gone(), WAIT_S))
+        await call.start(200, (b"content-type", b"text/event-stream"))
+        while not gone.done():
+            await call.piece(b"x" * 65536)
+            await asyncio.sleep(0)  # once the client is gone, sending returns at once
+        await gone
+        engine.aborted.set()
+
+    return behave
+
+
+def test_a_client_that_stops_reading_is_given_up_and_the_decode_leg_aborted(make_stage, caplog):
+    stage = make_stage(client_timeout_s=0.5)
+    engine = stage.decode[0]
+    engine.behave = sends_without_end(engine)
+    with ask(stage, window_bytes=4096) as connection:
+        assert engine.aborted.wait(WAIT_S), "the engine's request is held by a client that reads nothing"
+        got = b""
+        with contextlib.suppress(ConnectionResetError):
+            while piece := connection.recv(1 << 20):
+                got = got[-8:] + piece
+        assert not got.endswith(b"0\r\n\r\n"), "an answer that was cut looks whole"
+    lines = [record.getMessage() for record in caplog.records if record.name == "kvconnect.proxy"]
+    assert "a client took nothing of its answer for 0.5 s; its request is given up" in lines
+    engine.behave = answers
+    assert stage.post({"prompt": "y"}).json()["id"] == "d"
+
+
+def test_a_client_that_reads_slowly_gets_its_whole_answer(make_stage):
+    stage = make_stage(client_timeout_s=0.5)
+    total = 16 << 20
+
+    async def behave(call: Call) -> None:
+        await call.start(200, (b"content-length", b"%d" % total))
+        for _ in range(total >> 16):
+            await call.piece(b"x" * 65536)
+        await call.piece(b"", more=False)
+
+    stage.decode[0].behave = behave
+    before = time.monotonic()
+    got, pause = 0, threading.Event()
+    with ask(stage, window_bytes=1 << 18) as connection:
+        while got < total:
+            piece = connection.recv(1 << 19, socket.MSG_WAITALL)
+            assert piece, f"cut after {got} bytes"
+            got += len(piece)
+            pause.wait(0.05)
+    assert time.monotonic() - before > 2 * 0.5
+
+
+def test_a_client_that_stops_sending_its_request_is_told_so(make_stage):
+    stage = make_stage(client_timeout_s=0.3)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 100\r\n\r\n{"
+    with socket.create_connection(("127.0.0.1", stage.port), timeout=WAIT_S) as connection:
+        connection.sendall(head)
+        answer = connection.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert not stage.prefill[0].seen
+
+
+def test_the_system_ends_the_connection_of_a_client_that_reads_nothing():
+    with _listen("127.0.0.1", 0, 0.5) as listener, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(listener.getsockname())
+        accepted, _ = listener.accept()
+        with accepted:
+            accepted.settimeout(WAIT_S)
+            with pytest.raises(OSError, match="timed out") as caught:
+                accepted.sendall(bytes(64 << 20))
+            assert caught.value.errno == errno.ETIMEDOUT  # not our own time-out
 
 
 def test_many_requests_run_at_once(stage):

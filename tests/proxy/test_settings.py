@@ -41,7 +41,7 @@ def test_each_leg_needs_a_server():
         Settings(prefill=())
 
 
-@pytest.mark.parametrize("name", ["connect_timeout_s", "prefill_timeout_s", "decode_timeout_s", "health_timeout_s"])
+@pytest.mark.parametrize("name", ["connect", "prefill", "decode", "client", "health"])
 def test_every_time_limit_is_positive(name):
-    with pytest.raises(ConfigError, match=f"{name} must be greater than 0, got 0"):
-        Settings(**{name: 0})
+    with pytest.raises(ConfigError, match=f"{name}_timeout_s must be greater than 0, got 0"):
+        Settings(**{f"{name}_timeout_s": 0})
