@@ -70,7 +70,11 @@ class Reactor:
     def watch(self, fd: int, events: int, ready: Ready) -> None:
         """Call ``ready(events)`` whenever ``fd`` is readable or writable (`READ`, `WRITE`)."""
         self._ready[fd] = ready
-        self._epoll.register(fd, events)
+        try:
+            self._epoll.register(fd, events)
+        except BaseException:
+            del self._ready[fd]
+            raise
 
     def change(self, fd: int, events: int) -> None:
         """Watch for other events."""
@@ -79,7 +83,8 @@ class Reactor:
     def unwatch(self, fd: int) -> None:
         """Stop watching; must come before ``fd`` is closed. Unknown descriptors are ignored."""
         if self._ready.pop(fd, None) is not None:
-            self._epoll.unregister(fd)
+            with contextlib.suppress(OSError):  # an owner that failed may have closed it, which ends the watch, too
+                self._epoll.unregister(fd)
 
     def call_soon(self, job: Job) -> None:
         """Run ``job`` on the reactor's thread; jobs keep their order."""

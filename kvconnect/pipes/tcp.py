@@ -26,10 +26,11 @@ from kvconnect.errors import (
     KVConnectError,
     TensorRejectedError,
 )
-from kvconnect.pipes import reactor, wire
+from kvconnect.pipes import reactor, tcp_meeting, wire
 from kvconnect.pipes.base import Channel, Pipe, PipeSpec, Reach, Traits, Transfer
 from kvconnect.pipes.landing import Landing
 from kvconnect.pipes.tcp_blocks import BlockConnection
+from kvconnect.pipes.tcp_farewell import hang_up
 from kvconnect.pipes.tcp_link import Link
 from kvconnect.pipes.tcp_meeting import Asking, Serving, TcpOptions
 from kvconnect.pipes.wire import HEADER_BYTES, Kind, Meta
@@ -94,7 +95,11 @@ class TcpPipe(Pipe):
         self._ready: Link | None = None
         self._blocks: BlockConnection | None = None
         meeting = Serving if spec.side == "serves" else Asking
-        self._meeting: Serving | Asking = meeting(self._loop, spec, self._options, self._joined)
+        try:
+            self._meeting: Serving | Asking = meeting(self._loop, spec, self._options, self._joined)
+        except BaseException:
+            self._turn_away()
+            raise
 
     # -- tensors --------------------------------------------------------------------------
 
@@ -211,16 +216,23 @@ class TcpPipe(Pipe):
     # -- the end ----------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Say that no more comes, and end once the peer has what was sent."""
+        """Say that no more comes, and end once the peer has what was sent.
+
+        Raises:
+            DeadlineError: the blocks that this end was attached to may still be in use.
+
+        """
         if not self._begin_end(at_once=False):
             return
         link = self._link_or_none()
         if link is not None:
             link.stop_receiving()  # first: telling the peer may take a while
-        if self._blocks is not None:
-            self._blocks.close(wait=True)
-        if link is not None:
-            self._say_end(link)
+        try:
+            if self._blocks is not None:
+                self._blocks.close(wait=True)
+        finally:
+            if link is not None:
+                self._say_end(link)
 
     def _say_end(self, link: Link) -> None:
         if self._failure is not None:
@@ -290,7 +302,13 @@ class TcpPipe(Pipe):
 
     def _joined(self, sock: socket.socket) -> None:
         """Take over the tensors' connection, perhaps on the reactor's thread."""
-        link = Link(sock, self._timeout_s)
+        try:
+            self._options.tune(sock, same_host=tcp_meeting.same_host(sock))
+            link = Link(sock, self._timeout_s)
+        except OSError as error:
+            hang_up(sock)
+            self._refuse(BrokenError(f"the connection failed: {error}"), error)
+            return
         with self._state:
             if not self._link.done():
                 self._ready = link
@@ -300,3 +318,18 @@ class TcpPipe(Pipe):
             link.end(reset=True)
         else:
             self._say_end(link)  # closed before the peer came: it learns so in order
+
+    def _turn_away(self) -> None:
+        """End after a meeting that failed; the peer may have come nevertheless, or come later."""
+        self._aborted = self._closed = True
+        self._refuse(ClosedError("this end was never opened"))
+        link = self._link_or_none()
+        if link is not None:
+            link.end(reset=True)
+
+    def _refuse(self, error: KVConnectError, cause: BaseException | None = None) -> None:
+        """Let there be no link, unless there is one."""
+        error.__cause__ = cause
+        with self._state:
+            if not self._link.done():
+                self._link.set_exception(error)

@@ -18,11 +18,12 @@ from collections.abc import Callable
 from typing import Any
 
 from kvconnect import blocks as paged
-from kvconnect.errors import BrokenError, ClosedError, HandshakeError, KVConnectError
+from kvconnect.errors import BrokenError, ClosedError, DeadlineError, HandshakeError, KVConnectError
 from kvconnect.paging import BlockIds, IoVec, PagedLayout, PagedMemory
 from kvconnect.pipes import reactor, tcp_frames
 from kvconnect.pipes.base import Transfer
 from kvconnect.pipes.reactor import Reactor, Timer
+from kvconnect.pipes.tcp_farewell import Farewell, hang_up
 from kvconnect.pipes.tcp_requests import BlockRequests
 
 #: Number, our pieces, transfer, packed ids of the peer's blocks.
@@ -70,15 +71,20 @@ class BlockConnection:
         return self._start(self._requests.write, local, remote)
 
     def close(self, *, wait: bool) -> None:
-        """End; with ``wait``, the memory is not touched any more on return."""
+        """End; with ``wait``, what was sent arrives and the memory is not touched any more on return.
+
+        Raises:
+            DeadlineError: the memory may still be touched, since the reactor hangs in somebody's callback.
+
+        """
 
         def job() -> None:
-            self._fail(ClosedError("this end was closed"))
+            self._fail(ClosedError("this end was closed"), flush=wait)
 
-        if wait:
-            self._loop.run(job, self._timeout_s)
-        else:
+        if not wait:
             self._loop.call_soon(job)
+        elif not self._loop.run(job, self._timeout_s):
+            raise DeadlineError(f"the blocks are still in use after {self._timeout_s} s")
 
     def _start(self, begin: _Begin, local: BlockIds, remote: BlockIds) -> Transfer:
         self._check_usable()
@@ -102,14 +108,18 @@ class BlockConnection:
 
     # -- on the reactor's thread ----------------------------------------------------------
 
-    def connect(self, sock: socket.socket, address: Any, hello: bytes) -> None:
-        """Connect a non-blocking ``sock`` to ``address`` and say ``hello`` first."""
+    def connect(self, make: Callable[[], socket.socket], address: Any, hello: bytes) -> None:
+        """Connect what ``make`` returns, a non-blocking socket, to ``address`` and say ``hello`` first."""
         if self._error is not None:
-            sock.close()
+            return
+        try:
+            sock = make()
+        except OSError as error:
+            self._fail(BrokenError(f"cannot reach the peer's blocks: {error}"), error)
             return
         number = sock.connect_ex(address)
         if number not in {0, errno.EINPROGRESS}:
-            sock.close()
+            hang_up(sock)
             self._fail(BrokenError(f"cannot reach the peer's blocks: {os.strerror(number)}"))
             return
         self._requests.writer.say_first(hello)
@@ -118,14 +128,17 @@ class BlockConnection:
     def accept(self, sock: socket.socket) -> None:
         """Take over a connected (or connecting) non-blocking socket."""
         if self._error is not None or self._sock is not None:
-            sock.close()
+            hang_up(sock)
             return
         self._sock = sock
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # Little more than a chunk waits in the kernel, so that a new transfer is not far behind it.
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, self._chunk_bytes)
         self._events = reactor.READ | reactor.WRITE
-        self._loop.watch(sock.fileno(), self._events, self._ready)
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # Little more than a chunk waits in the kernel, so that a new transfer is not far behind it.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, self._chunk_bytes)
+            self._loop.watch(sock.fileno(), self._events, self._ready)
+        except OSError as error:
+            self._fail(BrokenError(f"the connection failed: {error}"), error)
 
     def _begin(self, begin: _Begin, number: int, iov: IoVec, transfer: Transfer, ids: bytes) -> None:
         if self._error is not None:
@@ -182,17 +195,28 @@ class BlockConnection:
         else:
             self._fail(BrokenError(f"no byte moved for {self._timeout_s} s"))
 
-    def _fail(self, error: KVConnectError, cause: BaseException | None = None) -> None:
-        """End the connection and everything on it."""
+    def _fail(self, error: KVConnectError, cause: BaseException | None = None, *, flush: bool = False) -> None:
+        """End the connection and everything on it; with ``flush``, what the kernel has been given arrives."""
         if self._error is not None:
             return
         error.__cause__ = cause
         self._error = error
         if self._timer is not None:
             self._timer.cancel()
-        if self._sock is not None:
-            self._loop.unwatch(self._sock.fileno())
-            self._sock.close()
-            self._sock = None
+        sock, self._sock = self._sock, None
+        if sock is not None:
+            self._loop.unwatch(sock.fileno())
+            self._part(sock, flush=flush)
         for transfer in self._requests.clear():
             transfer.finish(error)
+
+    def _part(self, sock: socket.socket, *, flush: bool) -> None:
+        if flush:
+            try:
+                sock.shutdown(socket.SHUT_WR)
+            except OSError:
+                pass  # not connected yet, or the peer was faster: there is nothing to flush
+            else:
+                Farewell(self._loop, sock, self._timeout_s)
+                return
+        hang_up(sock)

@@ -18,6 +18,7 @@ from typing import Final
 from kvconnect.errors import ConfigError
 from kvconnect.pipes import reactor
 from kvconnect.pipes.reactor import Reactor
+from kvconnect.pipes.tcp_farewell import hang_up
 
 logger = logging.getLogger("kvconnect.pipes.tcp")
 
@@ -43,6 +44,8 @@ class Listener:
             ConfigError: the address cannot be bound.
 
         """
+        if not is_host(host):
+            raise ConfigError(f"pipe.bind_host must be an address or a host's name, got {host!r}")
         try:
             self._sock = socket.create_server((host, port), backlog=1024, family=_family(host))
         except OSError as error:
@@ -101,7 +104,7 @@ class Listener:
         arrival = self._expected.pop(token, None) if greeting == GREETING else None
         if arrival is None:
             logger.warning("a connection without a valid token was closed")
-            sock.close()
+            hang_up(sock)
             return
         arrival(sock)
 
@@ -133,7 +136,7 @@ class _Newcomer:
     def _leave(self) -> None:
         self._timer.cancel()
         self._loop.unwatch(self._sock.fileno())
-        self._sock.close()
+        hang_up(self._sock)
 
 
 _listeners: dict[tuple[str, int], Listener] = {}
@@ -159,6 +162,14 @@ def release(listener: Listener) -> None:
         for key in [key for key, one in _listeners.items() if one is listener]:
             del _listeners[key]
         listener.close()
+
+
+def is_host(host: str) -> bool:
+    """Whether ``host`` has the form of an address or a host's name; others make `socket` raise other errors."""
+    try:
+        return b"\0" not in host.encode("idna")
+    except UnicodeError:
+        return False
 
 
 def _family(host: str) -> socket.AddressFamily:

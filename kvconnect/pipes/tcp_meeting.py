@@ -7,9 +7,10 @@ and to the second when it is attached to paged memory.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,6 +20,7 @@ from kvconnect.pipes import tcp_listener
 from kvconnect.pipes.base import PipeSpec
 from kvconnect.pipes.reactor import Reactor
 from kvconnect.pipes.tcp_blocks import BlockConnection
+from kvconnect.pipes.tcp_farewell import hang_up
 from kvconnect.pipes.tcp_listener import GREETING, TOKEN_BYTES
 
 _VERSION: Final = 1
@@ -77,7 +79,8 @@ class TcpOptions:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SAME_HOST_SEND_BYTES)
 
 
-def _same_host(sock: socket.socket) -> bool:
+def same_host(sock: socket.socket) -> bool:
+    """Whether a connection leads to this host."""
     try:
         return bool(sock.getpeername()[0] == sock.getsockname()[0])
     except OSError:
@@ -107,7 +110,7 @@ class Serving:
                 }
             )
         except BaseException:
-            self._release()
+            self.end(at_once=True)
             raise
 
     def meet_blocks(self, blocks: BlockConnection) -> None:
@@ -123,7 +126,7 @@ class Serving:
             parked, self._parked, self._ended = self._parked, None, True
             late = not self._arrived and not at_once
         if parked is not None:
-            parked.close()
+            hang_up(parked)
         if late:
             self._loop.call_later(_LATE_S, self._release)
         else:
@@ -132,18 +135,18 @@ class Serving:
     def _arrive(self, sock: socket.socket) -> None:
         with self._lock:
             self._arrived = True
-        self._options.tune(sock, same_host=_same_host(sock))
         self._joined(sock)
 
     def _arrive_blocks(self, sock: socket.socket) -> None:
-        self._options.tune(sock, same_host=_same_host(sock))
+        with contextlib.suppress(OSError):  # the newcomer has gone; reading from it will tell
+            self._options.tune(sock, same_host=same_host(sock))
         with self._lock:
             blocks = self._blocks
             if blocks is None and not self._ended:
                 self._parked = sock
                 return
         if blocks is None:
-            sock.close()
+            hang_up(sock)
         else:
             blocks.accept(sock)
 
@@ -167,29 +170,47 @@ class Asking:
             BrokenError, DeadlineError: it cannot be reached.
 
         """
-        self._loop = loop
+        self._loop, self._options = loop, options
         theirs = spec.exchange({"tcp": _VERSION})
         host, port, token, self._blocks_token = _checked(theirs)
-        try:
+        with _reaching(host, port, spec.timeout_s):
             sock = socket.create_connection((host, port), spec.timeout_s)
-            sock.sendall(GREETING + token)
-        except TimeoutError as error:
-            raise DeadlineError(f"no connection to {host!r} port {port} within {spec.timeout_s} s") from error
-        except OSError as error:
-            raise BrokenError(f"cannot reach {host!r} port {port}: {error}") from error
-        self._options, self._same_host = options, _same_host(sock)
-        options.tune(sock, same_host=self._same_host)
-        self._family, self._address = sock.family, sock.getpeername()
+            try:
+                sock.sendall(GREETING + token)
+                self._family, self._address = sock.family, sock.getpeername()
+                self._same_host = same_host(sock)
+            except BaseException:
+                hang_up(sock)
+                raise
         joined(sock)
 
     def meet_blocks(self, blocks: BlockConnection) -> None:
         """Connect for blocks, in the background."""
+        hello = GREETING + self._blocks_token
+        self._loop.call_soon(lambda: blocks.connect(self._block_socket, self._address, hello))
+
+    def _block_socket(self) -> socket.socket:
         sock = socket.socket(self._family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        self._options.tune(sock, same_host=self._same_host)
-        self._loop.call_soon(lambda: blocks.connect(sock, self._address, GREETING + self._blocks_token))
+        try:
+            self._options.tune(sock, same_host=self._same_host)
+        except OSError:
+            sock.close()
+            raise
+        return sock
 
     def end(self, *, at_once: bool) -> None:
         """Nothing is held here."""
+
+
+@contextlib.contextmanager
+def _reaching(host: str, port: int, timeout_s: float) -> Iterator[None]:
+    """Map what goes wrong on the way to an address that a peer named."""
+    try:
+        yield
+    except TimeoutError as error:
+        raise DeadlineError(f"no connection to {host!r} port {port} within {timeout_s} s") from error
+    except OSError as error:
+        raise BrokenError(f"cannot reach {host!r} port {port}: {error}") from error
 
 
 def _checked(theirs: Mapping[str, Any]) -> tuple[str, int, bytes, bytes]:
@@ -197,8 +218,9 @@ def _checked(theirs: Mapping[str, Any]) -> tuple[str, int, bytes, bytes]:
     tokens = [theirs.get("token"), theirs.get("blocks")]
     if theirs.get("tcp") != _VERSION:
         raise HandshakeError(f"ours is version {_VERSION} of the tcp pipe, theirs {theirs.get('tcp')!r}")
-    if not isinstance(host, str) or not isinstance(port, int) or not 0 < port <= 65535:
+    named = isinstance(host, str) and tcp_listener.is_host(host)
+    if not named or not isinstance(port, int) or not 0 < port <= 65535:
         raise HandshakeError(f"the peer sent no address to connect to: {host!r} port {port!r}")
     if not all(isinstance(token, bytes) and len(token) == TOKEN_BYTES for token in tokens):
         raise HandshakeError("the peer sent no tokens")
-    return host, port, bytes(theirs["token"]), bytes(theirs["blocks"])
+    return str(host), port, bytes(theirs["token"]), bytes(theirs["blocks"])
