@@ -35,7 +35,7 @@ from kvconnect.pipes import host, ring
 from kvconnect.pipes.base import YES, Channel, Message, Pipe, PipeSpec, Reach, Traits, Transfer, Verdict
 from kvconnect.pipes.peer_memory import Beacon, PeerMemory
 from kvconnect.pipes.shm_blocks import ShmBlocks
-from kvconnect.pipes.shm_lane import Lane, Listener, connect
+from kvconnect.pipes.shm_lane import Lane, Listener, connect, hung_up
 from kvconnect.pipes.shm_messages import Receiver, Sender
 from kvconnect.pipes.stream import BlockStream
 
@@ -253,17 +253,17 @@ class ShmPipe(Pipe):
         """Raise `ClosedError` if this end was closed."""
         self._life.check_open()
 
-    def check_peer(self) -> None:
-        """Raise `BrokenError` if the peer's process has ended or its end was closed."""
+    def check_peer(self, *, closely: bool) -> None:
+        """Raise `BrokenError` if the peer's process has ended or its end was closed; see `Guard`."""
         self._life.enter()
         try:
             if self._peer is not None:
-                self._peer.verify()
+                self._peer.verify() if closely else self._peer.check_runs()
             try:
                 ends = self._meet(0.0)
             except DeadlineError:
                 return  # it has not connected yet, or another thread is letting it in
-            if any(end.lane.hung_up() for end in ends):
+            if hung_up(ends[0].lane, ends[1].lane):
                 raise BrokenError("the peer has closed its end")
         finally:
             self._life.leave()

@@ -50,8 +50,11 @@ class Guard(Protocol):
     def check_open(self) -> None:
         """Raise `ClosedError` if this end was closed."""
 
-    def check_peer(self) -> None:
-        """Raise `BrokenError` if the other end is not there any more."""
+    def check_peer(self, *, closely: bool) -> None:
+        """Raise `BrokenError` if the other end is not there any more.
+
+        Looking ``closely`` includes the proof that the memory is the peer's.
+        """
 
 
 @dataclass(frozen=True)
@@ -211,7 +214,6 @@ class ShmBlocks:
             return transfer
         if self._stream is not None:
             return self._stream.read(remote, local) if reads else self._stream.write(local, remote)
-        self._guard.check_peer()
         self._move(ask)
         return transfer
 
@@ -219,7 +221,6 @@ class ShmBlocks:
         """Start a transfer that was asked for before the peer was attached."""
         try:
             if self._stream is None:
-                self._guard.check_peer()
                 self._move(ask)
                 return
             stream = self._stream
@@ -239,6 +240,8 @@ class ShmBlocks:
         peer, theirs, guard, transfer = self._peer, self._theirs, self._guard, ask.transfer
         if peer is None or theirs is None:
             raise BrokenError("the peer's memory is not known")
+        # What was read from a stranger is found out in the end, what was written to one cannot be undone.
+        guard.check_peer(closely=not ask.reads)
         here = Chunks(self._local.iovec(ask.local), _STEP_BYTES)
         there = Chunks(place(self._remote, theirs.bases, ask.remote), _STEP_BYTES)
         copy = peer.read if ask.reads else peer.write
@@ -250,14 +253,14 @@ class ShmBlocks:
             guard.check_open()
             if not ask.reads:
                 # A peer that has closed may use its blocks again: not one chunk more goes there.
-                guard.check_peer()
+                guard.check_peer(closely=False)
             if transfer.cancelled:
                 raise LoadError("the transfer was cancelled")
 
         def end(error: KVConnectError | None) -> None:
             try:
                 # Only now is it certain that the memory was the peer's until the last byte.
-                guard.check_peer()
+                guard.check_peer(closely=True)
             except KVConnectError as gone:
                 error = error or gone
             except Exception as bug:  # noqa: BLE001 - without this look, what was copied is worth nothing

@@ -114,12 +114,6 @@ class Lane:
             raise BrokenError("the peer sent a file descriptor that makes no sense")
         return fd
 
-    def hung_up(self) -> bool:
-        """Whether the peer's end is closed. Messages may still be queued here."""
-        poll = select.poll()
-        poll.register(self._sock, select.POLLRDHUP)
-        return bool(poll.poll(0))
-
     def shutdown(self) -> None:
         """End both directions and wake whoever waits; what the peer has queued stays there."""
         _shutdown(self._sock)
@@ -127,6 +121,14 @@ class Lane:
     def close(self) -> None:
         """Free the fd. Nobody may be using it."""
         self._sock.close()
+
+
+def hung_up(*lanes: Lane) -> bool:
+    """Whether the peer's end of any is closed. Messages may still be queued here."""
+    poll = select.poll()
+    for lane in lanes:
+        poll.register(lane, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 class Listener:

@@ -31,9 +31,9 @@ import torch
 from kvconnect.errors import BrokenError, DeadlineError, EndOfPipe, KVConnectError, TensorRejectedError
 from kvconnect.pipes import huge_pages, ring, turns, vectored, wire
 from kvconnect.pipes.huge_pages import HUGE_BYTES
-from kvconnect.pipes.peer_memory import Chunks, PeerMemory, SharedCopy, useful_threads
+from kvconnect.pipes.peer_memory import PeerMemory, SharedCopy, useful_threads
 from kvconnect.pipes.ring import Ring
-from kvconnect.pipes.shm_lane import Lane
+from kvconnect.pipes.shm_lane import Lane, hung_up
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -222,7 +222,7 @@ class Receiver:
         elif self._peer is not None and address:
             self._read_peer(self._peer, address, target)
             self._peer.verify()
-            if self.lane.hung_up():
+            if hung_up(self.lane):
                 raise BrokenError("the peer gave up while its message was being read")
         else:
             self.lane.send(_TAGS[_STREAM])
@@ -235,9 +235,7 @@ class Receiver:
             peer.read(vectored.pieces((start, nbytes)), vectored.pieces((address, nbytes)))
             return
         # Cut at huge pages, which two threads must not fault in both.
-        first = -start % HUGE_BYTES or HUGE_BYTES
-        here = Chunks(vectored.pieces((start, nbytes)), HUGE_BYTES, first)
-        there = Chunks(vectored.pieces((address, nbytes)), HUGE_BYTES, first)
+        cuts = [0, *range(-start % HUGE_BYTES or HUGE_BYTES, nbytes, HUGE_BYTES), nbytes]
         outcome: list[KVConnectError | None] = []
         over = threading.Event()
 
@@ -247,9 +245,10 @@ class Receiver:
 
         def read(number: int, _target: Tensor = target) -> None:
             # The pieces are bare addresses: the default keeps the memory behind them alive.
-            peer.read(here[number], there[number])
+            at, length = cuts[number], cuts[number + 1] - cuts[number]
+            peer.read(vectored.pieces((start + at, length)), vectored.pieces((address + at, length)))
 
-        copy = SharedCopy(len(here), read, lambda: None, end)
+        copy = SharedCopy(len(cuts) - 1, read, lambda: None, end)
         turns.shared().add(copy.step)
         try:
             while copy.step():

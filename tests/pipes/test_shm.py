@@ -28,7 +28,7 @@ from kvconnect.pipes import turns, wire
 from kvconnect.pipes.base import PipeSpec
 from kvconnect.pipes.peer_memory import Beacon
 from kvconnect.pipes.shm import ShmPipe
-from kvconnect.pipes.shm_lane import Lane, Listener, connect
+from kvconnect.pipes.shm_lane import Lane, Listener, connect, hung_up
 from kvconnect.pipes.shm_messages import INLINE_BYTES, Receiver
 from kvconnect.testing.channels import ConnectionChannel
 from kvconnect.testing.leaks import Holdings, assert_nothing_left
@@ -500,7 +500,7 @@ def test_a_stranger_is_turned_away_and_the_peer_gets_in():
     out, into = listener.accept(5.0, 5.0, os.getpid())
     right[0].send(b"x")
     assert into.recv_tag() == ord("x")
-    assert all(lane.hung_up() for lane in wrong)
+    assert all(hung_up(lane) for lane in wrong)
     for each in (*wrong, *right, out, into, stranger, listener):
         each.close()
 
