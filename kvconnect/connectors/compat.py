@@ -98,6 +98,13 @@ def reports_failed_requests() -> bool:
     return hasattr(base, "KVConnectorTransferResults")
 
 
+def defers_freed_blocks() -> bool:
+    """Whether a block that a running step may still write is handed out only after it (0.26+)."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    return hasattr(Scheduler, "_drain_deferred_frees")
+
+
 def worker_rank() -> int:
     """Return this worker's rank among the engine's workers: pipeline stage major, tensor rank minor."""
     from vllm.distributed.parallel_state import get_pp_group, get_tp_group

@@ -6,6 +6,7 @@ start transfers and collect results; the moving happens in the buffer's threads.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import threading
@@ -13,6 +14,7 @@ import time
 from typing import TYPE_CHECKING
 
 from kvconnect.connectors import compat, geometry
+from kvconnect.connectors.fence import Fence
 from kvconnect.connectors.plan import Load, Plan, WorkerNews
 from kvconnect.errors import KVConnectError
 
@@ -33,6 +35,7 @@ class WorkerHalf:
         self._engine = engine
         self._rank = rank
         self._end: WorkerEnd | None = None
+        self._fence: Fence | None = None
         self._lock = threading.Lock()
         self._over: list[tuple[Load, KVConnectError | None]] = []
         self._bad_blocks: set[int] = set()
@@ -44,11 +47,16 @@ class WorkerHalf:
             return
         memory = geometry.paged_memory(caches, self._engine.groups, self._engine.num_blocks)
         self._end = self._engine.buffer.worker_end(self._engine.settings, self._rank, memory)
+        if memory.device.startswith("cuda") and not compat.defers_freed_blocks():
+            self._fence = Fence(memory.device)
 
     def start(self, plan: Plan) -> None:
         """``start_load_kv``: start this step's loads. Works before and after the forward alike."""
         for load in plan.loads:
-            self._start(load)
+            if self._fence is None:
+                self._start(load)
+            else:
+                self._fence.then(functools.partial(self._start, load))
 
     def take_results(self) -> tuple[set[str], set[str]]:
         """Return the requests whose load is over since the last call, and those of them that failed."""
@@ -72,6 +80,8 @@ class WorkerHalf:
 
     def close(self) -> None:
         """``shutdown``."""
+        if self._fence is not None:
+            self._fence.close()
         if self._end is not None:
             self._end.close()
 
