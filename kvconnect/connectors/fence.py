@@ -23,7 +23,7 @@ class Fence:
 
     def then(self, call: Callable[[], object]) -> None:
         """Make ``call`` once the work has finished that the caller's current stream has now."""
-        event = torch.cuda.Event(blocking=True)
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         self._waiter.submit(self._make, event, call)
 
