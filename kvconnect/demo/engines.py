@@ -269,6 +269,7 @@ class EngineOptions:
     max_num_seqs: int = 64
     kv_cache_bytes: int = 256 << 20
     gpu_memory_utilization: float = 0.5
+    eager: bool = True
     extra: tuple[str, ...] = ()
 
 
@@ -287,9 +288,11 @@ def engine(
     arguments = [
         *("--model", options.model, "--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port)),
         *("--max-model-len", str(options.max_model_len), "--max-num-seqs", str(options.max_num_seqs)),
-        *("--max-num-batched-tokens", str(options.max_num_batched_tokens), "--enforce-eager"),
+        *("--max-num-batched-tokens", str(options.max_num_batched_tokens)),
         *("--disable-uvicorn-access-log", "--no-enable-log-requests"),
     ]
+    if options.eager:
+        arguments.append("--enforce-eager")
     if kv_transfer is not None:
         arguments += ["--kv-transfer-config", json.dumps(dict(kv_transfer))]
     place = _cpu(options) if device is None else _cuda(options, device)
