@@ -24,8 +24,9 @@ from kvconnect.errors import (
     UnavailableBackendError,
 )
 from kvconnect.paging import LayerLayout, PagedLayout
-from kvconnect.pipes import turns, wire
+from kvconnect.pipes import huge_pages, turns, wire
 from kvconnect.pipes.base import PipeSpec
+from kvconnect.pipes.chunks import Threads
 from kvconnect.pipes.peer_memory import Beacon
 from kvconnect.pipes.shm import ShmPipe
 from kvconnect.pipes.shm_lane import Lane, Listener, connect, hung_up
@@ -135,7 +136,9 @@ class _Peer:
 @pytest.fixture
 def peer(context):
     """Start a peer that does a deed; afterwards nothing of it may be left in this process."""
-    turns.shared().add(lambda: False)  # its threads stay
+    turns.shared().add(lambda: False)  # these threads stay
+    Threads.current()
+    huge_pages.collapse(paged.heap_memory(PagedLayout((), (64,))))
     before, maps, started = Holdings.now(), _ring_maps(), []
 
     def start(mode, deed):
