@@ -16,6 +16,7 @@ import enum
 import functools
 import math
 import struct
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
@@ -80,18 +81,22 @@ def control(kind: Kind) -> bytes:
     return _CONTROL[kind]
 
 
-def encode(tensor: torch.Tensor | None) -> tuple[bytes, torch.Tensor | None]:
-    """Return a message's header, and the contiguous CPU tensor whose memory follows it.
+def encode(tensor: torch.Tensor | None, devices: Collection[str] = ("cpu",)) -> tuple[bytes, torch.Tensor | None]:
+    """Return a message's header, and the contiguous tensor whose memory follows it.
 
     The tensor is ``tensor`` itself where its memory can be sent as it lies, else a copy.
 
+    Args:
+        tensor: the message.
+        devices: kinds of memory that the pipe carries.
+
     Raises:
-        TensorRejectedError: not a dense CPU tensor, or of a dtype the wire has no code for.
+        TensorRejectedError: not a dense tensor on one of ``devices``, or of a dtype the wire has no code for.
 
     """
     if tensor is None:
         return _CONTROL[Kind.NONE], None
-    _check(tensor)
+    _check(tensor, devices)
     dense = tensor.detach().resolve_conj().resolve_neg().contiguous()
     return _tensor_header(dense.dtype, tuple(dense.shape)), dense
 
@@ -159,11 +164,12 @@ def _checked_shape(shape: list[int], nbytes: int, itemsize: int, max_bytes: int)
     return tuple(shape)
 
 
-def _check(tensor: torch.Tensor) -> None:
+def _check(tensor: torch.Tensor, devices: Collection[str]) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise TensorRejectedError(f"a pipe carries tensors or None, not {type(tensor).__name__}")
-    if tensor.device.type != "cpu":
-        raise TensorRejectedError(f"the tensor is on {tensor.device}, this pipe carries CPU tensors")
+    if tensor.device.type not in devices:
+        carried = " and ".join(kind.upper() for kind in devices)
+        raise TensorRejectedError(f"the tensor is on {tensor.device}, this pipe carries {carried} tensors")
     if tensor.layout is not torch.strided or tensor.is_nested:
         raise TensorRejectedError("only dense (strided) tensors can be carried")
     if tensor.dtype not in _CODES:
