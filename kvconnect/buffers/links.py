@@ -59,11 +59,16 @@ class Station:
     client: ControlClient
     channels: Channels
 
-    def spec(self, name: str, side: Side, exchange: Callable[[Message], Message]) -> PipeSpec:
-        """Return the spec of one end; options belong to the pipe that the configuration names."""
+    def open(self, cls: type[Pipe], name: str, side: Side, exchange: Callable[[Message], Message]) -> Pipe:
+        """Open one end; options belong to the pipe that the configuration names."""
         chosen = self.settings.pipe
         options = chosen.options if chosen.name == name else {}
-        return PipeSpec(side, exchange, self.memory.device, self.settings.options.transfer_timeout_s, options)
+        spec = PipeSpec(side, exchange, self.memory.device, self.settings.options.transfer_timeout_s, options)
+        pipe = cls.open(spec)
+        if "timeout_s" not in vars(pipe) and cls.timeout_s is Pipe.timeout_s:
+            # Its author may have thought of the three methods only.
+            pipe.timeout_s = spec.timeout_s
+        return pipe
 
 
 def foreign(error: Exception) -> KVConnectError:
@@ -121,7 +126,7 @@ class Links:
             self._opened(link, BrokenError(peer.failure.detail if peer.failure else "the peer cannot be reached"))
         elif hello.incarnation != link.incarnation:
             self._opened(link, BrokenError(f"engine {hello.engine} was restarted"))
-        elif not self._crew.submit(lambda: self._open(link, hello)):
+        elif not self._crew.submit(lambda: self._open(link, hello), lane=link.at):
             self._opened(link, ClosedError("the buffer was closed"))
 
     def _opened(self, link: Link, failure: KVConnectError | None = None) -> None:
@@ -150,6 +155,10 @@ class Links:
         if pipe is not None:
             self._channels.close(link.id, "asks")
             self._ending.submit(pipe.abort)
+            self._tell_closed(link)
+
+    def _tell_closed(self, link: Link) -> None:
+        if link.endpoint:
             self._client.call(link.endpoint, "pipe.close", {"pipe": link.id}, self._options.release_timeout_s)
 
     def lost(self, pipe: str) -> None:
@@ -171,6 +180,7 @@ class Links:
             failure = foreign(error)
             self._complain(f"no pipe to {link.at}: {failure}")
             self._channels.close(link.id, "asks")
+            self._tell_closed(link)  # or its end waits for ours, and our next one waits behind it
             self._client.soon(lambda: self._opened(link, failure))
             return
 
@@ -207,7 +217,7 @@ class Links:
             answer = wait_for(self._client.call(link.endpoint, "pipe.open", body, timeout_s), timeout_s + _SLACK_S)
             return fields.mapping(answer, "message")
 
-        pipe = cls.open(self._station.spec(link.name, "asks", exchange))
+        pipe = self._station.open(cls, link.name, "asks", exchange)
         try:
             if not exchanged:
                 exchange({})

@@ -34,7 +34,8 @@ logger = logging.getLogger(__name__)
 #: How long a cancelled transfer may take to let go of its blocks before its pipe is ended.
 _LET_GO_S = 5.0
 _CLOSE_S = 5.0
-_THREADS = 2
+#: Of each of the four crews, at most. A peer that hangs holds one of them.
+_THREADS = 4
 
 
 @dataclass(eq=False)
@@ -85,11 +86,9 @@ class Mover(WorkerEnd):
         }
         me = Hello.of(settings, secrets.token_hex(8), worker=True)
         channels = Channels(self._server, self._client, options.transfer_timeout_s, options.lease_s, self._lost)
-        self._starting = Crew("kvconnect-read-starts", 1)
-        asking, serving = Crew("kvconnect-pipe-asks", _THREADS), Crew("kvconnect-pipe-serves", _THREADS)
-        # Its own thread: pipes that are slow to open must not keep others from ending.
-        ending = Crew("kvconnect-pipe-ends", 1)
-        self._crews = (self._starting, asking, serving, ending)
+        # A crew for each: pipes that are slow to open must not keep others from reading or ending.
+        names = ("kvconnect-read-starts", "kvconnect-pipe-asks", "kvconnect-pipe-serves", "kvconnect-pipe-ends")
+        self._crews = self._starting, asking, serving, ending = [Crew(name, _THREADS) for name in names]
         station = Station(settings, me, self._description, memory, self._client, channels)
         self._links = Links(station, asking, ending)
         self._pipes = PipeServer(station, self._server, serving, ending)
@@ -221,9 +220,9 @@ class Mover(WorkerEnd):
                 inner.finish(foreign(error))
             self._client.soon(lambda: self._moving(read, inner))
 
-        # Placing many blocks takes a while, too long for a thread that serves all peers,
-        # and must not wait for a pipe that is slow to open.
-        if not self._starting.submit(move):
+        # Placing many blocks takes a while, and a third party's may block: too long for a
+        # thread that serves all peers. Reads of one pipe start one after another.
+        if not self._starting.submit(move, lane=link):
             self._finish(read, ClosedError("the buffer was closed"))
 
     def _moving(self, read: _Read, inner: Transfer) -> None:
@@ -251,13 +250,23 @@ class Mover(WorkerEnd):
         elif read.release:
             with self._lock:
                 self._counts["microseconds_on_wire"] += int((time.monotonic() - read.started) * 1e6)
-            self.release(read.claim).add_done_callback(lambda answer: self._confirmed(read, answer))
+            self._confirm(read)
         else:
             self._finish(read, None)
 
-    def _confirmed(self, read: _Read, answer: Future[dict[str, Any]]) -> None:
+    def _confirm(self, read: _Read, *, again: bool = True) -> None:
+        self.release(read.claim).add_done_callback(lambda answer: self._confirmed(read, answer, again=again))
+
+    def _confirmed(self, read: _Read, answer: Future[dict[str, Any]], *, again: bool) -> None:
         try:
             verdict = answer.result().get("answer")
+        except BrokenError as error:
+            if again and read.stopped is None:
+                # Over a new connection, once. Had the owner ended the entry already, it says "stale".
+                self._confirm(read, again=False)
+            else:
+                self._finish(read, error)
+            return
         except KVConnectError as error:
             self._finish(read, error)
             return

@@ -81,7 +81,7 @@ class PipeServer:
         self._check_room(served)
         channel = self._channels.open(served.id, "serves", served.peer)
         self._served[served.id] = served
-        if not self._crew.submit(lambda: self._open(served, name, message, layout, channel)):
+        if not self._crew.submit(lambda: self._open(served, name, message, layout, channel), lane=served.peer):
             self.drop(served.id)
             raise ClosedError("the peer is shutting down")
         return served.opened
@@ -111,7 +111,7 @@ class PipeServer:
             return theirs
 
         try:
-            served.pipe = registry.pipe(name).open(self._station.spec(name, "serves", exchange))
+            served.pipe = self._station.open(registry.pipe(name), name, "serves", exchange)
             if not served.opened.done():
                 served.opened.set_result({"message": {}})
             served.pipe.attach(self._station.memory, layout, channel)

@@ -208,11 +208,18 @@ class Taker:
         look.cause = peer.failure or Miss("gone", f"engine {ticket.engine} was restarted")
         self._by_content(look)
 
-    def _claim_ticket(self, look: Look, ticket: Ticket) -> None:
+    def _claim_ticket(self, look: Look, ticket: Ticket, *, again: bool = True) -> None:
         look.at = ticket.at
-        self._ask_claim(look, ticket).add_done_callback(lambda answer: self._ticket_claimed(look, ticket, answer))
+        self._ask_claim(look, ticket).add_done_callback(
+            lambda answer: self._ticket_claimed(look, ticket, answer, again=again)
+        )
 
-    def _ticket_claimed(self, look: Look, ticket: Ticket, answer: Future[dict[str, Any]]) -> None:
+    def _ticket_claimed(self, look: Look, ticket: Ticket, answer: Future[dict[str, Any]], *, again: bool) -> None:
+        if again and not look.over and isinstance(answer.exception(), BrokenError):
+            # The connection may have been dead for long, and workers may read already. Over a new
+            # one, once; if the claim was granted after all, this renews it.
+            self._claim_ticket(look, ticket, again=False)
+            return
         miss = self._refusal(ticket, answer)
         # Too late for a miss if the engine acts on the claim by now: then the owner's answer
         # to the workers' release decides.

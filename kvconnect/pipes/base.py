@@ -206,7 +206,8 @@ class Pipe(ABC):
     #: The medium's name: also its module's and its entry point's.
     name: ClassVar[str] = ""
     traits: ClassVar[Traits] = Traits()
-    #: Deadline of the default block path; a pipe sets it from its `PipeSpec.timeout_s`.
+    #: Deadline of the default block path. Whoever opens a pipe for an engine sets it to the
+    #: `PipeSpec.timeout_s`, unless the class or the opened pipe has its own.
     timeout_s: float = 30.0
 
     # -- what every pipe writes -------------------------------------------------
@@ -266,6 +267,14 @@ class Pipe(ABC):
         from kvconnect.pipes import host
 
         return host.within(cls.traits.reach, local, remote)
+
+    @classmethod
+    def accepts(cls, memory: PagedMemory) -> Verdict:
+        """Say whether the block path can serve this very memory of this process; asked once, in its worker.
+
+        Its device is among `Traits.devices` already.
+        """
+        return YES
 
     # -- optional, tensor path ----------------------------------------------------
 

@@ -247,10 +247,11 @@ class BlockStream:
         with self._lock:
             first, self._failure = self._failure is None, self._failure or error
             flows = [flow for table in self._flows.values() for flow in table.values()]
+        if first:
+            # Before the transfers' own ends, so that the other end's fail because of the pipe, too.
+            self._tell("blocks.broken", {"error": str(error)})
         for flow in flows:
             self.end(flow, error)
-        if first:
-            self._tell("blocks.broken", {"error": str(error)})
 
     def close(self) -> None:
         """End all transfers with `ClosedError`. Idempotent; leaves the pipe to its owner."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvconnect.buffers.base import Claim, Miss, Want
-from kvconnect.errors import KVConnectError, LoadError, StaleError
+from kvconnect.errors import BrokenError, KVConnectError, LoadError, StaleError
 from kvconnect.testing.leaks import Holdings, assert_nothing_left
 from tests.buffers.engines import Engine, engines, eventually, group, is_miss, key, meet
 
@@ -279,6 +279,33 @@ def test_a_claim_in_use_that_is_granted_too_late_is_renewed():
         eventually(lambda: time.monotonic() > until)
         assert p.end.drain_released() == []
         d.read(claim).wait(8)
+
+
+@pytest.mark.parametrize("carried_out", [False, True])
+def test_a_claim_in_use_whose_connection_broke_is_asked_for_again_and_kept(monkeypatch, carried_out):
+    with engines(lease_s=0.9) as (p, d):
+        meet(p, d)
+        client = d.end._client
+        real, broken = client.call, []
+
+        def call(endpoint, op, body, timeout_s):
+            if op != "claim" or broken:
+                return real(endpoint, op, body, timeout_s)
+            if carried_out:
+                real(endpoint, op, body, timeout_s)
+            broken.append(Future())
+            broken[0].set_exception(BrokenError("the connection was closed"))
+            return broken[0]
+
+        monkeypatch.setattr(client, "call", call)
+        d.end.look("r", Want(key(1), ticket=p.offer()))
+        claim = d.end.commit("r")
+        until = time.monotonic() + 1.8
+        eventually(lambda: time.monotonic() > until)
+        assert broken
+        assert p.end.drain_released() == []
+        d.read(claim).wait(8)
+        assert p.end.stats()["taken"] == 2, "with the one that `meet` took"
 
 
 def test_an_entry_that_nobody_takes_expires():

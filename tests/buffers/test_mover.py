@@ -7,19 +7,20 @@ import signal
 import threading
 import time
 from collections import Counter
+from concurrent.futures import Future
 from typing import ClassVar
 
 import pytest
 import torch
 
 from kvconnect import registry
-from kvconnect.buffers import mover, serving
+from kvconnect.buffers import links, mover, serving
 from kvconnect.buffers.base import Claim, Want
 from kvconnect.buffers.choice import choose_pipe, describe_pipes
 from kvconnect.errors import BrokenError, DeadlineError, HandshakeError, LoadError, UnknownBackendError
 from kvconnect.pipes.base import Pipe, Reach, Traits, Transfer, Verdict
 from kvconnect.pipes.inproc import InprocPipe
-from tests.buffers.engines import Engine, eventually, group, key
+from tests.buffers.engines import Engine, eventually, group, key, layout
 
 
 class FaultyPipe(InprocPipe):
@@ -29,7 +30,9 @@ class FaultyPipe(InprocPipe):
     breaks: int = 0
     clogs = False
     refuses = False
-    stalls = False
+    stalls = 0  # reads that hang while they start
+    opens_stall: ClassVar[dict] = {}  # openings that hang, by side
+    attach_stalls = 0  # serving ends that hang while they are attached, until they are aborted
     stalled: ClassVar[threading.Event]  # a read is starting
     gate: ClassVar[threading.Event]  # lets it go on
     started: ClassVar[list] = []  # clogged transfers
@@ -38,16 +41,29 @@ class FaultyPipe(InprocPipe):
     def __init__(self, spec):
         if type(self).refuses and spec.side == "serves":
             raise ValueError("a third party's fault")
+        if type(self).opens_stall.get(spec.side, 0):
+            type(self).opens_stall[spec.side] -= 1
+            type(self).stalled.set()
+            type(self).gate.wait(20)
         super().__init__(spec)
+        self.ended = threading.Event()
         type(self).opened[spec.side] += 1
+
+    def attach(self, *args):
+        if type(self).attach_stalls and self._side == 0:
+            type(self).attach_stalls -= 1
+            self.ended.wait(20)
+        super().attach(*args)
 
     def abort(self):
         super().abort()
+        self.ended.set()
         type(self).gate.set()
 
     def read_blocks(self, remote, local):
         cls = type(self)
         if cls.stalls:
+            cls.stalls -= 1
             cls.stalled.set()
             cls.gate.wait(20)
             raise BrokenError("cut")
@@ -65,6 +81,7 @@ class FaultyPipe(InprocPipe):
 @pytest.fixture
 def faulty(monkeypatch):
     own = {"opened": Counter(), "started": [], "held": [], "stalled": threading.Event(), "gate": threading.Event()}
+    own["opens_stall"] = {}
     cls = type("Faulty", (FaultyPipe,), own)
     real = registry.pipe
     monkeypatch.setattr(registry, "pipe", lambda name: cls if name == "inproc" else real(name))
@@ -152,7 +169,7 @@ def test_a_read_that_hangs_while_it_starts_ends_with_its_pipe_and_those_behind_i
     monkeypatch.setattr(mover, "_LET_GO_S", 1.0)
     p, d = pair
     first, second = claimed(p, d, 1), claimed(p, d, 2)
-    faulty.stalls = True
+    faulty.stalls = 1
     hanging = d.read(first)
     assert faulty.stalled.wait(8)
     behind = d.read(second, local=((20, 21, 22),))
@@ -162,26 +179,91 @@ def test_a_read_that_hangs_while_it_starts_ends_with_its_pipe_and_those_behind_i
     with pytest.raises(DeadlineError):
         hanging.wait(8)
     assert not d.block(20).any()
-    faulty.stalls = False
     d.read(claimed(p, d, 3)).wait(8)
+
+
+@pytest.fixture
+def many(faulty):
+    """A consumer, and four producers that it has not met."""
+    name = group()
+    producers = [Engine(f"P{i}", produces=True, group=name) for i in range(4)]
+    d = Engine("D", consumes=True, group=name)
+    yield producers, d
+    faulty.gate.set()
+    d.close()
+    for p in producers:
+        p.close()
+
+
+def test_pipes_on_which_a_read_hangs_while_it_starts_keep_no_other_pipe_waiting(many, faulty):
+    producers, d = many
+    for number, p in enumerate(producers[:3], 1):
+        faulty.stalls = 1
+        faulty.stalled.clear()
+        d.read(claimed(p, d, number), local=((10 + number,),), remote=((1,),))
+        assert faulty.stalled.wait(8)
+        d.read(claimed(p, d, 10 + number), local=((20 + number,),), remote=((1,),))  # waits for its own pipe
+    d.read(claimed(producers[3], d, 4), local=((40, 41, 42),)).wait(8)
+    assert torch.equal(d.block(40), producers[3].block(1))
+    assert not d.block(21).any()
+
+
+def test_pipes_that_hang_while_they_are_opened_keep_no_other_from_being_opened(many, faulty):
+    producers, d = many
+    for number, p in enumerate(producers[:3], 1):
+        faulty.opens_stall["asks"] = 1
+        faulty.stalled.clear()
+        d.read(claimed(p, d, number))
+        assert faulty.stalled.wait(8)
+    d.read(claimed(producers[3], d, 4)).wait(8)
+
+
+def test_a_pipe_that_was_given_up_while_it_was_opened_keeps_the_next_one_of_its_peer_waiting_no_longer(
+    faulty, monkeypatch
+):
+    monkeypatch.setattr(links, "RETRY_S", 0.0)
+    p, d = engines(connect_timeout_s=1.5)
+    faulty.attach_stalls = 1
+    with pytest.raises(DeadlineError, match=r"did not answer 'pipe\.ready'"):
+        d.read(claimed(p, d, 1)).wait(8)
+    d.read(claimed(p, d, 2)).wait(8)
+    eventually(lambda: p.workers[0]._pipes.count == 1)
+    d.close()
+    p.close()
+
+
+def test_a_peer_whose_pipes_hang_while_they_are_opened_keeps_no_other_peer_waiting(faulty):
+    name = group()
+    p, d = Engine("P", produces=True, group=name), Engine("D", consumes=True, group=name)
+    station, pipes = d.workers[0]._links._station, p.workers[0]._pipes
+    body = {"name": "inproc", "message": {}, "hello": station.me.to_wire()}
+    faulty.opens_stall["serves"] = 20
+    for number in range(20):
+        pipes._handle_open({**body, "pipe": f"n{number}", "worker": {**station.worker, "endpoint": "127.0.0.1:9"}})
+    assert faulty.stalled.wait(8)
+    faulty.opens_stall["serves"] = 0
+    d.read(claimed(p, d)).wait(8)
+    faulty.gate.set()
+    d.close()
+    p.close()
 
 
 def test_a_pipe_that_was_dropped_while_it_was_opened_is_not_kept(pair, faulty):
     p, d = pair
-    links = d.workers[0]._links
-    join = links._join
+    own = d.workers[0]._links
+    join = own._join
 
     def slow(link, hello):
         pipe = join(link, hello)
-        links._links.pop((link.at, link.incarnation))
+        own._links.pop((link.at, link.incarnation))
         return pipe
 
-    links._join = slow
+    own._join = slow
     with pytest.raises(LoadError, match="while it was opened"):
         d.read(claimed(p, d, 1)).wait(8)
     assert faulty.gate.wait(8), "its pipe was not ended"
     eventually(lambda: p.workers[0]._pipes.count == 0)
-    links._join = join
+    own._join = join
     d.read(claimed(p, d, 2)).wait(8)
 
 
@@ -282,6 +364,88 @@ def test_a_pipe_of_three_methods_carries_blocks_between_engines(monkeypatch):
         d.read(claimed(p, d, number, ((number, number + 10),)), local=local).wait(8)
         assert torch.equal(d.block(20 + number), p.block(number))
         assert torch.equal(d.block(40 + number), p.block(number + 10))
+    d.close()
+    p.close()
+
+
+class BreaksOnce(ThreeMethods):
+    """Breaks in the middle of a transfer: at the producer, which notices first."""
+
+    chunks_left: ClassVar[int | None]
+
+    def send_tensor(self, tensor):
+        cls = BreaksOnce
+        if cls.chunks_left == 0:
+            cls.chunks_left = None
+            raise ConnectionResetError("cut")
+        if cls.chunks_left is not None:
+            cls.chunks_left -= 1
+        super().send_tensor(tensor)
+
+
+@pytest.mark.parametrize("chunks", [0, 1, 3])
+def test_a_load_whose_pipe_breaks_on_the_way_is_read_again_over_a_fresh_one(monkeypatch, chunks):
+    monkeypatch.setattr(registry, "pipe", lambda _: BreaksOnce)
+    BreaksOnce.chunks_left = chunks
+    p, d = engines(shape=layout(8, 1 << 20))
+    claim = claimed(p, d, blocks=((1, 2),))
+    d.end.commit("r1")
+    transfer = d.read(claim, local=((4, 5),))
+    transfer.wait(8)
+    assert BreaksOnce.chunks_left is None, "nothing broke"
+    for ours, theirs in ((4, 1), (5, 2)):
+        for mine, other in zip(d.memories[0].owner, p.memories[0].owner, strict=True):
+            assert torch.equal(mine.view(8, -1)[ours], other.view(8, -1)[theirs])
+    assert p.freed() == [((1, 2),)]
+    assert d.workers[0].stats() == {**d.workers[0].stats(), "loads": 1, "bytes": transfer.nbytes}
+    d.close()
+    p.close()
+
+
+def test_a_confirmation_whose_connection_broke_is_asked_for_again_once(pair, monkeypatch):
+    p, d = pair
+    client = d.workers[0]._client
+    real, asked, failures = client.call, [], 1
+
+    def call(endpoint, op, body, timeout_s):
+        if op == "release":
+            asked.append(op)
+            if len(asked) <= failures:
+                broken = Future()
+                broken.set_exception(BrokenError("the connection was closed"))
+                return broken
+        return real(endpoint, op, body, timeout_s)
+
+    monkeypatch.setattr(client, "call", call)
+    d.read(claimed(p, d, 1)).wait(8)
+    assert len(asked) == 2
+    asked.clear()
+    failures = 2
+    with pytest.raises(LoadError, match="connection was closed"):
+        d.read(claimed(p, d, 2)).wait(8)
+    assert len(asked) == 2
+
+
+class OwnTime(ThreeMethods):
+    timeout_s = 7.0
+
+
+class OwnTimeOnceOpen(ThreeMethods):
+    def __init__(self, spec):
+        super().__init__(spec)
+        self.timeout_s = 30.0
+
+
+@pytest.mark.parametrize(("cls", "expected"), [(ThreeMethods, 4.5), (OwnTime, 7.0), (OwnTimeOnceOpen, 30.0)])
+def test_a_pipe_has_the_transfers_time_limit_unless_it_sets_its_own(monkeypatch, cls, expected):
+    opened = []
+    real = cls.attach
+    monkeypatch.setattr(cls, "attach", lambda pipe, *args: (opened.append(pipe), real(pipe, *args))[1])
+    monkeypatch.setattr(registry, "pipe", lambda _: cls)
+    p, d = engines(transfer_timeout_s=4.5)
+    d.read(claimed(p, d)).wait(8)
+    assert [pipe.timeout_s for pipe in opened] == [expected, expected]
+    assert [pipe._stream._timeout_s for pipe in opened] == [expected, expected]
     d.close()
     p.close()
 
