@@ -47,12 +47,17 @@ def export(memory: PagedMemory) -> dict[str, Any]:
     reason = why_not(memory)
     if reason is not None:
         raise HandshakeError(f"the KV cache cannot be opened by another process: {reason}")
+    return describe([int(base) for base in memory.bases], driver.index(memory.device))
+
+
+def describe(addresses: Sequence[int], device: int) -> dict[str, Any]:
+    """Return the handles of memory at ``addresses`` that can be exported: what `Mapped` reads."""
     module = driver.cupy()
     regions: list[list[Any]] = []
-    with driver.errors("export the KV cache"), module.cuda.Device(driver.index(memory.device)):
-        for base in memory.bases:
-            start, _ = driver.allocation(int(base))
-            regions.append([bytes(module.cuda.runtime.ipcGetMemHandle(start)), start, int(base) - start])
+    with driver.errors("export memory"), module.cuda.Device(device):
+        for address in addresses:
+            start, _ = driver.allocation(address)
+            regions.append([bytes(module.cuda.runtime.ipcGetMemHandle(start)), start, address - start])
     return {"process": _process(0), "regions": regions}
 
 

@@ -22,6 +22,7 @@ from kvconnect.cuda.tiles import FROM, NBYTES, TO, Paged, UInt64Array
 from kvconnect.errors import ClosedError, KVConnectError, LoadError
 from kvconnect.paging import BlockIds, PagedLayout, PagedMemory
 from kvconnect.pipes.base import Channel, Transfer
+from kvconnect.pipes.peer_process import PeerProcess
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class CudaIpcBlocks:
         channel: messages to the other end.
         multiprocessors: how many a copy between GPUs may use; within one GPU all of them.
         peer_uuid: of the GPU at the other end.
+        peer: the process at the other end; what is read after its end is nobody's word.
 
     Raises:
         HandshakeError: the layouts' shapes differ, or ``local`` cannot be exported.
@@ -60,11 +62,18 @@ class CudaIpcBlocks:
     """
 
     def __init__(
-        self, local: PagedMemory, remote: PagedLayout, channel: Channel, multiprocessors: int, peer_uuid: str
+        self,
+        local: PagedMemory,
+        remote: PagedLayout,
+        channel: Channel,
+        multiprocessors: int,
+        *,
+        peer_uuid: str,
+        peer: PeerProcess,
     ) -> None:
         check_shapes(local.layout, remote)
         self._local, self._remote, self._channel = local, remote, channel
-        self._device = driver.index(local.device)
+        self._peer, self._device = peer, driver.index(local.device)
         self._copier, self._lanes = copier(self._device), lanes(self._device)
         here = driver.uuid(self._device) == peer_uuid
         self.multiprocessors = self._copier.multiprocessors if here else multiprocessors
@@ -182,6 +191,10 @@ class CudaIpcBlocks:
             for i in range(0, len(sources), step):
                 yield Part(group, sources[i : i + step], targets[i : i + step])
 
+    def check_peer(self) -> None:
+        """Raise `BrokenError` if the peer is gone: its memory stays mapped, but nobody vouches for it."""
+        self._peer.check()
+
     def copied(self) -> None:
         """Hear that a copy that ran is over."""
         with self._lock:
@@ -219,6 +232,10 @@ class _Copy(Work):
 
     def over(self, error: KVConnectError | None) -> None:
         self._kept = None
+        try:
+            self._blocks.check_peer()
+        except KVConnectError as gone:
+            error = error or gone
         self.transfer.finish(error or self._stopped)
         self._blocks.copied()
 

@@ -1,0 +1,117 @@
+"""Kernel or copy engine? Measured once for each pair of devices, decided for each size of run.
+
+A kernel copies any number of pieces in one launch but occupies multiprocessors; a copy
+engine occupies none and reaches a few per cent more, but is told of each run by itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvconnect.cuda import driver
+from kvconnect.cuda.copier import TILE_BYTES, Copier, Part, Table
+from kvconnect.cuda.tiles import COLUMNS, FROM, NBYTES, TO, UInt64Array, is_aligned
+
+#: Scratch memory of a measurement, and the most it copies at once.
+SCRATCH_BYTES = 32 << 20
+_ROUNDS = 5
+_CALLS = 32
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What copies from one device to another cost.
+
+    Args:
+        kernel_rate: bytes a second of the copy kernel.
+        engine_rate: bytes a second of a copy engine, within one run.
+        engine_call_s: seconds that each run costs at least.
+
+    """
+
+    kernel_rate: float
+    engine_rate: float
+    engine_call_s: float
+
+    def engine_is_faster(self, run_bytes: int) -> bool:
+        """Whether many runs of this size are copied faster by a copy engine."""
+        return max(self.engine_call_s, run_bytes / self.engine_rate) < run_bytes / self.kernel_rate
+
+
+def run_bytes(tiles: UInt64Array) -> int:
+    """Return the mean length of what is contiguous on both sides within a block, 0 if it is empty."""
+    if not len(tiles):
+        return 0
+    ends = tiles[:-1, NBYTES]
+    follows = (tiles[1:, FROM] == tiles[:-1, FROM] + ends) & (tiles[1:, TO] == tiles[:-1, TO] + ends)
+    return int(tiles[:, NBYTES].sum()) // (len(tiles) - int(follows.sum()))
+
+
+def runs(tiles: UInt64Array) -> UInt64Array:
+    """Return ``tiles`` with those joined that follow each other on both sides."""
+    ends = tiles[:-1, NBYTES]
+    follows = (tiles[1:, FROM] == tiles[:-1, FROM] + ends) & (tiles[1:, TO] == tiles[:-1, TO] + ends)
+    first = np.flatnonzero(np.concatenate(([True], ~follows))) if len(tiles) else np.zeros(0, np.int64)
+    joined = tiles[first].copy()
+    if len(first):
+        joined[:, NBYTES] = np.add.reduceat(tiles[:, NBYTES], first)
+    return joined
+
+
+def measure(copier: Copier, address: int, nbytes: int, stream: Any, multiprocessors: int) -> Costs:
+    """Measure copies from ``address``, whose ``nbytes`` are only read, into scratch memory.
+
+    Takes a few milliseconds; blocks the calling thread.
+
+    Raises:
+        BrokenError: CUDA failed.
+
+    """
+    module = driver.cupy()
+    size = max(TILE_BYTES, min(nbytes, SCRATCH_BYTES) // TILE_BYTES * TILE_BYTES)
+    small = size // _CALLS
+    with driver.errors("measure copies"), module.cuda.Device(copier.device):
+        scratch = module.cuda.runtime.malloc(size)
+        try:
+            table = _line(address, scratch, min(size, nbytes))
+            ids = Part(0, [0], [0])
+            kernel = _time(lambda: copier.launch(table, ids, stream, multiprocessors), stream)
+
+            def copy(count: int, each: int) -> None:
+                for i in range(count):
+                    module.cuda.runtime.memcpyAsync(scratch + i * each, address + i * each, each, 4, stream.ptr)
+
+            engine = _time(lambda: copy(1, min(size, nbytes)), stream)
+            calls = _time(lambda: copy(_CALLS, min(small, 4096)), stream) / _CALLS
+        finally:
+            stream.synchronize()
+            module.cuda.runtime.free(scratch)
+    moved = min(size, nbytes)
+    return Costs(moved / kernel, moved / engine, calls)
+
+
+def _line(source: int, target: int, nbytes: int) -> Table:
+    """Return the table of one contiguous copy, cut into tiles."""
+    starts = np.arange(0, nbytes, TILE_BYTES, dtype=np.uint64)
+    tiles = np.zeros((len(starts), COLUMNS), dtype=np.uint64)
+    tiles[:, FROM], tiles[:, TO] = starts + np.uint64(source), starts + np.uint64(target)
+    tiles[:, NBYTES] = np.minimum(np.uint64(nbytes) - starts, np.uint64(TILE_BYTES))
+    return Table((tiles,), (driver.cupy().asarray(tiles),), (is_aligned(tiles),))
+
+
+def _time(enqueue: Any, stream: Any) -> float:
+    """Return the device's seconds for what ``enqueue`` puts on ``stream``: the best of a few."""
+    cuda = driver.cupy().cuda
+    begin, end = cuda.Event(), cuda.Event()
+    best = float("inf")
+    for _ in range(_ROUNDS):
+        begin.record(stream)
+        kept = enqueue()
+        end.record(stream)
+        end.synchronize()
+        del kept
+        best = min(best, cuda.get_elapsed_time(begin, end) / 1e3)
+    return best

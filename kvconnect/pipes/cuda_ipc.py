@@ -1,0 +1,169 @@
+"""CUDA IPC between processes of one host: one kernel from the peer's memory into ours, pool to pool.
+
+Two parts: paged blocks (`kvconnect.pipes.cuda_ipc_blocks`), which need nothing of the
+peer but the handles of its memory, once; and tensors (`kvconnect.pipes.staged`) by way
+of staging memory. Host pipes beside them tell of the peer's end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from kvconnect.config import Backend, parse_options
+from kvconnect.cuda import driver, ipc
+from kvconnect.errors import BusyError, ClosedError, ConfigError, HandshakeError, KVConnectError
+from kvconnect.paging import BlockIds, PagedLayout, PagedMemory
+from kvconnect.pipes import companion, host
+from kvconnect.pipes.base import YES, Channel, Message, Pipe, PipeSpec, Reach, Traits, Transfer, Verdict
+from kvconnect.pipes.cuda_ipc_blocks import CudaIpcBlocks
+from kvconnect.pipes.cuda_ipc_staging import CudaIpcMedium
+from kvconnect.pipes.peer_process import PeerProcess
+from kvconnect.pipes.staged import StagedTensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CudaIpcOptions:
+    """Options of this pipe.
+
+    Args:
+        multiprocessors: the most that one copy between two GPUs may occupy; within one GPU it may use all.
+        companion: the host pipe beside it, ``"shm"``, ``"tcp"`` or ``"auto"``.
+
+    """
+
+    multiprocessors: int = 16
+    companion: Backend = Backend("auto")
+
+
+class CudaIpcPipe(Pipe):
+    """One end of a pipe between two processes of a host, over CUDA memory."""
+
+    name: ClassVar[str] = "cuda_ipc"
+    traits: ClassVar[Traits] = Traits(frozenset({"cuda"}), Reach.HOST, one_sided=True, zero_copy=True)
+
+    def __init__(self, spec: PipeSpec) -> None:
+        """Meet the other end.
+
+        Raises:
+            ConfigError: a wrong option, or ``spec.device`` is no CUDA device.
+            HandshakeError: the other end is not such a pipe.
+
+        """
+        self._options = _options(spec)
+        self._device = driver.index(spec.device)
+        self.timeout_s = spec.timeout_s
+        self._blocks: CudaIpcBlocks | None = None
+        self._ended: KVConnectError | None = None
+        mine = {"uuid": driver.uuid(self._device), **PeerProcess.card()}
+        joined = companion.join(spec, mine, self._options.companion)
+        try:
+            self._peer_uuid = _text(joined.theirs, "uuid")
+            self._peer = PeerProcess(joined.theirs)
+        except BaseException:
+            joined.abort()
+            raise
+        self._tensors = StagedTensors(joined, CudaIpcMedium(self._device), timeout_s=spec.timeout_s)
+
+    # -- placing --------------------------------------------------------------------
+
+    @classmethod
+    def availability(cls) -> Verdict:
+        """Say whether there are a GPU and CuPy."""
+        missing = driver.missing()
+        return YES if missing is None else Verdict(False, *missing)
+
+    @classmethod
+    def descriptor(cls, device: str) -> dict[str, Any]:
+        """Describe this process and its device, by UUID: indices differ between processes."""
+        return {**host.identity(), "uuid": driver.uuid(driver.index(device))}
+
+    @classmethod
+    def can_reach(cls, local: Message, remote: Message) -> Verdict:
+        """Say whether both ends are on one host and see each other's handles."""
+        near = host.within(cls.traits.reach, local, remote)
+        if near and local.get("ipcns") != remote.get("ipcns"):
+            return Verdict(False, "the peers are in different IPC namespaces", "share the host's (hostIPC, --ipc=host)")
+        return near
+
+    @classmethod
+    def accepts(cls, memory: PagedMemory) -> Verdict:
+        """Say whether other processes can open ``memory``."""
+        reason = ipc.why_not(memory)
+        return YES if reason is None else Verdict(False, reason, "")
+
+    # -- tensors ----------------------------------------------------------------------
+
+    def send_tensor(self, tensor: Tensor | None) -> None:
+        """See `Pipe.send_tensor`."""
+        self._tensors.send(tensor)
+
+    def recv_tensor(self) -> Tensor | None:
+        """See `Pipe.recv_tensor`."""
+        return self._tensors.receive()
+
+    def recv_tensor_into(self, out: Tensor) -> None:
+        """See `Pipe.recv_tensor_into`."""
+        self._tensors.receive_into(out)
+
+    def close(self) -> None:
+        """See `Pipe.close`."""
+        self._end_blocks()
+        self._tensors.close()
+
+    def abort(self) -> None:
+        """See `Pipe.abort`."""
+        self._end_blocks()
+        self._tensors.abort()
+
+    # -- blocks -------------------------------------------------------------------------
+
+    def attach(self, local: PagedMemory, remote: PagedLayout, channel: Channel) -> None:
+        """See `Pipe.attach`."""
+        if self._ended is not None:
+            raise self._ended
+        if self._blocks is not None:
+            raise BusyError("this pipe is attached to paged memory already")
+        if driver.index(local.device) != self._device:
+            raise HandshakeError(f"the memory is on {local.device}, this pipe was opened for cuda:{self._device}")
+        self._blocks = CudaIpcBlocks(
+            local, remote, channel, self._options.multiprocessors, peer_uuid=self._peer_uuid, peer=self._peer
+        )
+
+    def read_blocks(self, remote: BlockIds, local: BlockIds) -> Transfer:
+        """See `Pipe.read_blocks`."""
+        return self._block_path().read(remote, local)
+
+    def write_blocks(self, local: BlockIds, remote: BlockIds) -> Transfer:
+        """See `Pipe.write_blocks`."""
+        return self._block_path().write(local, remote)
+
+    def _block_path(self) -> CudaIpcBlocks:
+        if self._ended is not None:
+            raise self._ended
+        if self._blocks is None:
+            raise ClosedError("attach() this pipe to paged memory before moving blocks")
+        return self._blocks
+
+    def _end_blocks(self) -> None:
+        self._ended = self._ended or ClosedError("this end was closed")
+        if self._blocks is not None:
+            self._blocks.close(self._ended)
+
+
+def _options(spec: PipeSpec) -> CudaIpcOptions:
+    options = parse_options(CudaIpcOptions, spec.options, "pipe")
+    if options.multiprocessors < 1:
+        raise ConfigError(f"pipe.multiprocessors is {options.multiprocessors}; it must be at least 1")
+    return options
+
+
+def _text(message: Mapping[str, Any], field: str) -> str:
+    value = message.get(field)
+    if not isinstance(value, str):
+        raise HandshakeError(f"the other end's message has no {field!r}")
+    return value
