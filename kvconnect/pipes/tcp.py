@@ -3,7 +3,8 @@
 Tensors go on the callers' threads: a header and the tensor's own memory out in
 one call, and straight into the final tensor at the other end. Blocks go over a
 second connection (`kvconnect.pipes.tcp_blocks`), which one thread of the process
-serves for all pipes. The asking end makes both connections.
+serves for all pipes. The asking end makes both connections. Unless neither end
+wants them, everything carries checksums, which are compared where it has landed.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from kvconnect.errors import (
     ConfigError,
     DeadlineError,
     EndOfPipe,
+    IntegrityError,
     KVConnectError,
     TensorRejectedError,
 )
@@ -33,7 +35,7 @@ from kvconnect.pipes.tcp_blocks import BlockConnection
 from kvconnect.pipes.tcp_farewell import hang_up
 from kvconnect.pipes.tcp_link import Link
 from kvconnect.pipes.tcp_meeting import Asking, Serving, TcpOptions
-from kvconnect.pipes.wire import HEADER_BYTES, Kind, Meta
+from kvconnect.pipes.wire import Kind, Meta
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,7 +123,7 @@ class TcpPipe(Pipe):
 
     def _send(self, link: Link, header: bytes, dense: Tensor | None, nbytes: int) -> None:
         try:
-            link.send(header, dense.data_ptr() if dense is not None else 0, nbytes)
+            self._meeting.messages.send(link, header, dense.data_ptr() if dense is not None else 0, nbytes)
         except BaseException as error:  # noqa: BLE001 - raised again; part of a message may have gone
             self._fail(error, link)
 
@@ -158,8 +160,7 @@ class TcpPipe(Pipe):
             meta = self._recv_meta(link)
             if meta is not None and meta.kind is Kind.TENSOR:
                 tensor = place(meta)
-                if meta.nbytes:
-                    link.recv(tensor.data_ptr(), meta.nbytes)
+                self._meeting.messages.recv_body(link, tensor.data_ptr(), meta.nbytes)
         except BaseException as error:  # noqa: BLE001 - raised again; part of a message may have come
             self._fail(error, link)
         if meta is None:
@@ -172,13 +173,10 @@ class TcpPipe(Pipe):
 
     def _recv_meta(self, link: Link) -> Meta | None:
         """Receive a header; ``None`` if none came in time."""
-        address, view = link.head_address, link.head
-        if not link.recv(address, HEADER_BYTES, idle=True):
+        header = self._meeting.messages.recv_head(link)
+        if header is None:
             return None
-        more = wire.read(view[:HEADER_BYTES])
-        if more:
-            link.recv(address + HEADER_BYTES, more)
-        meta = wire.decode(view[: HEADER_BYTES + more], self._options.max_message_bytes)
+        meta = wire.decode(header, self._options.max_message_bytes)
         if meta.kind not in _MESSAGES:
             raise BrokenError(f"the peer sent a {meta.kind.name} frame among tensors")
         return meta
@@ -211,6 +209,8 @@ class TcpPipe(Pipe):
             raise BrokenError(str(self._failure)) from self._failure
         elif self._failure is None:
             self._failure = error
+            if isinstance(error, IntegrityError):
+                link.end(reset=False)  # a message is lost, and whoever sent it must hear of that
         raise error
 
     # -- the end ----------------------------------------------------------------------------
@@ -241,7 +241,7 @@ class TcpPipe(Pipe):
         # In the middle of another thread's message there is no place for an end mark.
         if self._sending.take():
             try:
-                link.send(wire.control(Kind.END))
+                self._meeting.messages.send(link, wire.control(Kind.END))
             except (BrokenError, DeadlineError, ClosedError):
                 link.end(reset=False)  # nobody is left to be told
                 return
@@ -276,7 +276,8 @@ class TcpPipe(Pipe):
         """Serve ``local`` over a connection of its own. The channel is not needed."""
         if torch.device(local.device).type != "cpu":
             raise ConfigError(f"the tcp pipe moves blocks in CPU memory, these are on {local.device!r}")
-        blocks = BlockConnection(self._loop, local, remote, self._options.chunk_bytes, self._timeout_s)
+        checksum, chunk_bytes = self._meeting.checksum, self._options.chunk_bytes
+        blocks = BlockConnection(self._loop, local, remote, chunk_bytes, self._timeout_s, checksum=checksum)
         with self._state:
             if self._closed:
                 raise ClosedError("this end was closed")

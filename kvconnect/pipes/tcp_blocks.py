@@ -18,7 +18,14 @@ from collections.abc import Callable
 from typing import Any
 
 from kvconnect import blocks as paged
-from kvconnect.errors import BrokenError, ClosedError, DeadlineError, HandshakeError, KVConnectError
+from kvconnect.errors import (
+    BrokenError,
+    ClosedError,
+    DeadlineError,
+    HandshakeError,
+    IntegrityError,
+    KVConnectError,
+)
 from kvconnect.paging import BlockIds, IoVec, PagedLayout, PagedMemory
 from kvconnect.pipes import reactor, tcp_frames
 from kvconnect.pipes.base import Transfer
@@ -34,7 +41,14 @@ class BlockConnection:
     """One end of a block connection. Its socket comes later; requests wait for it."""
 
     def __init__(
-        self, loop: Reactor, local: PagedMemory, remote: PagedLayout, chunk_bytes: int, timeout_s: float
+        self,
+        loop: Reactor,
+        local: PagedMemory,
+        remote: PagedLayout,
+        chunk_bytes: int,
+        timeout_s: float,
+        *,
+        checksum: bool,
     ) -> None:
         """Prepare to serve ``local`` and to ask for blocks of ``remote``.
 
@@ -44,6 +58,7 @@ class BlockConnection:
             remote: the peer's layout.
             chunk_bytes: most bytes of a transfer before another has its turn.
             timeout_s: how long nothing may move while something should.
+            checksum: all frames carry sums; the peer has to agree.
 
         Raises:
             HandshakeError: the two layouts have different shapes.
@@ -52,7 +67,7 @@ class BlockConnection:
         paged.check_shapes(local.layout, remote)
         self._loop, self._local, self._remote = loop, local, remote
         self._chunk_bytes, self._timeout_s = chunk_bytes, timeout_s
-        self._requests = BlockRequests(local, chunk_bytes)
+        self._requests = BlockRequests(local, chunk_bytes, checksum=checksum)
         self._numbers = itertools.count(1)
         self._sock: socket.socket | None = None
         self._events = 0
@@ -103,8 +118,10 @@ class BlockConnection:
 
     def _check_usable(self) -> None:
         error = self._error
+        if isinstance(error, ClosedError):
+            raise ClosedError(str(error)) from error
         if error is not None:
-            raise type(error)(str(error)) from error
+            raise BrokenError(str(error)) from error
 
     # -- on the reactor's thread ----------------------------------------------------------
 
@@ -156,7 +173,7 @@ class BlockConnection:
         """Receive and send a chunk each, then watch for what is wanted next."""
         try:
             self._move(events)
-        except BrokenError as error:
+        except (BrokenError, IntegrityError) as error:
             self._fail(error)
         except OSError as error:
             self._fail(BrokenError(f"the connection failed: {error}"), error)

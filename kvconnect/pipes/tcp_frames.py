@@ -4,6 +4,7 @@
 
     magic u16 | kind u8 | side u8 | transfer u32 | offset u64 | nbytes u64 | nbytes of payload
 
+With checksums the seal of `kvconnect.pipes.tcp_checksum` stands before the payload.
 ``transfer`` is a number that the end which started the transfer gave it; ``side``
 is 0 if that end reads, 1 if it writes. Numbers are little-endian. Payloads:
 block ids of a `Kind.READ` or `Kind.WRITE`, bytes of the canonical stream from

@@ -14,6 +14,7 @@ import numpy as np
 from kvconnect.errors import BrokenError, ClosedError, DeadlineError
 from kvconnect.pipes import vectored
 from kvconnect.pipes.reactor import Reactor
+from kvconnect.pipes.tcp_checksum import SEAL_BYTES
 from kvconnect.pipes.tcp_farewell import Farewell, hang_up
 from kvconnect.pipes.wire import MAX_HEADER_BYTES
 
@@ -51,8 +52,14 @@ class Link:
         self.head, self.head_address = _header_memory()
         self._out = vectored.pieces((0, 0), (0, 0))
 
-    def send(self, header: bytes, address: int = 0, nbytes: int = 0) -> None:
+    def deadline(self, nbytes: int) -> float:
+        """Return when a message of ``nbytes`` that starts now has to be over, a time of `time.monotonic`."""
+        return time.monotonic() + self._timeout_s + nbytes * _SECONDS_A_BYTE
+
+    def send(self, header: bytes, address: int = 0, nbytes: int = 0, deadline: float | None = None) -> None:
         """Send ``header`` and then ``nbytes`` bytes at ``address``. For one thread at a time.
+
+        ``deadline`` is that of the message whose part this is; without it, this is a whole one.
 
         Raises:
             DeadlineError, BrokenError: part of it may have gone.
@@ -60,7 +67,7 @@ class Link:
 
         """
         left = len(header) + nbytes
-        deadline = time.monotonic() + self._timeout_s + left * _SECONDS_A_BYTE
+        deadline = deadline or self.deadline(left)
         # One array for all messages: building one would cost as much as the call that sends it.
         self._out_head[: len(header)] = header
         iov = self._out
@@ -83,8 +90,8 @@ class Link:
         finally:
             self._leave(_SENDS)
 
-    def recv(self, address: int, nbytes: int, *, idle: bool = False) -> bool:
-        """Receive ``nbytes`` bytes to ``address``. For one thread at a time.
+    def recv(self, address: int, nbytes: int, *, idle: bool = False, deadline: float | None = None) -> bool:
+        """Receive ``nbytes`` bytes to ``address``, by ``deadline`` as in `send`. For one thread at a time.
 
         With ``idle``, nothing of a message has come yet: running out of time before
         the first byte returns ``False`` and harms nothing.
@@ -94,7 +101,7 @@ class Link:
             ClosedError: `end` or `stop_receiving` was called.
 
         """
-        deadline = time.monotonic() + self._timeout_s + nbytes * _SECONDS_A_BYTE
+        deadline = deadline or self.deadline(nbytes)
         fd = self._enter(_RECEIVES)
         try:
             while nbytes:
@@ -201,5 +208,5 @@ class Link:
 
 
 def _header_memory() -> tuple[memoryview, int]:
-    memory = np.empty(MAX_HEADER_BYTES, dtype=np.uint8)
+    memory = np.empty(MAX_HEADER_BYTES + SEAL_BYTES, dtype=np.uint8)
     return memoryview(memory.data), int(memory.ctypes.data)

@@ -22,8 +22,9 @@ from kvconnect.pipes.reactor import Reactor
 from kvconnect.pipes.tcp_blocks import BlockConnection
 from kvconnect.pipes.tcp_farewell import hang_up
 from kvconnect.pipes.tcp_listener import GREETING, TOKEN_BYTES
+from kvconnect.pipes.tcp_messages import messages
 
-_VERSION: Final = 1
+_VERSION: Final = 2
 _WILDCARDS: Final = frozenset({"", "0.0.0.0", "::"})  # noqa: S104 - only looked for, to be refused
 #: How long the asking end may still arrive at a serving end that has closed, to be told so.
 _LATE_S: Final = 2.0
@@ -45,6 +46,8 @@ class TcpOptions:
         advertise_host: address that the asking end is told, if it differs (NAT).
         chunk_bytes: most bytes of one block transfer before another has its turn.
         max_message_bytes: largest tensor that is sent, or accepted from the peer.
+        checksum: send sums of all that is sent, and compare them with what has landed before it
+            counts as received. On for both ends if either wants it.
         socket_buffer_bytes: the kernel's buffers for each connection; 0 leaves them to the kernel
             (but for 512 KiB to send within one host).
 
@@ -55,6 +58,7 @@ class TcpOptions:
     advertise_host: str | None = None
     chunk_bytes: int = 1 << 20
     max_message_bytes: int = 64 << 30
+    checksum: bool = True
     socket_buffer_bytes: int = 0
 
     @classmethod
@@ -91,7 +95,13 @@ class Serving:
     """The end that listens."""
 
     def __init__(self, loop: Reactor, spec: PipeSpec, options: TcpOptions, joined: Joined) -> None:
-        """Listen, and tell the other end where and with which tokens."""
+        """Listen, and tell the other end where and with which tokens.
+
+        Raises:
+            ConfigError: the address cannot be bound.
+            HandshakeError: the other end's message is malformed.
+
+        """
         self._loop, self._options, self._joined = loop, options, joined
         self._lock = threading.Lock()
         self._blocks: BlockConnection | None = None
@@ -100,15 +110,18 @@ class Serving:
         self._listener = tcp_listener.acquire(loop, options.bind_host, options.port)
         self._tokens = self._listener.expect(self._arrive), self._listener.expect(self._arrive_blocks)
         try:
-            spec.exchange(
+            theirs = spec.exchange(
                 {
                     "tcp": _VERSION,
+                    "checksum": options.checksum,
                     "host": options.advertise_host or options.bind_host,
                     "port": self._listener.port,
                     "token": self._tokens[0],
                     "blocks": self._tokens[1],
                 }
             )
+            self.checksum = options.checksum | _wants_checksum(theirs)
+            self.messages = messages(checksum=self.checksum)
         except BaseException:
             self.end(at_once=True)
             raise
@@ -171,7 +184,10 @@ class Asking:
 
         """
         self._loop, self._options = loop, options
-        theirs = spec.exchange({"tcp": _VERSION})
+        theirs = spec.exchange({"tcp": _VERSION, "checksum": options.checksum})
+        #: Whether either end wants sums.
+        self.checksum = options.checksum | _wants_checksum(theirs)
+        self.messages = messages(checksum=self.checksum)
         host, port, token, self._blocks_token = _checked(theirs)
         with _reaching(host, port, spec.timeout_s):
             sock = socket.create_connection((host, port), spec.timeout_s)
@@ -213,11 +229,18 @@ def _reaching(host: str, port: int, timeout_s: float) -> Iterator[None]:
         raise BrokenError(f"cannot reach {host!r} port {port}: {error}") from error
 
 
+def _wants_checksum(theirs: Mapping[str, Any]) -> bool:
+    if theirs.get("tcp") != _VERSION:
+        raise HandshakeError(f"ours is version {_VERSION} of the tcp pipe, theirs {theirs.get('tcp')!r}")
+    wants = theirs.get("checksum")
+    if not isinstance(wants, bool):
+        raise HandshakeError(f"the peer did not say whether it wants checksums, but {wants!r}")
+    return wants
+
+
 def _checked(theirs: Mapping[str, Any]) -> tuple[str, int, bytes, bytes]:
     host, port = theirs.get("host"), theirs.get("port")
     tokens = [theirs.get("token"), theirs.get("blocks")]
-    if theirs.get("tcp") != _VERSION:
-        raise HandshakeError(f"ours is version {_VERSION} of the tcp pipe, theirs {theirs.get('tcp')!r}")
     named = isinstance(host, str) and tcp_listener.is_host(host)
     if not named or not isinstance(port, int) or not 0 < port <= 65535:
         raise HandshakeError(f"the peer sent no address to connect to: {host!r} port {port!r}")

@@ -7,7 +7,7 @@ from typing import Final
 
 import numpy as np
 
-from kvconnect.errors import BrokenError, ClosedError, HandshakeError, KVConnectError, LoadError
+from kvconnect.errors import BrokenError, ClosedError, HandshakeError, IntegrityError, KVConnectError, LoadError
 from kvconnect.paging import IoVec, PagedMemory
 from kvconnect.pipes import tcp_frames, vectored
 from kvconnect.pipes.base import Transfer
@@ -20,7 +20,9 @@ logger = logging.getLogger("kvconnect.pipes.tcp")
 #: Transfers that one peer may have running here, and bad requests that it may make.
 MAX_SERVED: Final = 4096
 MAX_REFUSALS: Final = 64
-_ANSWERS: Final = {cls.__name__: cls for cls in (BrokenError, ClosedError, HandshakeError, LoadError)}
+#: Damaged frames after which a connection is given up.
+MAX_DAMAGES: Final = 64
+_ANSWERS: Final = {cls.__name__: cls for cls in (BrokenError, ClosedError, HandshakeError, IntegrityError, LoadError)}
 
 
 class Incoming:
@@ -50,16 +52,17 @@ class Writing:
 class BlockRequests:
     """Both ends' requests on one connection. Runs on the reactor's thread only."""
 
-    def __init__(self, local: PagedMemory, chunk_bytes: int) -> None:
-        """Serve ``local`` in chunks of ``chunk_bytes``."""
+    def __init__(self, local: PagedMemory, chunk_bytes: int, *, checksum: bool = False) -> None:
+        """Serve ``local`` in chunks of ``chunk_bytes``; with ``checksum``, all frames carry sums."""
         self._local = local
-        self.writer, self.reader = FrameWriter(chunk_bytes), FrameReader(self)
+        self.writer = FrameWriter(chunk_bytes, checksum=checksum)
+        self.reader = FrameReader(self, checksum=checksum)
         self._reading: dict[int, Incoming] = {}
         self._writing: dict[int, Writing] = {}
         self._served: dict[int, Outgoing] = {}
         self._written: dict[int, Incoming] = {}
         self._payload = bytearray()
-        self._refusals = 0
+        self._refusals = self._damages = 0
         self._ids_bytes = tcp_frames.max_ids_bytes(local.layout)
 
     @property
@@ -85,7 +88,7 @@ class BlockRequests:
         """Give up a transfer; one that is over already is left alone."""
         incoming, writing = self._reading.get(number), self._writing.get(number)
         if incoming is not None and not incoming.draining:
-            self._stop_reading(number, incoming)
+            self._stop_reading(number, incoming, LoadError("the transfer was cancelled"))
         elif writing is not None and writing.out is not None:
             self.writer.drop(writing.out)
 
@@ -98,14 +101,14 @@ class BlockRequests:
             table.clear()
         return running
 
-    def _stop_reading(self, number: int, incoming: Incoming) -> None:
+    def _stop_reading(self, number: int, incoming: Incoming, error: KVConnectError) -> None:
         # What is on its way goes nowhere, so the blocks are free from here on.
         incoming.draining = True
         if self.reader.receiving(READS, number):
             self.reader.divert()
         self.writer.say(pack(Kind.CANCEL, READS, number))
         if incoming.transfer is not None:
-            incoming.transfer.finish(LoadError("the transfer was cancelled"))
+            incoming.transfer.finish(error)
 
     def _left_written(self, out: Outgoing) -> None:
         writing = self._writing.get(out.transfer)
@@ -174,6 +177,40 @@ class BlockRequests:
             case _:
                 self._answer(frame, _error(bytes(self._payload)))
 
+    def damaged(self, frame: Frame) -> None:
+        """Fail the transfer that a damaged payload belongs to.
+
+        Raises:
+            IntegrityError: it cannot be told apart from others, or there is too much damage.
+
+        """
+        self._damages += 1
+        error = IntegrityError(f"a {frame.kind.name} frame of {frame.nbytes} bytes arrived damaged")
+        logger.warning("%s", error)
+        # Bytes of a write follow its block ids at once: without those there is no place for them.
+        if frame.kind is Kind.WRITE or self._damages > MAX_DAMAGES:
+            raise error
+        match frame.kind:
+            case Kind.DATA:
+                self._end_damaged(frame, error)
+            case Kind.READ:
+                self.writer.say(pack(Kind.ERROR, READS, frame.transfer, payload=_travelling(error)))
+            case _:
+                self._answer(frame, error)
+
+    def _end_damaged(self, frame: Frame, error: IntegrityError) -> None:
+        table = self._incoming(frame.side)
+        incoming = table[frame.transfer]
+        if not incoming.cursor.left:
+            del table[frame.transfer]
+        if incoming.transfer is None:
+            incoming.draining = True
+            self.writer.say(pack(Kind.ERROR, WRITES, frame.transfer, payload=_travelling(error)))
+        elif incoming.cursor.left:
+            self._stop_reading(frame.transfer, incoming, error)
+        else:
+            incoming.transfer.finish(error)
+
     def _end_data(self, frame: Frame) -> None:
         table = self._incoming(frame.side)
         incoming = table[frame.transfer]
@@ -212,8 +249,7 @@ class BlockRequests:
         if frame.side == WRITES or self._refusals > MAX_REFUSALS:
             raise BrokenError(f"the peer asked for what it must not: {error}") from error
         logger.warning("a peer's request for blocks was refused: %s", error)
-        text = f"{type(error).__name__}: {error}".encode()[: tcp_frames.MAX_TEXT_BYTES]
-        self.writer.say(pack(Kind.ERROR, frame.side, frame.transfer, payload=text))
+        self.writer.say(pack(Kind.ERROR, frame.side, frame.transfer, payload=_travelling(error)))
 
     def _left_served(self, out: Outgoing) -> None:
         if self._served.pop(out.transfer, None) is not None and out.dropped:
@@ -247,6 +283,10 @@ class BlockRequests:
             return
         if incoming.transfer is not None:
             incoming.transfer.finish(error or BrokenError("the peer gave up sending"))
+
+
+def _travelling(error: KVConnectError) -> bytes:
+    return f"{type(error).__name__}: {error}".encode()[: tcp_frames.MAX_TEXT_BYTES]
 
 
 def _error(payload: bytes) -> KVConnectError:

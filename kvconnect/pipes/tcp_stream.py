@@ -10,7 +10,8 @@ import numpy as np
 
 from kvconnect.errors import BrokenError
 from kvconnect.paging import IoVec
-from kvconnect.pipes import vectored
+from kvconnect.pipes import tcp_checksum, vectored
+from kvconnect.pipes.tcp_checksum import SEAL_BYTES
 from kvconnect.pipes.tcp_frames import FRAME_BYTES, Frame, pack_data, unpack
 from kvconnect.pipes.wire import Kind
 
@@ -63,8 +64,8 @@ class Outgoing:
 class FrameWriter:
     """What goes out: short frames first, then one chunk of each transfer in turn."""
 
-    def __init__(self, chunk_bytes: int) -> None:
-        self._chunk_bytes = chunk_bytes
+    def __init__(self, chunk_bytes: int, *, checksum: bool = False) -> None:
+        self._chunk_bytes, self._checksum = chunk_bytes, checksum
         self._short: deque[bytes] = deque()
         self._waiting: deque[Outgoing] = deque()
         self._current: Outgoing | None = None
@@ -78,6 +79,9 @@ class FrameWriter:
 
     def say(self, frame: bytes) -> None:
         """Queue a short frame, ahead of all chunks."""
+        if self._checksum:
+            header, payload = frame[:FRAME_BYTES], frame[FRAME_BYTES:]
+            frame = header + tcp_checksum.seal(header, tcp_checksum.of(payload)) + payload
         self._short.append(frame)
 
     def say_first(self, words: bytes) -> None:
@@ -125,8 +129,11 @@ class FrameWriter:
         if self._waiting:
             self._current = out = self._waiting.popleft()
             count = min(out.cursor.left, self._chunk_bytes)
-            head += pack_data(out.side, out.transfer, out.cursor.offset, count)
+            header = pack_data(out.side, out.transfer, out.cursor.offset, count)
             chunk = out.cursor.take(count)
+            head += header
+            if self._checksum:
+                head += tcp_checksum.seal(header, tcp_checksum.of_pieces(chunk))
             self._left = count
         self._blob = np.frombuffer(head, dtype=np.uint8)  # keeps `head` alive
         self._left += len(head)
@@ -153,14 +160,21 @@ class FrameHandler(Protocol):
         """Act on a frame whose payload is complete."""
         ...
 
+    def damaged(self, frame: Frame) -> None:
+        """Act on a frame whose payload is complete, but not what was sent."""
+        ...
+
 
 class FrameReader:
     """What comes in: a header, checked, then its payload straight to where it belongs."""
 
-    def __init__(self, handler: FrameHandler) -> None:
-        self._handler = handler
-        self._head = np.empty(FRAME_BYTES, dtype=np.uint8)
-        self._head_iov = vectored.pieces((self._head.ctypes.data, FRAME_BYTES))
+    def __init__(self, handler: FrameHandler, *, checksum: bool = False) -> None:
+        self._handler, self._checksum = handler, checksum
+        self._head = np.empty(FRAME_BYTES + SEAL_BYTES * checksum, dtype=np.uint8)
+        self._head_iov = vectored.pieces((self._head.ctypes.data, self._head.nbytes))
+        #: Where the payload lands that is to be checked, and its sum.
+        self._place: IoVec | None = None
+        self._sum = 0
         self._scratch = np.empty(0, dtype=np.uint8)
         self.frame: Frame | None = None
         #: Set when the connection ended, perhaps by whoever a frame was reported to.
@@ -175,6 +189,7 @@ class FrameReader:
         Raises:
             OSError: the connection failed.
             BrokenError: the peer ended it, or does not keep to the protocol.
+            IntegrityError: a header is damaged.
 
         """
         got = 0
@@ -199,6 +214,7 @@ class FrameReader:
 
     def divert(self) -> None:
         """Let the rest of the payload being received go nowhere."""
+        self._place = None
         if self._left:
             self._iov = np.concatenate((self._drain(self._left), self._iov[-1:]))
 
@@ -213,8 +229,12 @@ class FrameReader:
             self._begin()
 
     def _begin(self) -> None:
-        frame = unpack(self._head.tobytes())
+        head = self._head.tobytes()
+        if self._checksum:
+            self._sum = tcp_checksum.check_seal(head[:FRAME_BYTES], head[FRAME_BYTES:])
+        frame = unpack(head[:FRAME_BYTES])
         place = self._handler.begin(frame)
+        self._place = place if self._checksum else None
         if place is None:
             place = self._drain(frame.nbytes)
         self.frame, self._left = frame, frame.nbytes
@@ -224,7 +244,11 @@ class FrameReader:
 
     def _end(self, frame: Frame) -> None:
         self.frame = None
-        self._handler.end(frame)
+        place, self._place = self._place, None
+        if place is None or tcp_checksum.of_pieces(place) == self._sum:
+            self._handler.end(frame)
+        else:
+            self._handler.damaged(frame)
 
     def _drain(self, nbytes: int) -> IoVec:
         if not self._scratch.size:

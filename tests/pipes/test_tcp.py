@@ -7,7 +7,7 @@ import socket
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, suppress
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -45,18 +45,25 @@ class TestTcpPipe(PipeTests):
     many_pipes = min(1000, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 200) // 4)
 
 
+class TestTcpPipeWithoutChecksums(PipeTests):
+    pipe_class = TcpPipe
+    options: ClassVar[Mapping[str, Any]] = {"checksum": False}
+
+
 class Stranger:
     """Raw sockets in the place of the asking end, and the serving end they talk to."""
 
     def __init__(self, timeout_s: float = LIMIT_S, **options: Any) -> None:
         self.offer: dict[str, Any] = {}
         self._open = ExitStack()
-        self.pipe = TcpPipe.open(PipeSpec("serves", self._exchange, timeout_s=timeout_s, options=options))
+        self.pipe = TcpPipe.open(
+            PipeSpec("serves", self._exchange, timeout_s=timeout_s, options={"checksum": False} | options)
+        )
         self._open.callback(self.pipe.abort)
 
     def _exchange(self, mine: Mapping[str, Any]) -> Mapping[str, Any]:
         self.offer = dict(mine)
-        return {"tcp": 1}
+        return {"tcp": 2, "checksum": False}
 
     def connect(self, hello: bytes) -> socket.socket:
         sock = self._open.enter_context(socket.create_connection((self.offer["host"], self.offer["port"]), LIMIT_S))
@@ -160,9 +167,10 @@ def test_a_peer_that_comes_after_the_close_learns_of_the_end(stranger: Stranger)
     "answer",
     [
         {},
-        {"tcp": 2, "host": "127.0.0.1", "port": 1, "token": bytes(16), "blocks": bytes(16)},
-        {"tcp": 1, "host": "127.0.0.1", "port": 0, "token": bytes(16), "blocks": bytes(16)},
-        {"tcp": 1, "host": "127.0.0.1", "port": 9, "token": "x", "blocks": bytes(16)},
+        {"tcp": 1, "checksum": False, "host": "127.0.0.1", "port": 1, "token": bytes(16), "blocks": bytes(16)},
+        {"tcp": 2, "checksum": False, "host": "127.0.0.1", "port": 0, "token": bytes(16), "blocks": bytes(16)},
+        {"tcp": 2, "checksum": False, "host": "127.0.0.1", "port": 9, "token": "x", "blocks": bytes(16)},
+        {"tcp": 2, "checksum": 1, "host": "127.0.0.1", "port": 9, "token": bytes(16), "blocks": bytes(16)},
     ],
 )
 def test_a_malformed_offer_is_refused(answer: dict[str, Any]) -> None:
@@ -173,7 +181,7 @@ def test_a_malformed_offer_is_refused(answer: dict[str, Any]) -> None:
 def test_an_unreachable_peer_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    answer = {"tcp": 1, "host": "127.0.0.1", "port": port, "token": bytes(16), "blocks": bytes(16)}
+    answer = {"tcp": 2, "checksum": False, "host": "127.0.0.1", "port": port, "token": bytes(16), "blocks": bytes(16)}
     with pytest.raises(BrokenError, match=str(port)):
         TcpPipe.open(PipeSpec("asks", lambda _: answer, timeout_s=1))
 
@@ -190,7 +198,7 @@ def test_an_unreachable_peer_is_named() -> None:
 )
 def test_wrong_options_are_named(options: dict[str, Any], word: str) -> None:
     with pytest.raises(ConfigError, match=word):
-        TcpPipe.open(PipeSpec("serves", lambda _: {"tcp": 1}, options=options))
+        TcpPipe.open(PipeSpec("serves", lambda _: {"tcp": 2, "checksum": False}, options=options))
 
 
 # -- tensors ------------------------------------------------------------------------------

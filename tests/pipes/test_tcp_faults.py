@@ -113,9 +113,9 @@ class Reader:
 
         def exchange(mine: Mapping[str, Any]) -> Mapping[str, Any]:
             offer.update(mine)
-            return {"tcp": 1}
+            return {"tcp": 2, "checksum": False}
 
-        self.pipe = TcpPipe.open(PipeSpec("serves", exchange, timeout_s=timeout_s))
+        self.pipe = TcpPipe.open(PipeSpec("serves", exchange, timeout_s=timeout_s, options={"checksum": False}))
         self.sock = socket.socket()
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         self.sock.settimeout(LIMIT_S)

@@ -26,6 +26,8 @@ from kvconnect.testing.layouts import noisy_memory, separate_layers
 from kvconnect.testing.peers import PipePair, open_pair
 
 LIMIT_S = 10.0
+PLAIN = {"checksum": False}
+ANSWER = {"tcp": 2, "checksum": False}
 
 
 @pytest.fixture
@@ -58,7 +60,14 @@ class Server:
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.listener.settimeout(LIMIT_S)
         port = self.listener.getsockname()[1]
-        self.offer = {"tcp": 1, "host": "127.0.0.1", "port": port, "token": bytes(16), "blocks": bytes(16)}
+        self.offer = {
+            "tcp": 2,
+            "checksum": False,
+            "host": "127.0.0.1",
+            "port": port,
+            "token": bytes(16),
+            "blocks": bytes(16),
+        }
 
     def open(self, **changes: Any) -> TcpPipe:
         return TcpPipe.open(PipeSpec("asks", lambda _: self.offer | changes, timeout_s=LIMIT_S))
@@ -111,7 +120,7 @@ def test_a_host_that_is_none_is_refused(server: Server, host: str) -> None:
 @pytest.mark.parametrize("host", ["a\0b", "x" * 70])
 def test_an_address_to_bind_that_is_none_is_named(host: str) -> None:
     with pytest.raises(ConfigError, match="bind_host"):
-        TcpPipe.open(PipeSpec("serves", lambda _: {"tcp": 1}, options={"bind_host": host}))
+        TcpPipe.open(PipeSpec("serves", lambda _: {"tcp": 2, "checksum": False}, options={"bind_host": host}))
 
 
 def test_a_socket_that_cannot_be_set_up_is_closed_and_the_pipe_broken(
@@ -130,7 +139,7 @@ def test_a_newcomer_that_cannot_be_set_up_is_no_silent_wait_for_the_serving_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     offer: dict[str, Any] = {}
-    pipe = TcpPipe.open(PipeSpec("serves", lambda mine: offer.update(mine) or {"tcp": 1}, timeout_s=LIMIT_S))
+    pipe = TcpPipe.open(PipeSpec("serves", lambda mine: offer.update(mine) or ANSWER, timeout_s=LIMIT_S, options=PLAIN))
     monkeypatch.setattr(Link, "__init__", _raising(errno.EINVAL))
     with socket.create_connection((offer["host"], offer["port"]), LIMIT_S) as sock:
         sock.sendall(GREETING + offer["token"])
@@ -224,7 +233,7 @@ def test_a_peer_hears_of_the_end_though_a_forked_child_holds_the_sockets(pair: P
 
 def test_a_stranger_is_shown_the_door_though_a_forked_child_holds_its_connection() -> None:
     offer: dict[str, Any] = {}
-    pipe = TcpPipe.open(PipeSpec("serves", lambda mine: offer.update(mine) or {"tcp": 1}, timeout_s=LIMIT_S))
+    pipe = TcpPipe.open(PipeSpec("serves", lambda mine: offer.update(mine) or ANSWER, timeout_s=LIMIT_S, options=PLAIN))
     with socket.create_connection((offer["host"], offer["port"]), LIMIT_S) as sock:
         sock.sendall(GREETING)
         for _ in range(10):
@@ -252,7 +261,7 @@ def test_a_close_that_cannot_reach_the_reactor_says_that_blocks_may_be_in_use_an
 
 def test_what_was_answered_before_a_close_arrives_though_a_request_comes_just_then() -> None:
     offer: dict[str, Any] = {}
-    pipe = TcpPipe.open(PipeSpec("serves", lambda mine: offer.update(mine) or {"tcp": 1}, timeout_s=LIMIT_S))
+    pipe = TcpPipe.open(PipeSpec("serves", lambda mine: offer.update(mine) or ANSWER, timeout_s=LIMIT_S, options=PLAIN))
     local = noisy_memory(separate_layers(2, 64, 2, 4096), 1)
     pipe.attach(local, local.layout, memory_channels()[0])
     with socket.socket() as sock:
