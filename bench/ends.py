@@ -51,8 +51,10 @@ class End(ABC):
 class PipeEnd(End):
     """One end of a registered pipe, through its public methods."""
 
-    def __init__(self, name: str, options: Mapping[str, Any], side: Side, exchange: Exchange) -> None:
-        spec = PipeSpec(side=side, exchange=exchange, timeout_s=TIMEOUT_S, options=dict(options))
+    def __init__(
+        self, name: str, options: Mapping[str, Any], side: Side, exchange: Exchange, device: str = "cpu"
+    ) -> None:
+        spec = PipeSpec(side=side, exchange=exchange, device=device, timeout_s=TIMEOUT_S, options=dict(options))
         self.pipe: Pipe = registry.pipe(name).open(spec)
 
     def send(self, tensor: Tensor) -> None:

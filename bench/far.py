@@ -39,13 +39,7 @@ class Far:
 
     def open(self, end: str, name: str, options: dict[str, Any]) -> dict[str, Any]:
         """Open the serving end of ``name``; the exchange goes over the link meanwhile."""
-
-        def exchange(mine: Any) -> dict[str, Any]:
-            theirs = self.link.recv()
-            self.link.send(mine)
-            return theirs
-
-        self.ends[end] = open_end(name, options, "serves", exchange)
+        self.ends[end] = open_end(name, options, "serves", self.link.answer)
         return {"opened": end}
 
     def close(self, end: str) -> dict[str, Any]:

@@ -18,14 +18,15 @@ TIMEOUT_S = 60.0
 class Link:
     """Strictly alternating msgpack messages with one other process, used by one thread."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, timeout_s: float = TIMEOUT_S) -> None:
         self._connection = connection
+        self._timeout_s = timeout_s
 
     def send(self, body: Message) -> None:
         """Send one message."""
         self._connection.send_bytes(msgpack.packb(dict(body)))
 
-    def recv(self, timeout_s: float | None = TIMEOUT_S) -> dict[str, Any]:
+    def recv(self) -> dict[str, Any]:
         """Receive one message.
 
         Raises:
@@ -34,8 +35,12 @@ class Link:
             TimeoutError: nothing came in time.
 
         """
-        if not self._connection.poll(timeout_s):
-            raise TimeoutError(f"the other process did not answer within {timeout_s} s")
+        if not self._connection.poll(self._timeout_s):
+            raise TimeoutError(f"the other process did not answer within {self._timeout_s:g} s")
+        return self.await_message()
+
+    def await_message(self) -> dict[str, Any]:
+        """Receive one message, however long it takes; raises as `recv`."""
         body: dict[str, Any] = msgpack.unpackb(self._connection.recv_bytes())
         if "failed" in body:
             raise RuntimeError(f"in the other process:\n{body['failed']}")
@@ -49,6 +54,12 @@ class Link:
         """Send one message and receive one: what `PipeSpec.exchange` is."""
         self.send(body)
         return self.recv()
+
+    def answer(self, body: Message) -> dict[str, Any]:
+        """Receive one message and send one back: what `PipeSpec.exchange` is for the end that serves."""
+        theirs = self.recv()
+        self.send(body)
+        return theirs
 
 
 class Scoped:

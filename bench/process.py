@@ -12,7 +12,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
-from bench.link import Link
+from bench.link import TIMEOUT_S, Link
 
 Handler = Callable[..., dict[str, Any]]
 _PR_SET_PDEATHSIG = 1
@@ -21,13 +21,13 @@ _PR_SET_PDEATHSIG = 1
 class Process:
     """A spawned process that runs ``target(connection, *more)``; `link` talks to it."""
 
-    def __init__(self, target: Callable[..., None], *more: Any, name: str) -> None:
+    def __init__(self, target: Callable[..., None], *more: Any, name: str, timeout_s: float = TIMEOUT_S) -> None:
         context = multiprocessing.get_context("spawn")
         here, there = context.Pipe()
         self._process = context.Process(target=_run, args=(target, there, *more), name=name, daemon=True)
         self._process.start()
         there.close()
-        self.link = Link(here)
+        self.link = Link(here, timeout_s)
 
     def stop(self) -> None:
         """Freeze every thread of the process, those that spin above all."""
@@ -59,7 +59,7 @@ def serve(link: Link, handlers: dict[str, Handler]) -> None:
     """Answer commands with ``handlers[op](**body)`` until the parent is gone."""
     with suppress(EOFError, OSError):
         while True:
-            body = link.recv(None)
+            body = link.await_message()
             try:
                 answer = handlers[body.pop("op")](**body)
             except Exception:  # noqa: BLE001 - the parent raises it, with this text

@@ -41,7 +41,7 @@ def render(results: dict[str, Any] | None) -> str:
     if results is None:
         return "No run was recorded yet."
     rows: list[Row] = results["rows"]
-    parts = [_machine(results)]
+    parts = [machine(results)]
     parts += [_section(title, [row for row in rows if _kind(row) == title]) for title in _titles(rows)]
     parts.append(_goals(rows))
     return "\n\n".join(parts)
@@ -54,11 +54,16 @@ def document(text: str, results: dict[str, Any] | None) -> str:
         ValueError: the text lacks a marker.
 
     """
-    before, found, rest = text.partition(BEGIN)
-    _, found_end, after = rest.partition(END)
+    return between(text, BEGIN, END, render(results))
+
+
+def between(text: str, begin: str, end: str, body: str) -> str:
+    """Return ``text`` with ``body`` between two markers; raise `ValueError` if it lacks one."""
+    before, found, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
     if not found or not found_end:
-        raise ValueError(f"the document lacks {BEGIN!r} or {END!r}")
-    return f"{before}{BEGIN}\n\n{render(results)}\n\n{END}{after}"
+        raise ValueError(f"the document lacks {begin!r} or {end!r}")
+    return f"{before}{begin}\n\n{body}\n\n{end}{after}"
 
 
 def update() -> None:
@@ -66,10 +71,11 @@ def update() -> None:
     DOCUMENT.write_text(document(DOCUMENT.read_text(encoding="utf-8"), load()), encoding="utf-8")
 
 
-def _machine(results: dict[str, Any]) -> str:
-    machine = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in results["hardware"].items())
+def machine(results: dict[str, Any]) -> str:
+    """Return what was run, where, and with which versions."""
+    hardware = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in results["hardware"].items())
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    return f"`{results['command']}` at commit `{results['commit']}`.  \nMachine: {machine}.  \nVersions: {versions}."
+    return f"`{results['command']}` at commit `{results['commit']}`.  \nMachine: {hardware}.  \nVersions: {versions}."
 
 
 def _kind(row: Row) -> str:

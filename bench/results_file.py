@@ -18,7 +18,8 @@ SCHEMA = 1
 COMMAND = "make bench"
 GIT = shutil.which("git") or "git"
 #: Files that a run itself writes; they do not make the commit that was measured dirty.
-WRITTEN = ("bench/results/cpu.json", "docs/benchmarks.md")
+WRITTEN = ("bench/results/cpu.json", "bench/results/h200x2.json", "docs/benchmarks.md", "docs/img/h200x2.svg")
+MEASURED = ("kvconnect", "torch", "numpy", "nixl", "pytest-benchmark")
 
 
 def build(rows: list[Row], load: float) -> dict[str, Any]:
@@ -50,10 +51,10 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
+def versions(distributions: tuple[str, ...] = MEASURED) -> dict[str, str]:
     """Return the versions of what was measured."""
     found = {"python": platform.python_version()}
-    for name in ("kvconnect", "torch", "numpy", "nixl", "pytest-benchmark"):
+    for name in distributions:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
