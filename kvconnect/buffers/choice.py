@@ -2,43 +2,65 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from kvconnect import registry
 from kvconnect.buffers import fields
 from kvconnect.errors import ConfigError, HandshakeError, UnavailableBackendError
+from kvconnect.paging import PagedMemory
 from kvconnect.pipes.base import Pipe, Verdict
 
+logger = logging.getLogger(__name__)
 
-def describe_pipes(wanted: str, device: str) -> dict[str, dict[str, Any]]:
-    """Describe the pipe ``wanted`` – or every available one, if ``"auto"`` – for ``device``.
+_LIST = "choose another pipe: python -m kvconnect list"
+
+
+def describe_pipes(wanted: str, memory: PagedMemory) -> dict[str, dict[str, Any]]:
+    """Describe the pipe ``wanted`` – or every one that can be had, if ``"auto"`` – for ``memory``.
 
     Raises:
         UnknownBackendError, UnavailableBackendError: the pipe asked for cannot be had, or none can
-            carry this kind of memory.
+            carry this memory.
 
     """
-    kind = device.partition(":")[0]
     if wanted != "auto":
         cls = registry.pipe(wanted)
-        if kind not in cls.traits.devices:
-            carried = " and ".join(sorted(cls.traits.devices))
-            reason = f"it carries {carried} memory, and this engine's KV cache is {kind} memory"
-            raise UnavailableBackendError("pipe", wanted, reason, "choose a pipe for it: python -m kvconnect list")
-        return {wanted: dict(cls.descriptor(device))}
+        verdict = _carries(cls, memory)
+        if not verdict:
+            raise UnavailableBackendError("pipe", wanted, verdict.reason, verdict.cure or _LIST)
+        return {wanted: dict(cls.descriptor(memory.device))}
     found = {}
     for name in registry.pipes():
         try:
             cls = registry.pipe(name)
         except ConfigError:
             continue  # not installed, or not for this machine
-        if kind in cls.traits.devices:
-            found[name] = dict(cls.descriptor(device))
+        verdict = _carries(cls, memory)
+        if verdict:
+            found[name] = dict(cls.descriptor(memory.device))
+        elif _kind(memory) in cls.traits.devices:
+            logger.warning("pipe %s is passed over: %s", name, verdict.reason)
     if not found:
-        reason = f"no pipe that is installed and can run here carries {kind} memory"
-        raise UnavailableBackendError("pipe", "auto", reason, "see: python -m kvconnect list")
+        reason = f"no pipe that is installed and can run here carries {_kind(memory)} memory"
+        raise UnavailableBackendError("pipe", "auto", reason, _LIST)
     return found
+
+
+def _carries(cls: type[Pipe], memory: PagedMemory) -> Verdict:
+    if _kind(memory) not in cls.traits.devices:
+        carried = " and ".join(sorted(cls.traits.devices))
+        reason = f"it carries {carried} memory, and this engine's KV cache is {_kind(memory)} memory"
+        return Verdict(False, reason)
+    try:
+        return cls.accepts(memory)
+    except Exception as error:  # noqa: BLE001 - a third party's may raise anything: other pipes may still do
+        return Verdict(False, f"it cannot tell whether it carries this memory: {type(error).__name__}: {error}")
+
+
+def _kind(memory: PagedMemory) -> str:
+    return memory.device.partition(":")[0]
 
 
 def choose_pipe(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str, type[Pipe], dict[str, str]]:

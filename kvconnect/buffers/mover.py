@@ -69,7 +69,7 @@ class Mover(WorkerEnd):
         """
         options = settings.options
         self._options, self._rank, self._memory = options, rank, memory
-        pipes = describe_pipes(settings.pipe.name, memory.device)
+        pipes = describe_pipes(settings.pipe.name, memory)
         host, _ = listen_address(options)
         self._server = ControlServer(host, 0, name="kvconnect-mover-server")
         self._client = ControlClient(name="kvconnect-mover-client")

@@ -17,7 +17,15 @@ from kvconnect import registry
 from kvconnect.buffers import links, mover, serving
 from kvconnect.buffers.base import Claim, Want
 from kvconnect.buffers.choice import choose_pipe, describe_pipes
-from kvconnect.errors import BrokenError, DeadlineError, HandshakeError, LoadError, UnknownBackendError
+from kvconnect.errors import (
+    BrokenError,
+    DeadlineError,
+    HandshakeError,
+    LoadError,
+    UnavailableBackendError,
+    UnknownBackendError,
+)
+from kvconnect.paging import PagedLayout, PagedMemory
 from kvconnect.pipes.base import Pipe, Reach, Traits, Transfer, Verdict
 from kvconnect.pipes.inproc import InprocPipe
 from tests.buffers.engines import Engine, eventually, group, key, layout
@@ -462,7 +470,7 @@ def produce(connection, name, pipe, chosen):
 
 @pytest.mark.parametrize("pipe", ["tcp", "shm"])
 def test_a_killed_producer_fails_loads_and_later_lookups_in_time(pipe):
-    if pipe not in describe_pipes("auto", "cpu"):
+    if pipe not in describe_pipes("auto", PagedMemory(PagedLayout((), ()), [])):
         pytest.skip(f"{pipe} is not available")
     name = group()
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
@@ -573,6 +581,15 @@ def test_an_unknown_pipe_fails_at_the_start():
 
 
 def test_every_available_pipe_is_described():
-    found = describe_pipes("auto", "cpu")
+    found = describe_pipes("auto", PagedMemory(PagedLayout((), ()), []))
     assert "inproc" in found
     assert all(issubclass(registry.pipe(name), Pipe) for name in found)
+
+
+def test_a_pipe_that_refuses_the_memory_is_passed_over_and_named_if_it_was_asked_for(monkeypatch):
+    memory = PagedMemory(PagedLayout((), ()), [])
+    refusal = Verdict(False, "its memory comes from expandable segments", "unset expandable_segments")
+    monkeypatch.setattr(registry.pipe("tcp"), "accepts", lambda _: refusal)
+    assert "tcp" not in describe_pipes("auto", memory)
+    with pytest.raises(UnavailableBackendError, match=r"expandable segments.*unset expandable_segments"):
+        describe_pipes("tcp", memory)
