@@ -17,8 +17,10 @@ import torch
 from kvconnect.errors import HandshakeError, KVConnectError
 from kvconnect.paging import BlockIds, PagedLayout, PagedMemory
 from kvconnect.pipes.base import Pipe, Transfer
+from kvconnect.testing.devices import complete, fitting
 from kvconnect.testing.layouts import (
     clone,
+    differences,
     naive_copy,
     naive_stream,
     noisy_memory,
@@ -29,8 +31,11 @@ from kvconnect.testing.layouts import (
 )
 from kvconnect.testing.peers import LIMIT_S, PipePair, open_pair
 
-#: A transfer that another one must not wait for, in bytes.
-LARGE_BYTES = 128 << 20
+#: A transfer that another one must not wait for, in bytes: long enough on its device.
+LARGE_BYTES = {"cpu": 128 << 20, "cuda": 8 << 30}
+LARGE_BLOCKS = 2048
+#: One that is cut short.
+CUT_BYTES = {"cpu": 24 << 20, "cuda": 1 << 30}
 #: What may move of it while a small transfer comes and goes. Requests take milliseconds on a
 #: busy machine, in which gigabytes a second go on; a transfer that waits its turn sees all of it move.
 LARGE_SHARE = 0.5
@@ -104,11 +109,12 @@ def a_small_transfer_does_not_wait_behind_a_large_one(pair: PipePair) -> None:
     The best of a few attempts counts, since the request itself may be held up on a
     busy machine; behind a pipe that serves one after the other no attempt is good.
     """
-    layout = separate_layers(1, (LARGE_BYTES + _SMALL_BYTES) // _BLOCK, 1, _BLOCK)
-    ends = attach(pair, noisy_memory(layout, 1), noisy_memory(layout, 2))
+    block = _sized(pair, LARGE_BYTES) // LARGE_BLOCKS
+    small = max(1, _SMALL_BYTES // block)
+    ends = _attached(pair, separate_layers(1, LARGE_BLOCKS + small, 1, block))
     share = 1.0
     for _ in range(3):
-        share = min(share, _moved_meanwhile(ends) / LARGE_BYTES)
+        share = min(share, _moved_meanwhile(ends, block) / LARGE_BLOCKS)
         if share <= LARGE_SHARE:
             return
     raise AssertionError(f"{share:.0%} of the large transfer moved before the small one was done")
@@ -141,6 +147,7 @@ def a_cancelled_transfer_ends_and_the_pipe_goes_on(pair: PipePair) -> None:
         # What would be written last is what a transfer that only says it is over still writes.
         last = regions(target)[0][-4 * _BLOCK :]
         last.zero_()
+        complete(target.device)
         move([[0, 1]], [[2, 3]]).wait(LIMIT_S)
         assert naive_stream(target, [[2, 3]]).equal(naive_stream(source, [[0, 1]]))
         threading.Event().wait(SETTLE_S)
@@ -164,8 +171,8 @@ def ending_a_pipe_ends_its_transfers(pair: PipePair) -> None:
 
 def layouts_of_another_shape_are_refused(pair: PipePair) -> None:
     """`HandshakeError` when attaching, or for the first transfer; nothing is written."""
-    mine = noisy_memory(separate_layers(2, 8, 2, 64), 1)
-    theirs = noisy_memory(separate_layers(2, 8, 2, 128), 2)
+    mine = noisy_memory(separate_layers(2, 8, 2, 64), 1, pair.device)
+    theirs = noisy_memory(separate_layers(2, 8, 2, 128), 2, pair.peer_device)
     unchanged = clone(mine)
 
     def use() -> Transfer:
@@ -177,11 +184,15 @@ def layouts_of_another_shape_are_refused(pair: PipePair) -> None:
 
 
 def many_pipes_are_served_by_a_fixed_set_of_threads(
-    pipe_class: type[Pipe], options: Mapping[str, object] | None = None, pipes: int = 1000
+    pipe_class: type[Pipe],
+    options: Mapping[str, object] | None = None,
+    pipes: int = 1000,
+    device: str = "cpu",
+    peer_device: str | None = None,
 ) -> None:
     """Opens ``pipes`` pairs, moves blocks over each and over all at once; threads do not grow with their number."""
     layout = separate_layers(2, 4, 1, 256)
-    source, target = noisy_memory(layout, 1), noisy_memory(layout, 2)
+    source, target = noisy_memory(layout, 1, peer_device or device), noisy_memory(layout, 2, device)
     pairs: list[PipePair] = []
     try:
         warm = 8
@@ -216,21 +227,21 @@ LAWS: tuple[Callable[[PipePair], None], ...] = (
 # -- what laws are made of ------------------------------------------------------
 
 
-def _moved_meanwhile(ends: Attached) -> int:
-    """Return the bytes of a large transfer that moved between the start and the end of a small one."""
-    memory = regions(ends.mine)[0]
+def _moved_meanwhile(ends: Attached, block: int) -> int:
+    """Return how many blocks of a large transfer moved between the start and the end of a small one."""
+    memory, everything = regions(ends.mine)[0], range(ends.mine.layout.layers[0].num_blocks)
     memory.zero_()
-    count = LARGE_BYTES // _BLOCK
-    firsts = memory[::_BLOCK][:count]
+    complete(ends.mine.device)
+    firsts = memory[::block][:LARGE_BLOCKS]
     moved, over = [0, 0], threading.Event()
-    large = ends.here.read_blocks([range(count)], [range(count)])
+    large = ends.here.read_blocks([everything[:LARGE_BLOCKS]], [everything[:LARGE_BLOCKS]])
 
     def note(_: Transfer) -> None:
-        moved[1] = int((firsts != 0).sum()) * _BLOCK
+        moved[1] = int((firsts != 0).sum())
         over.set()
 
-    moved[0] = int((firsts != 0).sum()) * _BLOCK
-    rest = [range(count, memory.nbytes // _BLOCK)]
+    moved[0] = int((firsts != 0).sum())
+    rest = [everything[LARGE_BLOCKS:]]
     ends.here.read_blocks(rest, rest).add_done_callback(note)
     assert over.wait(LIMIT_S), "the small transfer never ended"
     large.wait(LIMIT_S)
@@ -239,14 +250,23 @@ def _moved_meanwhile(ends: Attached) -> int:
 
 
 def _noisy(pair: PipePair, groups: int = 1, blocks: int = 64, piece: int = 1000) -> Attached:
-    mine = noisy_memory(separate_layers(4, blocks, 3, piece, groups), 1)
-    theirs = noisy_memory(shared_region(4, blocks, 3, piece, groups), 2)
+    mine = noisy_memory(separate_layers(4, blocks, 3, piece, groups), 1, pair.device)
+    theirs = noisy_memory(shared_region(4, blocks, 3, piece, groups), 2, pair.peer_device)
     return attach(pair, mine, theirs)
 
 
 def _large(pair: PipePair) -> Attached:
-    layout: PagedLayout = separate_layers(1, (24 << 20) // _BLOCK, 1, _BLOCK)
-    return attach(pair, noisy_memory(layout, 1), noisy_memory(layout, 2))
+    return _attached(pair, separate_layers(1, _sized(pair, CUT_BYTES) // _BLOCK, 1, _BLOCK))
+
+
+def _attached(pair: PipePair, layout: PagedLayout) -> Attached:
+    return attach(pair, noisy_memory(layout, 1, pair.device), noisy_memory(layout, 2, pair.peer_device))
+
+
+def _sized(pair: PipePair, nbytes: Mapping[str, int]) -> int:
+    """Return the bytes of a transfer on these devices, fewer where they have no room for as many."""
+    wanted = nbytes[torch.device(pair.device).type]
+    return min(fitting(device, wanted) for device in (pair.device, pair.peer_device))
 
 
 def _verify(ends: Attached, kind: str, remote: BlockIds, local: BlockIds) -> None:
@@ -264,10 +284,8 @@ def _verify(ends: Attached, kind: str, remote: BlockIds, local: BlockIds) -> Non
 
 
 def _equal(got: PagedMemory, wanted: PagedMemory) -> None:
-    for i, (a, b) in enumerate(zip(regions(got), regions(wanted), strict=True)):
-        if not a.equal(b):
-            wrong = torch.nonzero(a != b).flatten()
-            raise AssertionError(f"region {i}: {len(wrong)} bytes differ from a naive copy, first at {int(wrong[0])}")
+    found = differences(got, wanted)
+    assert not found, f"not as a naive copy: {'; '.join(found)}"
 
 
 def _outcome(start: Callable[[], Transfer]) -> BaseException | None:
@@ -288,7 +306,7 @@ def _ended(transfer: Transfer) -> KVConnectError | None:
 def _served(
     pipe_class: type[Pipe], options: Mapping[str, object] | None, target: PagedMemory, source: PagedMemory
 ) -> PipePair:
-    pair = open_pair(pipe_class, options)
+    pair = open_pair(pipe_class, options, device=target.device, peer_device=source.device)
     attach(pair, target, source).here.read_blocks([[0]], [[1]]).wait(LIMIT_S)
     return pair
 

@@ -27,13 +27,24 @@ class PipePair:
     pipe_class: type[Pipe]
     options: Mapping[str, Any]
     timeout_s: float
+    #: Where the tensors and the paged memory of `here` are, and those of `there`.
+    device: str = "cpu"
+    peer_device: str = "cpu"
     _others: list[PipePair] = field(default_factory=list)
 
     def another(self, timeout_s: float | None = None) -> PipePair:
         """Open one more pair of the same class; `close` ends it, too."""
-        pair = open_pair(self.pipe_class, self.options, self.timeout_s if timeout_s is None else timeout_s)
+        pair = self.opened_anew(self.timeout_s if timeout_s is None else timeout_s)
         self._others.append(pair)
         return pair
+
+    def opened_anew(self, timeout_s: float) -> PipePair:
+        """Open one more pair of the same class, for the caller to close."""
+        return open_pair(self.pipe_class, self.options, timeout_s, self.device, self.peer_device)
+
+    def device_of(self, pipe: Pipe) -> str:
+        """Return the device of one of the two ends."""
+        return self.device if pipe is self.here else self.peer_device
 
     def close(self) -> None:
         """Abort both ends of this pair and of `another`."""
@@ -45,21 +56,29 @@ class PipePair:
             channel.close()
 
 
-def open_pair(pipe_class: type[Pipe], options: Mapping[str, Any] | None = None, timeout_s: float = 10.0) -> PipePair:
+def open_pair(
+    pipe_class: type[Pipe],
+    options: Mapping[str, Any] | None = None,
+    timeout_s: float = 10.0,
+    device: str = "cpu",
+    peer_device: str | None = None,
+) -> PipePair:
     """Open both ends in this process, each in a thread of its own meanwhile.
 
     Args:
         pipe_class: what to open.
         options: `PipeSpec.options` of both ends.
         timeout_s: `PipeSpec.timeout_s` of both ends.
+        device: `PipeSpec.device` of the end that asks.
+        peer_device: that of the end that serves, if it is another one.
 
     """
-    options = options or {}
+    options, peer_device = options or {}, peer_device or device
     exchange = MemoryExchange(LIMIT_S)
 
     def serve() -> Pipe:
         exchange.await_asked()
-        return _open(PipeSpec("serves", exchange.serve, timeout_s=timeout_s, options=options))
+        return _open(PipeSpec("serves", exchange.serve, peer_device, timeout_s, options))
 
     def _open(spec: PipeSpec) -> Pipe:
         try:
@@ -69,14 +88,16 @@ def open_pair(pipe_class: type[Pipe], options: Mapping[str, Any] | None = None, 
             raise
 
     there = spawn(serve)
-    here = spawn(lambda: _open(PipeSpec("asks", exchange.ask, timeout_s=timeout_s, options=options)))
+    here = spawn(lambda: _open(PipeSpec("asks", exchange.ask, device, timeout_s, options)))
     ends = [here.exception(LIMIT_S), there.exception(LIMIT_S)]
     if error := next((e for e in ends if e is not None), None):
         for end in (here, there):
             if end.exception() is None:
                 end.result().abort()
         raise error
-    return PipePair(here.result(), there.result(), memory_channels(), pipe_class, options, timeout_s)
+    return PipePair(
+        here.result(), there.result(), memory_channels(), pipe_class, options, timeout_s, device, peer_device
+    )
 
 
 def spawn(work: Callable[[], T], name: str = "kvconnect-test") -> Future[T]:

@@ -2,6 +2,7 @@
 
 A law raises `AssertionError` when the pipe breaks it. Every wait is bounded. No
 law relies on how much a pipe buffers: a send and its receive run in two threads.
+Tensors are sent from the device of their end; what arrives is compared on the CPU.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from kvconnect.errors import (
 )
 from kvconnect.pipes.base import Pipe
 from kvconnect.testing.leaks import Holdings, assert_nothing_left
-from kvconnect.testing.peers import LIMIT_S, PipePair, open_pair, spawn
+from kvconnect.testing.peers import LIMIT_S, PipePair, spawn
 from kvconnect.testing.samples import fidelity_samples, same
 
 #: A send of these many bytes, time and again, ends up waiting for the receiver.
@@ -41,21 +42,22 @@ PROMPT_S = 5.0
 def messages_arrive_in_the_order_sent(pair: PipePair) -> None:
     """Clause 1, both directions, small and large mixed."""
     for sender, receiver in ((pair.here, pair.there), (pair.there, pair.here)):
-        sent = [torch.full((1 << (i % 20),), i, dtype=torch.int32) for i in range(40)]
+        device = pair.device_of(sender)
+        sent = [torch.full((1 << (i % 20),), i, dtype=torch.int32, device=device) for i in range(40)]
         for expected, got in zip(sent, _carry(sender, receiver, sent), strict=True):
             same(expected, got)
 
 
 def none_is_a_message_not_an_end(pair: PipePair) -> None:
     """Clause 1: ``None`` arrives in its place, and what follows it arrives, too."""
-    sent = [torch.ones(3), None, None, torch.zeros(2)]
+    sent = [torch.ones(3, device=pair.device), None, None, torch.zeros(2, device=pair.device)]
     for expected, got in zip(sent, _carry(pair.here, pair.there, sent), strict=True):
         same(expected, got)
 
 
 def several_tensors_at_once_arrive_in_order(pair: PipePair) -> None:
     """`send_tensors` is as many sends."""
-    sent: list[Tensor | None] = [torch.arange(i) for i in range(5)] + [None]
+    sent: list[Tensor | None] = [torch.arange(i, device=pair.device) for i in range(5)] + [None]
     sending = spawn(lambda: pair.here.send_tensors(sent))
     for expected in sent:
         same(expected, _receive(pair.there))
@@ -65,7 +67,7 @@ def several_tensors_at_once_arrive_in_order(pair: PipePair) -> None:
 def memory_is_the_callers_again_when_a_send_returns(pair: PipePair) -> None:
     """Clause 2: what the sender writes afterwards does not change the message."""
     for count in (16, BIG_BYTES // 4):
-        tensor, returned = torch.ones(count), threading.Event()
+        tensor, returned = torch.ones(count, device=pair.device), threading.Event()
 
         def send(tensor: Tensor = tensor, returned: threading.Event = returned) -> None:
             pair.here.send_tensor(tensor)
@@ -80,40 +82,45 @@ def memory_is_the_callers_again_when_a_send_returns(pair: PipePair) -> None:
 
 def what_was_received_is_the_receivers_own(pair: PipePair) -> None:
     """Clause 2: messages share memory neither with each other nor with the sender's tensor."""
-    original = torch.ones(1000)
+    original = torch.ones(1000, device=pair.device)
     first, second = _carry(pair.here, pair.there, [original, original])
     assert first is not None
     assert second is not None
     first.fill_(3)
     same(torch.ones(1000), second)
     same(torch.ones(1000), original)
-    later = _carry(pair.here, pair.there, [torch.full((1000,), 9.0)])
+    later = _carry(pair.here, pair.there, [torch.full((1000,), 9.0, device=pair.device)])
     same(torch.full((1000,), 9.0), later[0])
     same(torch.full((1000,), 3.0), first)
 
 
 def shape_dtype_and_values_survive(pair: PipePair) -> None:
-    """Clause 3: every dtype; zero-size, zero-dim, strided, expanded, with a gradient; results are contiguous."""
-    sent = fidelity_samples()
+    """Clause 3: every dtype; zero-size, zero-dim, strided, expanded, with a gradient.
+
+    Results are contiguous, and on the receiver's device.
+    """
+    sent = fidelity_samples(pair.device)
     for expected, got in zip(sent, _carry(pair.here, pair.there, sent), strict=True):
         same(expected, got)
         assert got is not None
         assert got.is_contiguous()
+        assert got.device == torch.device(pair.peer_device), f"received on {got.device}"
         assert not got.requires_grad
 
 
 def what_cannot_be_carried_is_refused_before_a_byte_moves(pair: PipePair) -> None:
     """Clause 3: a refused tensor leaves no trace in the stream."""
-    for unfit in (torch.eye(3).to_sparse(), torch.empty(2, device="meta")):
+    for unfit in (torch.eye(3, device=pair.device).to_sparse(), torch.empty(2, device="meta")):
         error = _error(lambda unfit=unfit: pair.here.send_tensor(unfit))  # type: ignore[misc]
         assert isinstance(error, TensorRejectedError), f"{unfit.layout} on {unfit.device}: got {error!r}"
-    same(torch.ones(2), _carry(pair.here, pair.there, [torch.ones(2)])[0])
+    same(torch.ones(2), _carry(pair.here, pair.there, [torch.ones(2, device=pair.device)])[0])
 
 
 def a_tensor_can_be_received_into_its_final_memory(pair: PipePair) -> None:
     """`recv_tensor_into` fills ``out``; a message that does not fit is consumed and refused."""
-    sending = spawn(lambda: pair.here.send_tensors([torch.arange(6.0), torch.ones(3), None, torch.zeros(6)]))
-    out = torch.empty(6)
+    sent = [None if x is None else x.to(pair.device) for x in (torch.arange(6.0), torch.ones(3), None, torch.zeros(6))]
+    sending = spawn(lambda: pair.here.send_tensors(sent))
+    out = torch.empty(6, device=pair.peer_device)
     _within(lambda: pair.there.recv_tensor_into(out))
     same(torch.arange(6.0), out)
     for _ in range(2):
@@ -130,18 +137,18 @@ def a_second_receiver_is_busy_and_the_first_goes_on(pair: PipePair) -> None:
     busy = _first_failed(receiving)
     assert isinstance(busy.exception(), BusyError), f"got {busy.exception()!r}"
     other = receiving[1 - receiving.index(busy)]
-    pair.here.send_tensor(torch.ones(2))
+    pair.here.send_tensor(torch.ones(2, device=pair.device))
     same(torch.ones(2), other.result(LIMIT_S))
 
 
 def a_second_sender_is_busy_and_the_first_goes_on(pair: PipePair) -> None:
     """Clause 4: while a send waits for the receiver, another one gets `BusyError`; nothing is lost or mixed."""
-    number, sending = _fill(pair.here)
-    error = _error(lambda: pair.here.send_tensor(torch.zeros(1)))
+    number, sending = _fill(pair)
+    error = _error(lambda: pair.here.send_tensor(torch.zeros(1, device=pair.device)))
     assert isinstance(error, BusyError), f"a second sender: got {error!r}"
     _within(lambda: _expect_numbered(pair.there, number + 1))
     sending.result(LIMIT_S)
-    same(torch.ones(1), _carry(pair.here, pair.there, [torch.ones(1)])[0])
+    same(torch.ones(1), _carry(pair.here, pair.there, [torch.ones(1, device=pair.device)])[0])
 
 
 def both_directions_work_at_once(pair: PipePair) -> None:
@@ -149,7 +156,8 @@ def both_directions_work_at_once(pair: PipePair) -> None:
     count = 12
     work: list[Future[None]] = []
     for end in (pair.here, pair.there):
-        work.append(spawn(lambda end=end: end.send_tensors([_numbered(i) for i in range(count)])))  # type: ignore[misc]
+        sent = [_numbered(i, pair.device_of(end)) for i in range(count)]
+        work.append(spawn(lambda end=end, sent=sent: end.send_tensors(sent)))  # type: ignore[misc]
         work.append(spawn(lambda end=end: _expect_numbered(end, count)))  # type: ignore[misc]
     for each in work:
         each.result(LIMIT_S)
@@ -167,7 +175,7 @@ def close_wakes_a_blocked_receiver(pair: PipePair) -> None:
 
 def abort_wakes_a_blocked_sender(pair: PipePair) -> None:
     """Clauses 4 and 5."""
-    _, sending = _fill(pair.here)
+    _, sending = _fill(pair)
     _within(pair.here.abort)
     error = sending.exception(PROMPT_S)
     assert isinstance(error, ClosedError), f"a sender blocked when its end aborts: got {error!r}"
@@ -177,7 +185,7 @@ def a_closed_end_says_so(pair: PipePair) -> None:
     """Clause 5: after the own `close` every call raises `ClosedError`; closing again is nothing."""
     for pipe, end in _both_ways_to_end(pair):
         end()
-        errors = [_error(lambda pipe=pipe: pipe.send_tensor(torch.ones(1)))]  # type: ignore[misc]
+        errors = [_error(lambda pipe=pipe: pipe.send_tensor(torch.ones(1, device=pair.device)))]  # type: ignore[misc]
         errors += [_error(lambda pipe=pipe: pipe.send_tensor(None)), _error(pipe.recv_tensor)]  # type: ignore[misc]
         for error in errors:
             assert isinstance(error, ClosedError), f"a call on a closed end: got {error!r}"
@@ -188,6 +196,7 @@ def a_closed_end_says_so(pair: PipePair) -> None:
 def all_that_was_sent_before_a_close_arrives_then_the_end(pair: PipePair) -> None:
     """Clause 5: `close` flushes, and the end is not mistaken for a failure."""
     sent = [torch.ones(3), None, torch.arange(BIG_BYTES // 8), torch.tensor(5)]
+    sent = [None if message is None else message.to(pair.device) for message in sent]
 
     def send() -> None:
         pair.here.send_tensors(sent)
@@ -205,7 +214,7 @@ def all_that_was_sent_before_a_close_arrives_then_the_end(pair: PipePair) -> Non
 
 def abort_never_blocks_and_ends_the_other_side(pair: PipePair) -> None:
     """Clause 5: even while a send is stuck; the other end gets whole messages, then an error."""
-    _, sending = _fill(pair.here)
+    _, sending = _fill(pair)
     began = time.monotonic()
     _within(pair.here.abort)
     assert time.monotonic() - began < PROMPT_S / 2, "abort blocked"
@@ -216,13 +225,13 @@ def abort_never_blocks_and_ends_the_other_side(pair: PipePair) -> None:
 
 def after_a_broken_wire_only_closing_remains(pair: PipePair) -> None:
     """Clause 6: every later call fails at once, `close` and `abort` do not."""
-    pair.there.send_tensor(torch.ones(1))
+    pair.there.send_tensor(torch.ones(1, device=pair.peer_device))
     pair.there.abort()
     _drain(pair.here)
     for _ in range(2):
         error = _error(pair.here.recv_tensor)
         assert isinstance(error, (BrokenError, EndOfPipe)), f"a receive from an aborted peer: got {error!r}"
-    _, error = _send_until_error(pair.here)
+    _, error = _send_until_error(pair)
     assert isinstance(error, BrokenError), f"sends to an aborted peer: got {error!r}"
     _within(pair.here.close)
     _within(pair.here.abort)
@@ -231,7 +240,7 @@ def after_a_broken_wire_only_closing_remains(pair: PipePair) -> None:
 def sends_to_a_closed_peer_fail(pair: PipePair) -> None:
     """Clause 6: the failure reaches the caller, after a bounded number of sends."""
     pair.there.close()
-    _, error = _send_until_error(pair.here)
+    _, error = _send_until_error(pair)
     assert isinstance(error, (BrokenError, EndOfPipe)), f"sends to a closed peer: got {error!r}"
 
 
@@ -240,15 +249,15 @@ def a_silent_peer_is_a_deadline_and_no_harm(pair: PipePair) -> None:
     short = pair.another(timeout_s=SETTLE_S)
     error = _error(short.here.recv_tensor)
     assert isinstance(error, DeadlineError), f"nothing to receive: got {error!r}"
-    same(torch.ones(4), _carry(short.there, short.here, [torch.ones(4)])[0])
+    same(torch.ones(4), _carry(short.there, short.here, [torch.ones(4, device=pair.peer_device)])[0])
 
 
 def a_peer_that_does_not_receive_is_a_deadline(pair: PipePair) -> None:
     """Clauses 6 and 7: the receiver sees what was sent, whole, and then either an error or the next message."""
     short = pair.another(timeout_s=2 * SETTLE_S)
-    sent, error = _send_until_error(short.here)
+    sent, error = _send_until_error(short)
     assert isinstance(error, DeadlineError), f"{sent} messages that nobody received: got {error!r}"
-    again = spawn(lambda: short.here.send_tensor(torch.full((1,), -1.0)))
+    again = spawn(lambda: short.here.send_tensor(torch.full((1,), -1.0, device=pair.device)))
     for number in range(sent):
         got = _receive_or_error(short.there)
         if isinstance(got, Exception):
@@ -265,8 +274,8 @@ def opening_and_closing_leaves_nothing_behind(pair: PipePair) -> None:
     """Threads, open files and shared memory are the same after pairs came and went."""
     before: Holdings | None = None
     for _ in range(4):
-        each = open_pair(pair.pipe_class, pair.options, pair.timeout_s)
-        same(torch.ones(5), _carry(each.here, each.there, [torch.ones(5)])[0])
+        each = pair.opened_anew(pair.timeout_s)
+        same(torch.ones(5), _carry(each.here, each.there, [torch.ones(5, device=pair.device)])[0])
         each.here.close()
         each.there.close()
         each.close()
@@ -348,8 +357,8 @@ def _drain(pipe: Pipe) -> Exception | None:
     return None
 
 
-def _numbered(i: int) -> Tensor:
-    return torch.full((BIG_BYTES // 4,), float(i))
+def _numbered(i: int, device: str = "cpu") -> Tensor:
+    return torch.full((BIG_BYTES // 4,), float(i), device=device)
 
 
 def _expect_numbered(pipe: Pipe, count: int) -> None:
@@ -366,19 +375,21 @@ def _drain_numbered(pipe: Pipe) -> Exception | None:
     return None
 
 
-def _send_until_error(pipe: Pipe) -> tuple[int, BaseException | None]:
-    """Send big numbered messages until one fails; return how many went, and the error."""
+def _send_until_error(pair: PipePair) -> tuple[int, BaseException | None]:
+    """Send big numbered messages from `here` until one fails; return how many went, and the error."""
     for number in range(MANY):
-        error = _error(lambda number=number: pipe.send_tensor(_numbered(number)))  # type: ignore[misc]
+        message = _numbered(number, pair.device)
+        error = _error(lambda message=message: pair.here.send_tensor(message))  # type: ignore[misc]
         if error is not None:
             return number, error
     return MANY, None
 
 
-def _fill(pipe: Pipe) -> tuple[int, Future[None]]:
-    """Send big numbered messages until a send waits; return how many went before, and the send that waits."""
+def _fill(pair: PipePair) -> tuple[int, Future[None]]:
+    """Send big numbered messages from `here` until a send waits; return how many went before, and that send."""
     for number in range(MANY):
-        sending = spawn(lambda number=number: pipe.send_tensor(_numbered(number)))  # type: ignore[misc]
+        message = _numbered(number, pair.device)
+        sending = spawn(lambda message=message: pair.here.send_tensor(message))  # type: ignore[misc]
         try:
             sending.result(SETTLE_S)
         except TimeoutError:

@@ -34,6 +34,9 @@ class PipeTests:
     pipe_class: ClassVar[type[Pipe]]
     options: ClassVar[Mapping[str, Any]] = {}
     timeout_s: ClassVar[float] = 10.0
+    #: Where the tensors and the paged memory of one end are, and of the other one if that is elsewhere.
+    device: ClassVar[str] = "cpu"
+    peer_device: ClassVar[str | None] = None
     #: How many pipes `test_many_pipes` opens at once (mind the limit of open files).
     many_pipes: ClassVar[int] = 64
 
@@ -47,7 +50,7 @@ class PipeTests:
     @pytest.fixture
     def pair(self) -> Iterator[PipePair]:
         """Two open ends in this process."""
-        pair = open_pair(self.pipe_class, self.options, self.timeout_s)
+        pair = open_pair(self.pipe_class, self.options, self.timeout_s, self.device, self.peer_device)
         yield pair
         pair.close()
 
@@ -63,7 +66,9 @@ class PipeTests:
 
     def test_many_pipes_are_served_by_a_fixed_set_of_threads(self) -> None:
         """The number of threads does not grow with the number of pipes."""
-        block_laws.many_pipes_are_served_by_a_fixed_set_of_threads(self.pipe_class, self.options, self.many_pipes)
+        block_laws.many_pipes_are_served_by_a_fixed_set_of_threads(
+            self.pipe_class, self.options, self.many_pipes, self.device, self.peer_device
+        )
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -80,7 +85,7 @@ class PipeTests:
         if self.pipe_class.traits.reach is Reach.PROCESS:
             pytest.skip(f"{self.pipe_class.name} stays within one process")
         if not peers or not peers[-1].alive:
-            peers.append(ProcessPeer(self.pipe_class, self.options))
+            peers.append(ProcessPeer(self.pipe_class, self.options, self.device, self.peer_device))
         return peers[-1]
 
     @_named(process_laws.LAWS)

@@ -6,27 +6,27 @@ A law may kill the process; whoever runs the laws starts another one then.
 from __future__ import annotations
 
 import threading
-import zlib
 from collections.abc import Callable
 
 import torch
 
 from kvconnect.errors import BrokenError, DeadlineError, KVConnectError
-from kvconnect.pipes.base import Pipe, Transfer
+from kvconnect.pipes.base import Transfer
+from kvconnect.testing.ends import End, checksum
 from kvconnect.testing.layouts import (
     clone,
+    differences,
     naive_copy,
     naive_stream,
     noisy_memory,
     random_ids,
-    regions,
     separate_layers,
     shared_region,
 )
 from kvconnect.testing.leaks import Holdings, assert_nothing_left
 from kvconnect.testing.peers import LIMIT_S, spawn
 from kvconnect.testing.pipe_laws import MANY
-from kvconnect.testing.processes import ProcessPeer, RemoteEnd
+from kvconnect.testing.processes import ProcessPeer
 from kvconnect.testing.samples import fidelity_samples, same
 
 _BIG = 64 << 20
@@ -37,7 +37,7 @@ _BLOCK = 1 << 16
 def tensors_survive_the_way_to_another_process_and_back(peer: ProcessPeer) -> None:
     """Clauses 1 and 3."""
     end = peer.open()
-    sent = [*fidelity_samples(), None, torch.arange(_BIG // 8)]
+    sent = [*fidelity_samples(end.device), None, torch.arange(_BIG // 8, device=end.device)]
     echo = end.tell("echo", count=len(sent))
     for tensor in sent:
         spawn(lambda tensor=tensor: end.pipe.send_tensor(tensor)).result(LIMIT_S)  # type: ignore[misc]
@@ -63,7 +63,7 @@ def a_killed_peer_breaks_a_blocked_send(peer: ProcessPeer) -> None:
     """Clause 6."""
     end = peer.open(timeout_s=LIMIT_S)
     _warm(end)
-    sending = spawn(lambda: _send_until_error(end.pipe))
+    sending = spawn(lambda: _send_until_error(end))
     threading.Event().wait(_SETTLE_S)
     peer.kill()
     error = sending.result(LIMIT_S)
@@ -100,7 +100,7 @@ def a_send_to_a_frozen_peer_ends_at_its_deadline(peer: ProcessPeer) -> None:
     end = peer.open(timeout_s=1.0)
     _warm(end)
     peer.freeze()
-    error = spawn(lambda: _send_until_error(end.pipe)).result(LIMIT_S)
+    error = spawn(lambda: _send_until_error(end)).result(LIMIT_S)
     assert isinstance(error, (DeadlineError, BrokenError)), f"got {error!r}"
     began = spawn(end.pipe.abort)
     assert began.exception(5.0) is None, "abort waits for a frozen peer"
@@ -110,27 +110,27 @@ def a_send_to_a_frozen_peer_ends_at_its_deadline(peer: ProcessPeer) -> None:
 def blocks_are_read_from_another_process(peer: ProcessPeer) -> None:
     """Random ids, other strides on each side, compared with a naive copy."""
     end = peer.open()
-    mine = noisy_memory(separate_layers(4, 64, 3, 3000), 1)
+    mine = noisy_memory(separate_layers(4, 64, 3, 3000), 1, end.device)
     theirs = end.attach(mine, shared_region(4, 64, 3, 3000), 2)
     for seed, count in enumerate((1, 7, 60)):
         remote, local = random_ids(seed, 64, [count]), random_ids(seed + 5, 64, [count])
         wanted = clone(mine)
         naive_copy(wanted, local, theirs, remote)
         end.pipe.read_blocks(remote, local).wait(LIMIT_S)
-        assert all(a.equal(b) for a, b in zip(regions(mine), regions(wanted), strict=True))
+        assert not differences(mine, wanted)
     end.pipe.abort()
 
 
 def blocks_are_written_to_another_process(peer: ProcessPeer) -> None:
     """Done means that they are there."""
     end = peer.open()
-    mine = noisy_memory(separate_layers(4, 64, 3, 3000), 1)
+    mine = noisy_memory(separate_layers(4, 64, 3, 3000), 1, end.device)
     end.attach(mine, shared_region(4, 64, 3, 3000), 2)
     for seed, count in enumerate((1, 7, 60)):
         local, remote = random_ids(seed, 64, [count]), random_ids(seed + 5, 64, [count])
         end.pipe.write_blocks(local, remote).wait(LIMIT_S)
         got = end.tell("stream", blocks=remote).result(LIMIT_S)
-        assert got["crc"] == zlib.crc32(naive_stream(mine, local).numpy().data)
+        assert got["crc"] == checksum(naive_stream(mine, local))
     end.pipe.abort()
 
 
@@ -139,10 +139,10 @@ def both_processes_read_at_once(peer: ProcessPeer) -> None:
     end = peer.open()
     count = (16 << 20) // _BLOCK
     layout = separate_layers(1, count, 1, _BLOCK)
-    mine = noisy_memory(layout, 1)
+    mine = noisy_memory(layout, 1, end.device)
     theirs = end.attach(mine, layout, 2)
     low, high = [list(range(count // 2))], [list(range(count // 2, count))]
-    kept = zlib.crc32(naive_stream(mine, low).numpy().data)
+    kept = checksum(naive_stream(mine, low))
     reading = end.tell("read", remote=low, local=low)
     end.pipe.read_blocks(high, high).wait(LIMIT_S)
     reading.result(LIMIT_S)
@@ -156,7 +156,7 @@ def a_killed_peer_ends_block_transfers_with_an_error(peer: ProcessPeer) -> None:
     end = peer.open(timeout_s=2.0)
     count = (64 << 20) // _BLOCK
     layout = separate_layers(1, count, 1, _BLOCK)
-    mine = noisy_memory(layout, 1)
+    mine = noisy_memory(layout, 1, end.device)
     end.attach(mine, layout, 2)
     everything = [list(range(count))]
     transfers = [end.pipe.read_blocks(everything, everything), end.pipe.write_blocks([[1]], [[2]])]
@@ -202,10 +202,10 @@ LAWS: tuple[Callable[[ProcessPeer], None], ...] = (
 # -- what laws are made of ------------------------------------------------------
 
 
-def _warm(end: RemoteEnd) -> None:
+def _warm(end: End) -> None:
     """Send one message there and back, so that both ends are joined for certain."""
     echo = end.tell("echo", count=1)
-    spawn(lambda: end.pipe.send_tensor(torch.ones(1))).result(LIMIT_S)
+    spawn(lambda: end.pipe.send_tensor(torch.ones(1, device=end.device))).result(LIMIT_S)
     assert spawn(end.pipe.recv_tensor).result(LIMIT_S) is not None
     echo.result(LIMIT_S)
 
@@ -217,11 +217,11 @@ def _warm_up_and_end(peer: ProcessPeer) -> None:
     end.pipe.close()
 
 
-def _send_until_error(pipe: Pipe) -> Exception | None:
-    tensor = torch.zeros(4 << 20, dtype=torch.uint8)
+def _send_until_error(end: End) -> Exception | None:
+    tensor = torch.zeros(4 << 20, dtype=torch.uint8, device=end.device)
     for _ in range(MANY):
         try:
-            pipe.send_tensor(tensor)
+            end.pipe.send_tensor(tensor)
         except KVConnectError as error:
             return error
     return None

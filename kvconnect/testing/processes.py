@@ -2,7 +2,7 @@
 
 `ProcessPeer` starts the process; `ProcessPeer.open` joins a pipe to it. Exchange
 and channel go over a connection of `multiprocessing`. The process can be killed and
-frozen, which is what it is for.
+frozen, which is what it is for. It is spawned, never forked: CUDA does not survive a fork.
 """
 
 from __future__ import annotations
@@ -12,19 +12,17 @@ import itertools
 import multiprocessing
 import os
 import signal
-import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
-from kvconnect.paging import BlockIds, PagedLayout, PagedMemory
 from kvconnect.pipes.base import Pipe, PipeSpec
 from kvconnect.testing.channels import Body, ConnectionChannel
-from kvconnect.testing.layouts import naive_stream, noisy_memory
+from kvconnect.testing.devices import is_cuda
+from kvconnect.testing.ends import DrivenEnd, End
 from kvconnect.testing.peers import LIMIT_S, spawn
 
 
@@ -43,37 +41,50 @@ class ScopedChannel:
         self._channel.handle(self._prefix + op, handler)
 
 
-@dataclass
-class RemoteEnd:
-    """A pipe whose other end is in another process: our end, and commands for theirs."""
+class RemoteEnd(End):
+    """A pipe whose other end is in another process."""
 
-    pipe: Pipe
-    channel: ScopedChannel
-    peer: ProcessPeer
-    number: int
+    def __init__(self, pipe: Pipe, peer: ProcessPeer, number: int) -> None:
+        super().__init__(pipe, ScopedChannel(peer.channel, number), peer.device, frozenset({peer.device}))
+        self.peer, self._number = peer, number
 
     def tell(self, command: str, **arguments: Any) -> Future[dict[str, Any]]:
-        """Have the other end run a method of `_End`; the future fails with its error."""
-        return self.peer.channel.call("tell", {"pipe": self.number, "command": command, "arguments": arguments})
-
-    def attach(self, mine: PagedMemory, theirs: PagedLayout, seed: int) -> PagedMemory:
-        """Attach both ends; theirs gets `noisy_memory` (``theirs``, ``seed``), of which this returns a copy."""
-        arguments = {"mine": theirs.to_wire(), "theirs": mine.layout.to_wire(), "seed": seed}
-        self.tell("attach", **arguments).result(LIMIT_S)
-        self.pipe.attach(mine, theirs, self.channel)
-        return noisy_memory(theirs, seed)
+        """Have the other process run the command in a thread of its own."""
+        return self.peer.channel.call("tell", {"pipe": self._number, "command": command, "arguments": arguments})
 
 
 class ProcessPeer:
     """A process with the other ends of any number of pipes of one class."""
 
-    def __init__(self, pipe_class: type[Pipe], options: Mapping[str, Any] | None = None) -> None:
-        """Start the process. ``pipe_class`` must be importable there by its module and name."""
-        self.pipe_class, self.options = pipe_class, dict(options or {})
+    def __init__(
+        self,
+        pipe_class: type[Pipe],
+        options: Mapping[str, Any] | None = None,
+        device: str = "cpu",
+        peer_device: str | None = None,
+        *,
+        renumber: bool = True,
+    ) -> None:
+        """Start the process.
+
+        Args:
+            pipe_class: must be importable there by its module and name.
+            options: `PipeSpec.options` of all ends.
+            device: of the ends in this process.
+            peer_device: of those in the other one, if it is another; named as in this process.
+            renumber: let the other process see the CUDA devices in reverse order, so that
+                the same device has another number there.
+
+        """
+        self.pipe_class, self.options, self.device = pipe_class, dict(options or {}), device
+        there, environ = _seen_there(peer_device or device, renumber=renumber)
         ours, theirs = multiprocessing.Pipe()
         where = f"{pipe_class.__module__}:{pipe_class.__qualname__}"
         self._process = multiprocessing.get_context("spawn").Process(
-            target=_main, args=(theirs, where, self.options), name="kvconnect-test-peer", daemon=True
+            target=_main,
+            args=(theirs, where, self.options, there, environ),
+            name="kvconnect-test-peer",
+            daemon=True,
         )
         self._process.start()
         theirs.close()
@@ -94,8 +105,8 @@ class ProcessPeer:
             body = {"pipe": number, "mine": dict(mine), "timeout_s": timeout_s}
             return self.channel.call("open", body).result(LIMIT_S)
 
-        pipe = self.pipe_class.open(PipeSpec("asks", exchange, timeout_s=timeout_s, options=self.options))
-        return RemoteEnd(pipe, ScopedChannel(self.channel, number), self, number)
+        pipe = self.pipe_class.open(PipeSpec("asks", exchange, self.device, timeout_s, self.options))
+        return RemoteEnd(pipe, self, number)
 
     def kill(self) -> None:
         """End the process at once (SIGKILL) and wait until it is gone."""
@@ -116,58 +127,14 @@ class ProcessPeer:
         self.channel.close()
 
 
-class _End:
-    """What the process does at its end of one pipe."""
-
-    def __init__(self, pipe: Pipe, channel: ScopedChannel) -> None:
-        self.pipe, self._channel = pipe, channel
-        self._memory: PagedMemory | None = None
-
-    def echo(self, count: int) -> None:
-        """Receive ``count`` messages and send each back."""
-        for _ in range(count):
-            self.pipe.send_tensor(self.pipe.recv_tensor())
-
-    def send(self, count: int, nbytes: int) -> None:
-        """Send messages 0, 1, … of bytes 0, 1, …."""
-        for i in range(count):
-            self.pipe.send_tensor(torch.full((nbytes,), i % 256, dtype=torch.uint8))
-
-    def receive(self, count: int) -> dict[str, Any]:
-        """Receive messages and return their checksums."""
-        got = [self.pipe.recv_tensor() for _ in range(count)]
-        return {"crc": [None if t is None else zlib.crc32(t.reshape(-1).view(torch.uint8).numpy().data) for t in got]}
-
-    def attach(self, mine: dict[str, Any], theirs: dict[str, Any], seed: int) -> None:
-        """Make noise the end's paged memory."""
-        self._memory = noisy_memory(PagedLayout.from_wire(mine), seed)
-        self.pipe.attach(self._memory, PagedLayout.from_wire(theirs), self._channel)
-
-    def stream(self, blocks: BlockIds) -> dict[str, Any]:
-        """Return the checksum of the blocks."""
-        if self._memory is None:
-            raise RuntimeError("not attached")
-        return {"crc": zlib.crc32(naive_stream(self._memory, blocks).numpy().data)}
-
-    def read(self, remote: BlockIds, local: BlockIds) -> None:
-        """Read blocks and wait."""
-        self.pipe.read_blocks(remote, local).wait(LIMIT_S)
-
-    def close(self) -> None:
-        """Close the end."""
-        self.pipe.close()
-
-    def abort(self) -> None:
-        """Abort the end."""
-        self.pipe.abort()
-
-
 class _Ends:
     """All ends of the process."""
 
-    def __init__(self, pipe_class: type[Pipe], options: Mapping[str, Any], channel: ConnectionChannel) -> None:
-        self._pipe_class, self._options, self._channel = pipe_class, options, channel
-        self._ends: dict[int, Future[_End]] = {}
+    def __init__(
+        self, pipe_class: type[Pipe], options: Mapping[str, Any], channel: ConnectionChannel, device: str
+    ) -> None:
+        self._pipe_class, self._options, self._channel, self._device = pipe_class, options, channel, device
+        self._ends: dict[int, Future[DrivenEnd]] = {}
 
     def open(self, body: dict[str, Any]) -> Future[dict[str, Any]]:
         """Open the serving end; the answer is what it exchanges."""
@@ -179,11 +146,11 @@ class _Ends:
             theirs: Body = body["mine"]
             return theirs
 
-        def open_end() -> _End:
-            spec = PipeSpec("serves", exchange, timeout_s=body["timeout_s"], options=self._options)
-            return _End(self._pipe_class.open(spec), ScopedChannel(self._channel, number))
+        def open_end() -> DrivenEnd:
+            spec = PipeSpec("serves", exchange, self._device, body["timeout_s"], self._options)
+            return DrivenEnd(self._pipe_class.open(spec), ScopedChannel(self._channel, number), self._device)
 
-        def opened(end: Future[_End]) -> None:
+        def opened(end: Future[DrivenEnd]) -> None:
             error = end.exception()
             if error is not None and not answer.done():
                 answer.set_exception(error)
@@ -195,20 +162,30 @@ class _Ends:
     def tell(self, body: dict[str, Any]) -> Future[dict[str, Any]]:
         """Run one command in a thread of its own."""
         opening = self._ends[body["pipe"]]
-
-        def run() -> dict[str, Any]:
-            return getattr(opening.result(LIMIT_S), body["command"])(**body["arguments"]) or {}
-
-        return spawn(run)
+        return spawn(lambda: opening.result(LIMIT_S).obey(body["command"], body["arguments"]))
 
 
-def _main(connection: Connection, where: str, options: Mapping[str, Any]) -> None:
+def _seen_there(device: str, *, renumber: bool) -> tuple[str, dict[str, str]]:
+    """Return the name of ``device`` in a process that is given the returned environment."""
+    if not is_cuda(device) or not renumber:
+        return device, {}
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    # Entries beyond the devices there are (a bad one hides those behind it) would come first.
+    turned = reversed(visible.split(",")[:count])
+    return f"cuda:{count - 1 - (torch.device(device).index or 0)}", {"CUDA_VISIBLE_DEVICES": ",".join(turned)}
+
+
+def _main(
+    connection: Connection, where: str, options: Mapping[str, Any], device: str, environ: Mapping[str, str]
+) -> None:
+    os.environ.update(environ)  # before anything here asks CUDA for devices
     module, _, name = where.partition(":")
     found: Any = importlib.import_module(module)
     for part in name.split("."):
         found = getattr(found, part)
     channel = ConnectionChannel(connection, "kvconnect-test-peer")
-    ends = _Ends(found, options, channel)
+    ends = _Ends(found, options, channel, device)
     channel.handle("open", ends.open)
     channel.handle("tell", ends.tell)
     channel.start()
