@@ -14,7 +14,11 @@ def _children() -> list[str]:
     """Command lines of this process's children, less those of the interpreter's own resource tracker."""
     found = []
     for task in Path("/proc/self/task").iterdir():
-        for pid in (task / "children").read_text().split():
+        try:
+            pids = (task / "children").read_text().split()
+        except OSError:
+            continue  # the thread has ended meanwhile
+        for pid in pids:
             try:
                 command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
             except OSError:
