@@ -22,6 +22,8 @@ from kvconnect.errors import KVConnectError
 from kvconnect.pipes.base import Reach
 
 SEED = 20260
+#: Options that pipes are measured with unless told otherwise: what their goals are about.
+OPTIONS: dict[str, dict[str, Any]] = {"tcp": {"checksum": False}}
 CASE_LIMIT_S = 240
 
 
@@ -63,7 +65,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def backends(only: list[str], left_out: dict[str, str]) -> list[Backend]:
     """Return what to measure; note in ``left_out`` which registered pipes are not, and why."""
     if only:
-        return [parse_backend("--pipe", json.loads(text) if text.startswith("{") else text) for text in only]
+        named = [parse_backend("--pipe", json.loads(text) if text.startswith("{") else text) for text in only]
+        return [Backend(one.name, OPTIONS.get(one.name, {}) | dict(one.options)) for one in named]
     found = []
     for name in sorted(registry.pipes()):
         try:
@@ -74,13 +77,15 @@ def backends(only: list[str], left_out: dict[str, str]) -> list[Backend]:
         if "cpu" not in pipe.traits.devices or pipe.traits.reach < Reach.HOST:
             left_out[name] = "does not join two processes over CPU memory"
             continue
-        found.append(Backend(name))
+        found.append(Backend(name, OPTIONS.get(name, {})))
     return found
 
 
 def label(backend: Backend) -> str:
-    """Return what rows call a pipe: its name, and its options if it has any."""
-    return " ".join([backend.name, *(f"{key}={value}" for key, value in backend.options.items())])
+    """Return what rows call a pipe: its name, and its options if they are not the usual ones."""
+    usual = OPTIONS.get(backend.name, {})
+    unusual = [f"{key}={value}" for key, value in backend.options.items() if key not in usual or usual[key] != value]
+    return " ".join([backend.name, *unusual])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

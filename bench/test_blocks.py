@@ -58,6 +58,27 @@ def test_blocks(
     book.rows += rows.of_race(case, label(backend), race)
 
 
+@pytest.mark.benchmark(timer=clock)
+@pytest.mark.parametrize("op", ["read", "write"])
+def test_checksum(benchmark: Any, near: Near, book: Book, rounds: Callable[[int], int], op: str) -> None:
+    """What checksums cost: the tcp pipe with them against itself without."""
+    blocks = max(COUNTS)
+    keys = [near.end("tcp", {"checksum": wanted}) for wanted in (True, False)]
+    checked, unchecked = (near.attached(key) for key in keys)
+    rng = np.random.default_rng(blocks)
+    chosen = [draw(rng, blocks) for _ in range(COUNTS[blocks])]
+    for pipe in (checked, unchecked):
+        near.check_blocks(pipe, op, chosen[-1])
+    references: dict[str, Callable[[int], float]] = {"tcp unchecked": lambda i: near.blocks(unchecked, op, chosen[i])}
+    race = Race(lambda i: near.blocks(checked, op, chosen[i]), references, rounds(COUNTS[blocks]), seed=blocks)
+    race.run(benchmark)
+    for key in keys:
+        near.release(key)
+    nbytes = blocks * BLOCK_BYTES
+    case = rows.Case(f"blocks {_title(blocks)}, {op}", nbytes, PIECE_BYTES, is_blocks=True)
+    book.rows += rows.of_race(case, "tcp checksum", race)
+
+
 def _packed(near: Near, end: str, nbytes: int, _round: int) -> float:
     return near.tensors(end, nbytes, 1, into=True)
 
