@@ -57,7 +57,8 @@ class Copier:
     def __init__(self, device: int) -> None:
         self.device = device
         module = driver.cupy()
-        with driver.errors("prepare the copy kernels"), module.cuda.Device(device) as this:
+        with driver.errors("prepare the copy kernels"), driver.use(device):
+            this = module.cuda.Device(device)
             self.multiprocessors = int(this.attributes["MultiProcessorCount"])
             source = resources.files("kvconnect.cuda").joinpath("copy.cu").read_text(encoding="utf-8")
             options = ("--std=c++17", f"-DSTAGES={_STAGES}", f"-DLEAD={_LEAD}", f"-DTILE={TILE_BYTES}")
@@ -73,7 +74,7 @@ class Copier:
         module = driver.cupy()
         layout = source.layout
         tiles = tuple(table(source, target, group, TILE_BYTES) for group in range(layout.num_groups))
-        with driver.errors("upload a table of pieces"), module.cuda.Device(self.device):
+        with driver.errors("upload a table of pieces"), driver.use(self.device):
             on_device = tuple(module.asarray(rows) for rows in tiles)
         return Table(tiles, on_device, tuple(is_aligned(rows) for rows in tiles))
 
@@ -94,7 +95,6 @@ class Copier:
             BrokenError: CUDA failed.
 
         """
-        module = driver.cupy()
         ids = np.empty((len(part.from_ids), 2), dtype=np.int32)
         ids[:, 0], ids[:, 1] = part.from_ids, part.to_ids
         tiles = table.on_device[part.group]
@@ -103,7 +103,7 @@ class Copier:
             return None
         bulk = self._bulk is not None and table.aligned[part.group] and not (part.from_shift | part.to_shift) % 16
         most = multiprocessors if bulk else multiprocessors * _THREADED_PER_SM
-        with driver.errors("launch a copy"), module.cuda.Device(self.device):
+        with driver.errors("launch a copy"), driver.use(self.device):
             pinned = _pinned(ids)
             args = (
                 tiles,

@@ -73,7 +73,7 @@ def measure(copier: Copier, address: int, nbytes: int, stream: Any, multiprocess
     module = driver.cupy()
     size = max(TILE_BYTES, min(nbytes, SCRATCH_BYTES) // TILE_BYTES * TILE_BYTES)
     small = size // _CALLS
-    with driver.errors("measure copies"), module.cuda.Device(copier.device):
+    with driver.errors("measure copies"), driver.use(copier.device):
         scratch = module.cuda.runtime.malloc(size)
         try:
             table = _line(address, scratch, min(size, nbytes))

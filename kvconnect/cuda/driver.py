@@ -67,6 +67,15 @@ def errors(doing: str) -> Iterator[None]:
         raise BrokenError(f"CUDA failed to {doing}: {error}") from error
 
 
+@contextlib.contextmanager
+def use(device: int) -> Iterator[None]:
+    """Make ``device`` this thread's current one, for a while, with a context even if the thread is new."""
+    module = cupy()
+    with module.cuda.Device(device):
+        module.cuda.runtime.setDevice(device)  # the guard does nothing if the number is the same
+        yield
+
+
 def index(device: str) -> int:
     """Return the index of ``"cuda:N"``, as this process counts its devices.
 

@@ -23,8 +23,7 @@ _MAX_REGIONS = 1 << 12
 
 def why_not(memory: PagedMemory) -> str | None:
     """Return why ``memory`` cannot be opened by other processes, or ``None`` if it can."""
-    module = driver.cupy()
-    with driver.errors("look at the KV cache"), module.cuda.Device(driver.index(memory.device)):
+    with driver.errors("look at the KV cache"), driver.use(driver.index(memory.device)):
         for base, nbytes in zip(memory.bases, memory.layout.region_bytes, strict=True):
             start, size = driver.allocation(int(base))
             if not driver.is_exportable(int(base)):
@@ -54,7 +53,7 @@ def describe(addresses: Sequence[int], device: int) -> dict[str, Any]:
     """Return the handles of memory at ``addresses`` that can be exported: what `Mapped` reads."""
     module = driver.cupy()
     regions: list[list[Any]] = []
-    with driver.errors("export memory"), module.cuda.Device(device):
+    with driver.errors("export memory"), driver.use(device):
         for address in addresses:
             start, _ = driver.allocation(address)
             regions.append([bytes(module.cuda.runtime.ipcGetMemHandle(start)), start, address - start])
@@ -102,7 +101,7 @@ class Mapped:
 
     def _check_sizes(self, region_bytes: Sequence[int]) -> None:
         """Refuse regions that end beyond their allocation: offsets are the peer's word only."""
-        with driver.cupy().cuda.Device(self._device):
+        with driver.use(self._device):
             for base, nbytes in zip(self.bases, region_bytes, strict=True):
                 start, size = driver.allocation(base)
                 if base < start or base + nbytes > start + size:
@@ -147,14 +146,14 @@ class _Imports:
             if found[1] == 0:
                 del self._open[device, handle]
                 module = driver.cupy()
-                with driver.errors("close a peer's memory"), module.cuda.Device(device):
+                with driver.errors("close a peer's memory"), driver.use(device):
                     module.cuda.runtime.ipcCloseMemHandle(found[0])
 
 
 def _open(device: int, handle: bytes) -> int:
     module = driver.cupy()
     try:
-        with driver.errors("open the peer's memory"), module.cuda.Device(device):
+        with driver.errors("open the peer's memory"), driver.use(device):
             return int(module.cuda.runtime.ipcOpenMemHandle(handle, _LAZY))
     except BrokenError as error:
         raise BrokenError(f"{error}; the two GPUs must have peer access (nvidia-smi topo -p2p r)") from error

@@ -57,7 +57,7 @@ class Lanes:
         while True:
             work = self._works.get()
             try:
-                with driver.errors("copy"), driver.cupy().cuda.Device(self.device):
+                with driver.errors("copy"), driver.use(self.device):
                     lane = lane or _Lane()
                     more = lane.run(work)
             except KVConnectError as error:

@@ -153,6 +153,8 @@ class CudaIpcPipe(Pipe):
         self._ended = self._ended or ClosedError("this end was closed")
         if self._blocks is not None:
             self._blocks.close(self._ended)
+        else:
+            self._peer.close()
 
 
 def _options(spec: PipeSpec) -> CudaIpcOptions:

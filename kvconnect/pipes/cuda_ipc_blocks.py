@@ -6,6 +6,7 @@ when the first transfer asks for them.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Iterator, Mapping
@@ -19,14 +20,14 @@ from kvconnect.cuda.copier import Copier, Part, Table, copier
 from kvconnect.cuda.costs import Costs, measure, run_bytes, runs
 from kvconnect.cuda.lanes import Work, lanes
 from kvconnect.cuda.tiles import FROM, NBYTES, TO, Paged, UInt64Array
-from kvconnect.errors import ClosedError, KVConnectError, LoadError
+from kvconnect.errors import BrokenError, ClosedError, KVConnectError, LoadError
 from kvconnect.paging import BlockIds, PagedLayout, PagedMemory
 from kvconnect.pipes.base import Channel, Transfer
 from kvconnect.pipes.peer_process import PeerProcess
 
 log = logging.getLogger(__name__)
 
-_OP = "cuda_ipc.memory"
+_MEMORY, _END = "cuda_ipc.memory", "cuda_ipc.end"
 #: Work for one turn of a lane; other transfers wait no longer than it takes (1.4 ms over NVLink).
 CHUNK_BYTES = 512 << 20
 
@@ -85,7 +86,8 @@ class CudaIpcBlocks:
         self._running = 0
         self._ended: KVConnectError | None = None
         exported = ipc.export(local)
-        channel.handle(_OP, lambda _: exported)
+        channel.handle(_MEMORY, lambda _: exported)
+        channel.handle(_END, self._peer_ended)
 
     # -- asking -------------------------------------------------------------------
 
@@ -101,14 +103,24 @@ class CudaIpcBlocks:
 
     def close(self, error: KVConnectError) -> None:
         """Refuse new transfers with ``error``, end those that wait, and unmap the peer's memory after the rest."""
+        if self._end(error):
+            with contextlib.suppress(KVConnectError):  # whether the peer hears it or has gone, too, is all the same
+                self._channel.call(_END, {})
+
+    def _peer_ended(self, _: Mapping[str, Any]) -> dict[str, Any]:
+        self._end(BrokenError("the other end was closed"))
+        return {}
+
+    def _end(self, error: KVConnectError) -> bool:
         with self._lock:
             if self._ended is not None:
-                return
+                return False
             self._ended = error
             waiting, self._waiting = self._waiting or [], None
         for copy in waiting:
             copy.transfer.finish(error)
         self._unmap_if_idle()
+        return True
 
     def _start(self, copy: _Copy) -> Transfer:
         with self._lock:
@@ -123,7 +135,7 @@ class CudaIpcBlocks:
         if ask is None:
             self._lanes.submit(copy)
         elif ask:
-            self._channel.call(_OP, {}).add_done_callback(self._answered)
+            self._channel.call(_MEMORY, {}).add_done_callback(self._answered)
         return copy.transfer
 
     # -- meeting the peer's memory ------------------------------------------------------
@@ -206,6 +218,7 @@ class CudaIpcBlocks:
             if self._ended is None or self._running:
                 return
             mapped, self._mapped = self._mapped, None
+        self._peer.close()
         if mapped is not None:
             self._lanes.submit(_Unmap(mapped))
 
@@ -273,7 +286,7 @@ def _copy_runs(copier: Copier, runs: UInt64Array, part: Part, stream: Any) -> No
     """Have a copy engine move each run of each block."""
     runtime = driver.cupy().cuda.runtime
     rows = runs.astype(int).tolist()
-    with driver.errors("copy"), driver.cupy().cuda.Device(copier.device):
+    with driver.errors("copy"), driver.use(copier.device):
         for source, target in zip(part.from_ids, part.to_ids, strict=True):
             for row in rows:
                 start = row[FROM] + source * row[FROM + 1]

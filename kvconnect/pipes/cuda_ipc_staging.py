@@ -88,7 +88,7 @@ class _Staging:
         _graves.sweep()
         self._device = device
         module = driver.cupy()
-        with driver.errors("allocate staging memory"), module.cuda.Device(device):
+        with driver.errors("allocate staging memory"), driver.use(device):
             self.address = int(module.cuda.runtime.malloc(nbytes))
         described = ipc.describe([self.address], device)
         self.card = bytes(msgpack.packb({**described, "address": self.address, "nbytes": nbytes}))

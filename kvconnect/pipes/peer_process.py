@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import os
 import select
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,11 +17,12 @@ class PeerProcess:
 
     def __init__(self, card: Mapping[str, Any]) -> None:
         """Find the process that ``card`` describes."""
-        self._watched: io.FileIO | None = None
+        self._lock = threading.Lock()
+        self._watched: int | None = None
         pid = card.get("pid")
         if isinstance(pid, int) and card.get("pidns") == host.identity()["pidns"]:
             try:
-                self._watched = io.FileIO(os.pidfd_open(pid))
+                self._watched = os.pidfd_open(pid)
             except OSError as error:
                 raise BrokenError(f"the peer's process {pid} is gone") from error
 
@@ -33,9 +34,17 @@ class PeerProcess:
 
     def check(self) -> None:
         """Raise `BrokenError` if the process has ended."""
-        if self._watched is None:
-            return
-        poll = select.poll()
-        poll.register(self._watched, select.POLLIN)
-        if poll.poll(0):
-            raise BrokenError("the peer's process has ended")
+        with self._lock:
+            if self._watched is None:
+                return
+            poll = select.poll()
+            poll.register(self._watched, select.POLLIN)
+            if poll.poll(0):
+                raise BrokenError("the peer's process has ended")
+
+    def close(self) -> None:
+        """Watch no longer."""
+        with self._lock:
+            watched, self._watched = self._watched, None
+        if watched is not None:
+            os.close(watched)
