@@ -151,7 +151,7 @@ def test_a_close_while_a_receive_waits_loses_nothing_that_was_sent_though_the_pe
     _await_blocked(waiting)
     reader.pipe.close()
     with pytest.raises(ClosedError):
-        waiting.result(1)
+        waiting.result(4)
     reader.sock.sendall(chatter)
     time.sleep(0.1)  # a reset would need a moment to come back
     header, _ = wire.encode(sent)
@@ -165,7 +165,7 @@ def test_a_close_while_a_send_waits_loses_no_earlier_message_though_the_peer_sen
     _await_blocked(waiting)
     reader.pipe.close()
     with pytest.raises(ClosedError):
-        waiting.result(1)
+        waiting.result(4)
     reader.sock.sendall(wire.control(Kind.NONE))
     time.sleep(0.1)  # a reset would need a moment to come back
     whole = wire.encode(sent)[0] + sent.numpy().tobytes()
@@ -176,7 +176,7 @@ def test_who_still_sends_to_an_end_that_closed_while_it_received_learns_so(reade
     waiting = spawn(reader.pipe.recv_tensor)
     _await_blocked(waiting)
     reader.pipe.close()
-    assert waiting.exception(1)
+    assert waiting.exception(4)
     assert reader.drain() == wire.control(Kind.END)
     with pytest.raises(OSError, match=r"reset|Broken pipe"):  # noqa: PT012 - the first bytes are still taken
         for _ in range(100):
@@ -185,13 +185,13 @@ def test_who_still_sends_to_an_end_that_closed_while_it_received_learns_so(reade
 
 
 def test_a_waiting_receive_hears_of_the_close_though_the_end_mark_does_not_fit() -> None:
-    reader = Reader(timeout_s=1.0)
+    reader = Reader(timeout_s=8.0)
     waiting = spawn(reader.pipe.recv_tensor)
     sending = spawn(lambda: reader.pipe.send_tensor(torch.zeros(8 << 20, dtype=torch.uint8)))
     _await_blocked(sending)
     closing = spawn(reader.pipe.close)
     with pytest.raises(ClosedError):
-        waiting.result(0.5)
+        waiting.result(4)
     assert isinstance(sending.exception(LIMIT_S), ClosedError)
     closing.result(LIMIT_S)
     reader.close()
