@@ -64,8 +64,10 @@ test-vllm: venv
 test-full: venv
 	$(BIN)/python -m pytest -v --durations=20 -m "not gpu" $(PYTEST)
 
+# pytest-timeout is the only plugin asked for: the options of the others would be errors without them.
 test-gpu:
-	$(GPU_PYTHON) -m pytest -v -m gpu $(PYTEST)
+	$(GPU_PYTHON) -m pytest -v -o addopts= -W ignore::pytest.PytestConfigWarning --import-mode=importlib \
+		--strict-markers -ra --durations=20 -m gpu tests/gpu $(PYTEST)
 
 lint: venv
 	$(BIN)/ruff format --check .

@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 import pytest
 
 from kvconnect.pipes.base import Pipe, Reach
-from kvconnect.testing import block_laws, pipe_laws, process_laws
+from kvconnect.testing import block_laws, pipe_laws, process_laws, stream_laws
+from kvconnect.testing.ends import End, LocalEnd
 from kvconnect.testing.peers import PipePair, open_pair
 from kvconnect.testing.processes import ProcessPeer
 
@@ -92,3 +93,21 @@ class PipeTests:
     def test_process_law(self, peer: ProcessPeer, law: Callable[[ProcessPeer], None]) -> None:
         """One law between two processes."""
         law(peer)
+
+
+class CudaPipeTests(PipeTests):
+    """The same on CUDA devices, and every law about streams."""
+
+    device: ClassVar[str] = "cuda:0"
+
+    @_named(stream_laws.LAWS)
+    def test_stream_law(self, pair: PipePair, law: Callable[[End], None]) -> None:
+        """One law about streams, between two ends in this process."""
+        law(LocalEnd(pair))
+
+    @_named(stream_laws.LAWS)
+    def test_stream_law_between_processes(self, peer: ProcessPeer, law: Callable[[End], None]) -> None:
+        """The same between two processes."""
+        end = peer.open()
+        law(end)
+        end.pipe.abort()
