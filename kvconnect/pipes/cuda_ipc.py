@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvconnect.config import Backend, parse_options
 from kvconnect.cuda import driver, ipc
+from kvconnect.cuda.copier import copier
 from kvconnect.errors import BusyError, ClosedError, ConfigError, HandshakeError, KVConnectError
 from kvconnect.paging import BlockIds, PagedLayout, PagedMemory
 from kvconnect.pipes import companion, host
@@ -94,6 +95,8 @@ class CudaIpcPipe(Pipe):
     def accepts(cls, memory: PagedMemory) -> Verdict:
         """Say whether other processes can open ``memory``."""
         reason = ipc.why_not(memory)
+        if reason is None:
+            copier(driver.index(memory.device))  # the kernels are compiled now rather than under the first request
         return YES if reason is None else Verdict(False, reason, "")
 
     # -- tensors ----------------------------------------------------------------------
