@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,7 +39,8 @@ class Plan:
     such that they fit nobody, and ``stranger_role``.
     With ``multi`` the connector is the only child of a MultiConnector.
     ``extra_config`` goes under ``kv_connector_extra_config`` of each. With ``tiny``
-    the last consumer's KV cache has `TINY_BLOCKS` blocks, so that it preempts.
+    the last consumer's KV cache has `TINY_BLOCKS` blocks, so that it preempts. Engines of several
+    workers are to be ``patient`` where cores are few, see `tests/vllm/patient`.
     """
 
     connector: str
@@ -51,6 +53,7 @@ class Plan:
     multi: bool = False
     variant: model.Variant = "llama"
     tiny: bool = True
+    patient: bool = False
     lease_s: float = 8.0
     extra_config: Mapping[str, Any] = field(default_factory=dict)
     arguments: tuple[str, ...] = ()
@@ -209,6 +212,10 @@ class Fleet:
         """Return a prompt of exactly ``tokens`` token ids; another one for each ``seed``."""
         return Prompt(token_ids(self.model, tokens, seed), **options)
 
+    def _patience(self) -> dict[str, str]:
+        paths = [str(Path(__file__).parent / "patient"), os.environ.get("PYTHONPATH", "")]
+        return {"PYTHONPATH": os.pathsep.join(filter(None, paths))} if self.plan.patient else {}
+
     def _engine(self, name: str, options: EngineOptions, role: str | None, more: Sequence[str] = ()) -> Server:
         extra = {"group": self._folder.name, "lease_s": self.plan.lease_s, "log_transfers": True}
         transfer = {
@@ -226,7 +233,7 @@ class Fleet:
             options,
             self._folder,
             kv_transfer=transfer if role else None,
-            env={"VLLM_LOGGING_CONFIG_PATH": str(logging), "VLLM_SERVER_DEV_MODE": "1"},
+            env={"VLLM_LOGGING_CONFIG_PATH": str(logging), "VLLM_SERVER_DEV_MODE": "1"} | self._patience(),
             extra=("--worker-extension-cls", "kvconnect.demo.probe.KVProbe", *more),
         )
 

@@ -145,13 +145,14 @@ def test_two_choices_under_one_ticket_may_run_on_two_engines(data_parallel: Flee
 def tensor_parallel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """A producer and a consumer of two workers each, and an engine of one that does both.
 
-    vLLM's workers spin for each other, so on fewer cores than workers a single step may take seconds.
+    vLLM's workers wait for each other without sleeping, so on fewer cores than workers a step may take seconds.
     """
     plan = Plan(
         "KvConnect",
         producers=1,
         consumers=1,
         tiny=False,
+        patient=True,
         lease_s=100,
         extra_config={"connect_timeout_s": 60, "lookup_timeout_s": 60, "release_timeout_s": 100},
         strangers=1,
