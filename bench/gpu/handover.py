@@ -1,0 +1,89 @@
+"""The whole hand-over as the connectors make it, without an engine: claim in hand → read, confirmed by the owner."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bench.gpu.contender import Contender, Host, Ids
+from kvconnect.buffers.base import Claim, EndSettings, LookupKey, Miss, Want
+from kvconnect.buffers.remote import RemoteBuffer
+from kvconnect.config import Backend, Config
+
+_LIMIT_S = 20.0
+_POLL_S = 0.5e-3
+
+
+class HandOver(Contender):
+    """Both ends of `RemoteBuffer` in either process, over the pipe that is named.
+
+    P lends blocks for a ticket; D looks, has its claim, and only then the clock starts:
+    it ends when the blocks were read *and* P has answered the release.
+    """
+
+    def __init__(self, host: Host, options: Mapping[str, Any]) -> None:
+        super().__init__(host, options)
+        config = Config(
+            group=str(options["group"]), connect_timeout_s=_LIMIT_S, transfer_timeout_s=_LIMIT_S, lease_s=120.0
+        )
+        settings = EndSettings(
+            "bench-D" if host.near else "bench-P",
+            {"model": "bench"},
+            num_parts=1,
+            produces=not host.near,
+            consumes=host.near,
+            options=config,
+            pipe=Backend(str(options["pipe"])),
+        )
+        self._end = RemoteBuffer.scheduler_end(settings)
+        self._worker = RemoteBuffer.worker_end(settings, 0, host.pools[str(options["layout"])].memory)
+        self._end.introduce([self._worker.describe()])
+        self._number = 0
+
+    def time(self, way: str, layout: str, near: Sequence[Ids], far: Sequence[Ids]) -> list[float]:
+        """See `Contender.time`."""
+        return [self._one(to_ids) for to_ids in near]
+
+    def assist(self, way: str, layout: str, near: Sequence[Ids], far: Sequence[Ids]) -> None:
+        """Lend the blocks that D is about to read."""
+        for ids in far:
+            asked = self.host.peer.recv()
+            key = _key(int(asked["number"]))
+            self.host.peer.send({"ticket": self._end.offer(key, (tuple(ids),), label=None, asked=True)})
+            self._end.drain_released()
+
+    def _one(self, to_ids: Ids) -> float:
+        self._number += 1
+        request = f"request-{self._number}"
+        ticket = self.host.peer.swap({"number": self._number})["ticket"]
+        self._end.look(request, Want(_key(self._number), ticket=ticket))
+        claim = self._claim(request)
+        start = time.perf_counter()
+        transfer = self._worker.read(claim, claim.blocks, (tuple(to_ids),), _ignore)
+        transfer.wait(_LIMIT_S)
+        took = time.perf_counter() - start
+        self._end.settle(request)
+        return took
+
+    def _claim(self, request: str) -> Claim:
+        pause, deadline = threading.Event(), time.monotonic() + _LIMIT_S
+        while (answer := self._end.found(request)) is None:
+            if time.monotonic() > deadline:
+                raise TimeoutError("no claim in time")
+            pause.wait(_POLL_S)
+        answer = self._end.commit(request)
+        if isinstance(answer, Miss):
+            raise RuntimeError(  # noqa: TRY004 - a miss is an answer, not a mistake of type
+                f"no claim: {answer.cause} {answer.detail}"
+            )
+        return answer
+
+
+def _key(number: int) -> LookupKey:
+    return LookupKey("bench", number.to_bytes(16, "big"), number)
+
+
+def _ignore(_: object) -> None:
+    """Do nothing: the caller waits."""
