@@ -4,6 +4,8 @@
         pipe_class = MyPipe
         options = {"port": 0}
 
+and `CudaPipeTests` for one that carries CUDA tensors.
+
 Skips follow from the class's declared `kvconnect.pipes.base.Traits` and from
 `Pipe.availability`, and from nothing else. This is the only module of
 `kvconnect.testing` for pipes that needs pytest.
@@ -36,8 +38,11 @@ class PipeTests:
     options: ClassVar[Mapping[str, Any]] = {}
     timeout_s: ClassVar[float] = 10.0
     #: Where the tensors and the paged memory of one end are, and of the other one if that is elsewhere.
+    #: CUDA devices with their number.
     device: ClassVar[str] = "cpu"
     peer_device: ClassVar[str | None] = None
+    #: Whether the peer process sees the CUDA devices in reverse order: other numbers, the same devices.
+    renumber: ClassVar[bool] = True
     #: How many pipes `test_many_pipes` opens at once (mind the limit of open files).
     many_pipes: ClassVar[int] = 64
 
@@ -86,8 +91,11 @@ class PipeTests:
         if self.pipe_class.traits.reach is Reach.PROCESS:
             pytest.skip(f"{self.pipe_class.name} stays within one process")
         if not peers or not peers[-1].alive:
-            peers.append(ProcessPeer(self.pipe_class, self.options, self.device, self.peer_device))
+            peers.append(self._start_peer())
         return peers[-1]
+
+    def _start_peer(self) -> ProcessPeer:
+        return ProcessPeer(self.pipe_class, self.options, self.device, self.peer_device, renumber=self.renumber)
 
     @_named(process_laws.LAWS)
     def test_process_law(self, peer: ProcessPeer, law: Callable[[ProcessPeer], None]) -> None:
@@ -109,5 +117,7 @@ class CudaPipeTests(PipeTests):
     def test_stream_law_between_processes(self, peer: ProcessPeer, law: Callable[[End], None]) -> None:
         """The same between two processes."""
         end = peer.open()
-        law(end)
-        end.pipe.abort()
+        try:
+            law(end)
+        finally:
+            end.pipe.abort()

@@ -77,7 +77,7 @@ class ProcessPeer:
 
         """
         self.pipe_class, self.options, self.device = pipe_class, dict(options or {}), device
-        there, environ = _seen_there(peer_device or device, renumber=renumber)
+        there, environ = seen_there(peer_device or device, renumber=renumber)
         ours, theirs = multiprocessing.Pipe()
         where = f"{pipe_class.__module__}:{pipe_class.__qualname__}"
         self._process = multiprocessing.get_context("spawn").Process(
@@ -165,7 +165,7 @@ class _Ends:
         return spawn(lambda: opening.result(LIMIT_S).obey(body["command"], body["arguments"]))
 
 
-def _seen_there(device: str, *, renumber: bool) -> tuple[str, dict[str, str]]:
+def seen_there(device: str, *, renumber: bool) -> tuple[str, dict[str, str]]:
     """Return the name of ``device`` in a process that is given the returned environment."""
     if not is_cuda(device) or not renumber:
         return device, {}

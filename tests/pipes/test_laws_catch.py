@@ -14,6 +14,7 @@ from kvconnect.pipes.base import Pipe, PipeSpec, Transfer
 from kvconnect.pipes.inproc import InprocPipe
 from kvconnect.testing import block_laws, pipe_laws
 from kvconnect.testing.peers import PipePair, open_pair
+from kvconnect.testing.processes import seen_there
 
 Law = Callable[[PipePair], None]
 
@@ -334,6 +335,21 @@ def catches(law: Law, broken: type[Pipe]) -> bool:
     finally:
         pair.close()
     return False
+
+
+@pytest.mark.parametrize(
+    ("visible", "device", "there", "turned"),
+    [(None, "cuda:0", "cuda:2", "2,1,0"), ("5,GPU-1,7", "cuda:2", "cuda:0", "7,GPU-1,5"), ("", "cpu", "cpu", None)],
+)
+def test_a_peer_process_numbers_cuda_devices_the_other_way_round(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, device: str, there: str, turned: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert seen_there(device, renumber=True) == (there, {} if turned is None else {"CUDA_VISIBLE_DEVICES": turned})
+    assert seen_there(device, renumber=False) == (device, {})
 
 
 def test_every_law_has_a_pipe_that_it_catches() -> None:
