@@ -50,8 +50,8 @@ def data_parallel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
             hand_over(fleet, Prompt(unique("poke"), max_tokens=1), rank, rank)
         assert fleet.settle() == []
         # vLLM passes on what the first of them says of its blocks. The gauge is of the last step of each,
-        # in which the poke's only block, of a thousand, was still lent.
-        assert max(used for engine in fleet.engines for used in by_rank(engine, USED).values()) <= 1e-3
+        # in which the blocks of one or two pokes, of a thousand, were still lent.
+        assert max(used for engine in fleet.engines for used in by_rank(engine, USED).values()) < 5e-3
 
 
 def hand_over(fleet: Fleet, prompt: Prompt, p: int, d: int) -> Answer:
