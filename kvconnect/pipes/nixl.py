@@ -1,0 +1,300 @@
+"""NIXL: one-sided reads over what UCX (or another backend) finds between two machines, also from GPU to GPU.
+
+NIXL moves bytes and nothing else. The order of tensors, the ends and the peer's death come from
+the host pipes of `kvconnect.pipes.companion`; tensors go through slots (`kvconnect.pipes.staged`),
+blocks straight into place or through staging memory, whichever is quicker
+(`kvconnect.pipes.nixl_blocks`). All pipes of a process share one agent (`kvconnect.pipes.nixl_agent`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
+
+import msgpack
+
+from kvconnect.config import Backend, parse_options
+from kvconnect.errors import BrokenError, BusyError, ClosedError, ConfigError, DeadlineError, KVConnectError
+from kvconnect.pipes.base import YES, Channel, Pipe, PipeSpec, Reach, Traits, Transfer, Verdict
+from kvconnect.pipes.companion import join
+from kvconnect.pipes.nixl_agent import Agent, Peer, Read
+from kvconnect.pipes.nixl_blocks import NixlBlocks, check_device
+from kvconnect.pipes.nixl_place import Place, Registration, card, read_card
+from kvconnect.pipes.nixl_staging import PORTION_BYTES, stager_for, whole
+from kvconnect.pipes.staged import StagedTensors, Staging
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvconnect.paging import BlockIds, PagedLayout, PagedMemory
+
+_VERSION: Final = 1
+#: Given to a read beyond its own deadline, so that the error is the read's.
+_SLACK_S: Final = 1.0
+
+
+@dataclass(frozen=True)
+class NixlOptions:
+    """Options of the NIXL pipe.
+
+    Args:
+        backends: NIXL's backends by name, or ``{"name": "UCX", parameter: value}``.
+        mode: ``"runs"`` reads blocks straight into place, neighbours in one piece;
+            ``"staged"`` has the peer gather them, and reads and scatters whole portions;
+            ``"auto"`` takes whichever proves quicker.
+        portion_bytes: what a block transfer reads in one go; another has its turn after it.
+        slot_bytes: of each of four slots that large tensors go through.
+        companion: the host pipe beside it, ``"auto"`` or a name with options; the options of
+            ``"auto"`` are those of ``tcp`` (``{"name": "auto", "bind_host": "10.0.0.1"}``).
+
+    """
+
+    backends: tuple[Backend, ...] = (Backend("UCX"),)
+    mode: Literal["auto", "runs", "staged"] = "auto"
+    portion_bytes: int = PORTION_BYTES
+    slot_bytes: int = 4 << 20
+    companion: Backend = Backend("auto")
+
+    def __post_init__(self) -> None:
+        """Check ranges; raise `ConfigError`."""
+        if not self.backends:
+            raise ConfigError("pipe.backends must name at least one backend")
+        for name in ("portion_bytes", "slot_bytes"):
+            if not 1 << 16 <= getattr(self, name) <= 1 << 30:
+                raise ConfigError(f"pipe.{name} must be 65536 to {1 << 30}, got {getattr(self, name)}")
+
+
+class NixlPipe(Pipe):
+    """One end of a pipe over NIXL."""
+
+    name: ClassVar[str] = "nixl"
+    # Not zero_copy: what is staged is copied twice, so that `tcp` is nearer where both carry the memory.
+    traits: ClassVar[Traits] = Traits(devices=frozenset({"cpu", "cuda"}), reach=Reach.NETWORK, one_sided=True)
+
+    def __init__(self, spec: PipeSpec) -> None:
+        """Start the process's agent, if it is the first, and meet the other end.
+
+        Raises:
+            ConfigError: a wrong option, or a backend that NIXL does not have.
+            UnavailableBackendError: this kind of device cannot be served.
+            HandshakeError: the other end is no such pipe.
+            BrokenError, DeadlineError: the other end cannot be reached.
+
+        """
+        self._options = parse_options(NixlOptions, spec.options, "pipe")
+        self._device, self.timeout_s = spec.device, spec.timeout_s
+        stager_for(spec.device)
+        self._agent = Agent.shared(self._options.backends)
+        self._state = threading.Lock()
+        self._closed = False
+        self._blocks: NixlBlocks | None = None
+        companion = join(spec, {"nixl": _VERSION}, self._options.companion)
+        if companion.theirs.get("nixl") != _VERSION:
+            companion.abort()
+            raise ConfigError(f"the other end is no NIXL pipe of version {_VERSION}")
+        medium = NixlMedium(self._agent, spec.device, spec.timeout_s, self._options.slot_bytes)
+        self._tensors = StagedTensors(companion, medium, slot_bytes=self._options.slot_bytes, timeout_s=spec.timeout_s)
+
+    # -- tensors --------------------------------------------------------------------------
+
+    def send_tensor(self, tensor: Tensor | None) -> None:
+        """Send one message, a large one through slots that the peer reads."""
+        self._tensors.send(tensor)
+
+    def recv_tensor(self) -> Tensor | None:
+        """Receive the next message into a new tensor on this end's device."""
+        return self._tensors.receive()
+
+    def recv_tensor_into(self, out: Tensor) -> None:
+        """Receive the next message straight into ``out`` if its memory is the message's."""
+        self._tensors.receive_into(out)
+
+    def close(self) -> None:
+        """End the block path, and the tensors' once the peer has what was sent."""
+        self._end_blocks()
+        self._tensors.close()
+
+    def abort(self) -> None:
+        """End at once; what the peer has not received is lost."""
+        self._end_blocks()
+        self._tensors.abort()
+
+    def _end_blocks(self) -> None:
+        with self._state:
+            self._closed = True
+            blocks = self._blocks
+        if blocks is not None:
+            blocks.close()
+
+    # -- blocks -----------------------------------------------------------------------------
+
+    def attach(self, local: PagedMemory, remote: PagedLayout, channel: Channel) -> None:
+        """Register ``local`` with NIXL, once for all pipes over it, and tell the peer where it is."""
+        check_device(local, self._device)
+        with self._state:
+            if self._closed:
+                raise ClosedError("this end was closed")
+            if self._blocks is not None:
+                raise BusyError("this pipe is attached to paged memory already")
+            self._blocks = NixlBlocks(
+                self._agent,
+                local,
+                remote,
+                channel,
+                mode=None if self._options.mode == "auto" else self._options.mode,
+                portion_bytes=self._options.portion_bytes,
+                timeout_s=self.timeout_s,
+            )
+
+    def read_blocks(self, remote: BlockIds, local: BlockIds) -> Transfer:
+        """Start to read the peer's blocks; see `Pipe.read_blocks`."""
+        return self._attached_blocks().read(remote, local)
+
+    def write_blocks(self, local: BlockIds, remote: BlockIds) -> Transfer:
+        """Have the peer read this end's blocks; see `Pipe.write_blocks`."""
+        return self._attached_blocks().write(local, remote)
+
+    def _attached_blocks(self) -> NixlBlocks:
+        if self._blocks is None:
+            raise ClosedError("attach() this pipe to paged memory before moving blocks")
+        return self._blocks
+
+    # -- where it works -----------------------------------------------------------------------
+
+    @classmethod
+    def availability(cls) -> Verdict:
+        """Whether NIXL is installed; nothing of it is imported."""
+        if importlib.util.find_spec("nixl") is None:
+            return Verdict(False, "NIXL is not installed", "pip install 'kvconnect[nixl]'")
+        return YES
+
+
+class NixlMedium:
+    """Staging memory and fetches for the tensor path of one pipe; see `kvconnect.pipes.staged.Medium`."""
+
+    def __init__(self, agent: Agent, device: str, timeout_s: float, slot_bytes: int) -> None:
+        self._agent, self._device, self._timeout_s, self._slot_bytes = agent, device, timeout_s, slot_bytes
+        self._place, self._stager = Place.of(device), stager_for(device)
+        self._lock = threading.Lock()
+        self._peer: tuple[Peer, Place] | None = None
+        self._staging: _NixlStaging | None = None
+        self._bounce: tuple[Tensor, Registration] | None = None
+        self._ended = False
+
+    @property
+    def device(self) -> str:
+        """Where the tensors are."""
+        return self._device
+
+    def allocate(self, nbytes: int) -> Staging:
+        """Allocate and register; as `Medium.allocate`."""
+        self._staging = _NixlStaging(self._agent, self._place, self._stager.allocate(nbytes), self)
+        return self._staging
+
+    def stage(self, source: Tensor, address: int) -> None:
+        """Copy into a slot, and progress the agent while the peer may read it."""
+        if self._staging is None:
+            raise BrokenError("nothing was allocated to stage in")
+        self._stager.copy(source, self._staging.part(address, source.nbytes))
+        with self._lock:
+            if not self._ended:
+                self._agent.watch(self, self._timeout_s)
+
+    def meet(self, card: bytes) -> None:
+        """Learn how to reach the peer's slots."""
+        try:
+            body = msgpack.unpackb(card)
+            name, metadata, place = read_card(body)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise BrokenError(f"the peer did not say how its memory is reached: {error}") from error
+        peer = self._agent.meet(name, metadata)
+        with self._lock:
+            old, self._peer = self._peer, (peer, place)
+            if self._ended:
+                old, self._peer = self._peer, None
+        if old is not None:
+            old[0].leave()
+
+    def fetch(self, address: int, out: Tensor) -> None:
+        """Read into registered memory and copy from there: registering every tensor would cost more."""
+        if self._peer is None:
+            raise BrokenError("the peer sent bytes before it said how its memory is reached")
+        peer, place = self._peer
+        peer.check()
+        for start in range(0, out.nbytes, self._slot_bytes):
+            part = out[start : start + self._slot_bytes]
+            bounce = self._landing()[: part.nbytes]
+            local = whole(bounce)
+            remote = local.copy()
+            remote[0, 0] = address + start
+            over: Future[KVConnectError | None] = Future()
+            self._agent.read(Read(peer.name, (self._place, local), (place, remote), self._timeout_s, over.set_result))
+            _await(over, self._timeout_s)
+            self._stager.copy(bounce, part)
+
+    def _landing(self) -> Tensor:
+        if self._bounce is None:
+            memory = self._stager.allocate(self._slot_bytes)
+            bounce = memory, self._agent.register(self._place, whole(memory), memory)
+            with self._lock:
+                if self._ended:
+                    self._agent.deregister(bounce[1])
+                    raise ClosedError("this end was closed")
+                self._bounce = bounce
+        return self._bounce[0]
+
+    def end(self) -> None:
+        """Give everything back but what the peer may still read."""
+        with self._lock:
+            self._ended = True
+            peer, self._peer = self._peer, None
+            bounce, self._bounce = self._bounce, None
+        self._agent.unwatch(self)
+        if bounce is not None:
+            # A fetch may be under way, on another thread; none lasts longer than this.
+            self._agent.deregister(bounce[1], delay_s=self._timeout_s + _SLACK_S)
+        if peer is not None:
+            self._agent.after(self._timeout_s + _SLACK_S, peer[0].leave)
+
+
+class _NixlStaging:
+    """Slots that the peer reads from; see `kvconnect.pipes.staged.Staging`."""
+
+    def __init__(self, agent: Agent, place: Place, memory: Tensor, watcher: object) -> None:
+        self._agent, self._memory = agent, memory
+        self._registration = agent.register(place, whole(memory), memory)
+        self.address = memory.data_ptr()
+        self.card: bytes = _packed(card(agent.name, place, self._registration))
+
+    def part(self, address: int, nbytes: int) -> Tensor:
+        """Return the memory at ``address``."""
+        start = address - self.address
+        return self._memory[start : start + nbytes]
+
+    def free(self, *, read_until_s: float) -> None:
+        """Deregister, perhaps later."""
+        if read_until_s:
+            # Its reads are answered meanwhile.
+            self._agent.watch(self, read_until_s)
+            self._agent.after(read_until_s, lambda: self._agent.unwatch(self))
+        self._agent.deregister(self._registration, delay_s=read_until_s)
+
+
+def _packed(body: dict[str, Any]) -> bytes:
+    packed: bytes = msgpack.packb(body)
+    return packed
+
+
+def _await(over: Future[KVConnectError | None], timeout_s: float) -> None:
+    began = time.monotonic()
+    try:
+        error = over.result(timeout_s + _SLACK_S)
+    except TimeoutError:
+        took_s = time.monotonic() - began
+        raise DeadlineError(f"the peer's memory could not be read within {took_s:.1f} s") from None
+    if error is not None:
+        raise error

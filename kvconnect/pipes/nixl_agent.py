@@ -1,0 +1,322 @@
+"""One NIXL agent for all pipes of a process, on one thread.
+
+`kvconnect.pipes.nixl_thread` says why that thread polls.
+
+What NIXL calls one-sided still needs the target's progress: to set a connection up
+on every transport, and for each byte on those without hardware for it (UCX over
+TCP). A target that nobody progresses never answers the first read (measured). So
+a pipe says with `Agent.watch` that its peer is reading, and the thread progresses
+the agent meanwhile.
+
+Everything NIXL does runs on that thread, so that its agent needs no locks. A
+transfer over shared memory is copied there, inside the call that posts it, without
+the GIL; requests are therefore kept small and take turns.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import logging
+import os
+import secrets
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from kvconnect.config import Backend
+from kvconnect.errors import BrokenError, ConfigError, DeadlineError, KVConnectError
+from kvconnect.paging import IoVec
+from kvconnect.pipes.nixl_place import Place, Registration
+from kvconnect.pipes.nixl_thread import PollingThread, ours
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Read:
+    """One request: fetch ``remote`` pieces of a peer into ``local`` ones, pair by pair of equal length.
+
+    ``on_over`` is called on the agent's thread, once, after the last access to local memory.
+    """
+
+    peer: str
+    local: tuple[Place, IoVec]
+    remote: tuple[Place, IoVec]
+    timeout_s: float
+    on_over: Callable[[KVConnectError | None], None]
+    due: float = 0.0
+    handle: Any = None
+
+
+@dataclass
+class _Peers:
+    """Remote agents by name, and how many pipes use each."""
+
+    users: Counter[str] = field(default_factory=Counter)
+    #: How often each was given up; whoever met it before must not use it any more.
+    lives: Counter[str] = field(default_factory=Counter)
+
+
+class Agent(PollingThread):
+    """A NIXL agent and its thread. Get it with `Agent.shared`; its methods may be called from any thread."""
+
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+    _agents: ClassVar[dict[tuple[Any, ...], Agent]] = {}
+
+    def __init__(self, backends: Sequence[Backend]) -> None:
+        self.pid = os.getpid()
+        self.name = f"kvconnect-{self.pid}-{secrets.token_hex(8)}"
+        self._flying: list[Read] = []
+        self._peers = _Peers()
+        self._registered: dict[tuple[Any, ...], Registration] = {}
+        self._nixl: Any = None
+        super().__init__("kvconnect-nixl")
+        try:
+            self.call(lambda: self._make(backends))
+        except BaseException:
+            self.stop()
+            raise
+
+    @classmethod
+    def shared(cls, backends: Sequence[Backend]) -> Agent:
+        """Return this process's agent for these backends, made anew after a fork.
+
+        Raises:
+            ConfigError: NIXL has no such backend, or it does not take these parameters.
+
+        """
+        key = (os.getpid(), *((one.name, tuple(sorted(one.options.items()))) for one in backends))
+        with cls._lock:
+            agent = cls._agents.get(key)
+            if agent is None:
+                agent = cls._agents[key] = cls(backends)
+            return agent
+
+    # -- from any thread ----------------------------------------------------------------
+
+    def read(self, request: Read) -> None:
+        """Begin a request when it is its turn."""
+        self.soon(lambda: self._post(request))
+
+    def register(self, place: Place, iov: IoVec, owner: object) -> Registration:
+        """Register memory, or return what the same memory was registered as.
+
+        Args:
+            place: where it is.
+            iov: its pieces.
+            owner: what keeps it alive; held until the last `deregister`.
+
+        Raises:
+            BrokenError: NIXL refuses it.
+
+        """
+        return self.call(lambda: self._register(place, iov, owner))
+
+    def deregister(self, registration: Registration, *, delay_s: float = 0.0) -> None:
+        """Give memory back, unless others use it still; not before ``delay_s``."""
+        if delay_s:
+            self.after(delay_s, lambda: self._deregister(registration))
+        else:
+            self.soon(lambda: self._deregister(registration))
+
+    def meet(self, name: str, metadata: bytes) -> Peer:
+        """Learn how to reach (more of) a peer's memory.
+
+        Raises:
+            BrokenError: the metadata is not that of an agent of this name.
+
+        """
+        return self.call(lambda: self._meet(name, metadata))
+
+    # -- on the agent's thread ------------------------------------------------------------
+
+    def _make(self, backends: Sequence[Backend]) -> None:
+        from nixl._api import nixl_agent, nixl_agent_config  # type: ignore[import-untyped]
+
+        self._nixl = nixl_agent(self.name, nixl_agent_config(enable_prog_thread=False, backends=[]))
+        for backend in backends:
+            if backend.name not in self._nixl.get_plugin_list():
+                known = ", ".join(sorted(self._nixl.get_plugin_list()))
+                raise ConfigError(f"pipe.backends: NIXL has no backend {backend.name!r} (it has {known})")
+            parameters = {key: str(value) for key, value in backend.options.items()}
+            try:
+                self._nixl.create_backend(backend.name, parameters)
+            except Exception as error:
+                raise ConfigError(f"pipe.backends: NIXL cannot make {backend.name!r}: {error}") from error
+
+    def _register(self, place: Place, iov: IoVec, owner: object) -> Registration:
+        key = (place, iov.tobytes())
+        found = self._registered.get(key)
+        if found is None:
+            rows = [(int(address), int(nbytes), place.device, "") for address, nbytes in iov]
+            descriptors = self._nixl.register_memory(rows, place.kind)
+            metadata = self._nixl.get_partial_agent_metadata(descriptors, inc_conn_info=True)
+            found = self._registered[key] = Registration(key, descriptors, metadata, owner)
+        found.users += 1
+        return found
+
+    def _deregister(self, registration: Registration) -> None:
+        registration.users -= 1
+        if registration.users == 0:
+            del self._registered[registration.key]
+            try:
+                self._nixl.deregister_memory(registration.descriptors)
+            except Exception as error:  # noqa: BLE001 - NIXL's own; nothing is left to be done for this memory
+                log.warning("memory could not be deregistered: %s", error)
+            registration.owner = None
+
+    def _meet(self, name: str, metadata: bytes) -> Peer:
+        # Both ends in one process share this agent, and reach its memory without introduction.
+        if name != self.name:
+            found = self._nixl.add_remote_agent(metadata)
+            if isinstance(found, bytes):
+                found = found.decode()
+            if found != name:
+                self._nixl.remove_remote_agent(found)
+                raise BrokenError(f"the peer said that its agent is {name!r}, its metadata say {found!r}")
+        self._peers.users[name] += 1
+        return Peer(self, name, self._peers.lives[name])
+
+    def _leave(self, peer: Peer) -> None:
+        self._peers.users[peer.name] -= 1
+        if self._peers.users[peer.name] <= 0 and peer.life == self._peers.lives[peer.name]:
+            self._give_up(peer.name, BrokenError("the pipe was closed"))
+
+    def _knows(self, peer: Peer) -> bool:
+        return self._peers.lives[peer.name] == peer.life
+
+    def _give_up(self, name: str, error: KVConnectError, late: Read | None = None) -> None:
+        """Cut the connection to a peer: the one proof that nothing of it is written here any more."""
+        self._peers.lives[name] += 1
+        requests = [request for request in self._flying if request.peer == name]
+        for request in requests:
+            self._release(request)
+        if name != self.name:
+            with contextlib.suppress(Exception):  # NIXL itself may have forgotten it
+                self._nixl.remove_remote_agent(name)
+        for request in requests:
+            expired = DeadlineError(f"the peer's memory could not be read within {request.timeout_s} s")
+            self._over(request, expired if request is late else error)
+
+    def _post(self, request: Read) -> None:
+        try:
+            if not self._peers.users[request.peer]:
+                raise BrokenError("the connection to the peer was given up")
+            (mine, local), (theirs, remote) = request.local, request.remote
+            request.handle = self._nixl.initialize_xfer(
+                "READ",
+                self._nixl.get_xfer_descs(mine.rows(local), mine.kind),
+                self._nixl.get_xfer_descs(theirs.rows(remote), theirs.kind),
+                request.peer,
+            )
+            request.due = time.monotonic() + request.timeout_s
+            state = self._nixl.transfer(request.handle)
+        except Exception as error:  # noqa: BLE001 - NIXL's own; handed to whoever asked
+            self._over(request, ours(error))
+            return
+        self._flying.append(request)
+        self._settle(request, state)
+
+    def _look(self, request: Read, now: float) -> bool:
+        """Return whether ``request`` is over."""
+        try:
+            state = self._nixl.check_xfer_state(request.handle)
+        except Exception as error:  # noqa: BLE001 - NIXL's own; handed to whoever asked
+            self._over(request, ours(error))
+            return True
+        if state == "PROC" and now > request.due:
+            self._give_up(
+                request.peer, BrokenError("the connection to the peer was given up after a deadline"), request
+            )
+            return True
+        return self._settle(request, state)
+
+    def _settle(self, request: Read, state: str) -> bool:
+        if state == "PROC":
+            return False
+        self._over(request, None if state == "DONE" else BrokenError("NIXL could not read the peer's memory"))
+        return True
+
+    def _release(self, request: Read) -> None:
+        handle, request.handle = request.handle, None
+        if handle is not None:
+            try:
+                handle.release()
+            except Exception as refused:  # noqa: BLE001 - NIXL's own; it keeps the handle and frees it with the agent
+                log.debug("a transfer's handle could not be released: %s", refused)
+
+    def _over(self, request: Read, error: KVConnectError | None) -> None:
+        if request in self._flying:
+            self._flying.remove(request)
+        self._release(request)
+        on_over, request.on_over = request.on_over, _nothing
+        try:
+            on_over(error)
+        except Exception:  # one pipe's mistake must not end the thread of all
+            log.exception("what follows a transfer failed")
+
+    def under_way(self) -> bool:
+        """Whether requests are."""
+        return bool(self._flying)
+
+    def look(self) -> bool:
+        """See which requests are over; return whether any is."""
+        now, news = time.monotonic(), False
+        for request in list(self._flying):
+            news |= request in self._flying and self._look(request, now)
+        return news
+
+    def progress(self) -> None:
+        """Answer what peers read."""
+        try:
+            self._nixl.get_new_notifs()
+        except Exception as error:  # noqa: BLE001 - NIXL's own; whoever waits has a deadline
+            log.debug("NIXL could not be progressed: %s", error)
+
+    # -- one for each process --------------------------------------------------------------
+
+    @classmethod
+    def stop_all(cls) -> None:
+        """End the threads before the interpreter takes their agents down."""
+        for agent in cls._agents.values():
+            if agent.pid == os.getpid():
+                agent.stop()
+
+    @classmethod
+    def forget_all(cls) -> None:
+        """In a forked child: the parent's agents must neither be used nor be destroyed here."""
+        cls._lock = threading.Lock()
+        for agent in cls._agents.values():
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(agent))
+        cls._agents = {}
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A remote agent, as one pipe met it."""
+
+    agent: Agent
+    name: str
+    life: int
+
+    def check(self) -> None:
+        """Raise `BrokenError` if the connection was given up since."""
+        if not self.agent._knows(self):  # noqa: SLF001 - one small room
+            raise BrokenError("the connection to the peer was given up after a deadline")
+
+    def leave(self) -> None:
+        """Say that this pipe needs it no more."""
+        self.agent.soon(lambda: self.agent._leave(self))  # noqa: SLF001 - one small room
+
+
+def _nothing(_: KVConnectError | None) -> None:
+    """Stand in for the end of a request that has been told."""
+
+
+atexit.register(Agent.stop_all)
+os.register_at_fork(after_in_child=Agent.forget_all)

@@ -1,0 +1,94 @@
+"""Piece by piece or staged: whichever was quicker for transfers like this one.
+
+Each transfer is measured, and what it took is kept for each peer: seconds a run for
+runs of about its length, seconds a byte for staged transfers of about its size. Where
+nothing is known yet, a transfer that is not large tries it out, so that a bad guess
+costs little; the slower way is tried again now and then, since a link or a pool changes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import ClassVar, Final, Literal
+
+Mode = Literal["runs", "staged"]
+
+#: Runs of this length on average are as good as one contiguous read.
+LONG_RUN_BYTES: Final = 1 << 20
+#: Transfers up to here may try what is not known to be quicker.
+TRIAL_BYTES: Final = 32 << 20
+#: So many choices after which the slower way is tried again.
+AGAIN: Final = 256
+_NEW: Final = 0.3  # share of a new measurement in the average
+_MAX_PEERS: Final = 1024
+
+
+class Costs:
+    """What transfers from one peer took. Thread-safe.
+
+    Args:
+        first: the mode that is taken while nothing is known.
+
+    """
+
+    def __init__(self, first: Mode) -> None:
+        self._first: Mode = first
+        self._lock = threading.Lock()
+        self._units: dict[tuple[Mode, int], float] = {}
+        self._choices = 0
+
+    def choose(self, runs: int, nbytes: int) -> Mode:
+        """Return the mode for a transfer of ``nbytes`` bytes in ``runs`` runs."""
+        if nbytes >= runs * LONG_RUN_BYTES:
+            return "runs"
+        with self._lock:
+            self._choices += 1
+            other: Mode = "staged" if self._first == "runs" else "runs"
+            took = {mode: self._predict(mode, runs, nbytes) for mode in (self._first, other)}
+            trial = nbytes <= TRIAL_BYTES
+            if took[self._first] is None:
+                return self._first
+            if took[other] is None:
+                return other if trial else self._first
+            best, worst = sorted(took, key=lambda mode: took[mode] or 0.0)
+            return worst if trial and self._choices % AGAIN == 0 else best
+
+    def note(self, mode: Mode, runs: int, nbytes: int, took_s: float) -> None:
+        """Keep what a transfer took."""
+        key, units = _bucket(mode, runs, nbytes), _units(mode, runs, nbytes)
+        with self._lock:
+            old = self._units.get(key)
+            self._units[key] = took_s / units if old is None else old + _NEW * (took_s / units - old)
+
+    def known(self) -> Mapping[tuple[Mode, int], float]:
+        """Return seconds a run or a byte, by mode and power of two of a run's or a transfer's bytes."""
+        with self._lock:
+            return dict(self._units)
+
+    def _predict(self, mode: Mode, runs: int, nbytes: int) -> float | None:
+        unit = self._units.get(_bucket(mode, runs, nbytes))
+        return None if unit is None else unit * _units(mode, runs, nbytes)
+
+
+def _units(mode: Mode, runs: int, nbytes: int) -> int:
+    return max(1, runs if mode == "runs" else nbytes)
+
+
+def _bucket(mode: Mode, runs: int, nbytes: int) -> tuple[Mode, int]:
+    size = nbytes // max(1, runs) if mode == "runs" else min(nbytes, TRIAL_BYTES)
+    return mode, size.bit_length()
+
+
+class _Known:
+    lock = threading.Lock()
+    peers: ClassVar[dict[tuple[str, str], Costs]] = {}
+
+
+def costs(peer: str, kind: str) -> Costs:
+    """Return what is known of reads from ``peer`` into memory of ``kind`` (``"DRAM"`` or ``"VRAM"``)."""
+    with _Known.lock:
+        if len(_Known.peers) > _MAX_PEERS:
+            _Known.peers.clear()
+        # Scattered reads are fast between CPUs and slow between GPUs, staged ones the reverse.
+        return _Known.peers.setdefault((peer, kind), Costs("runs" if kind == "DRAM" else "staged"))

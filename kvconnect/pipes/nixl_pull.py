@@ -1,0 +1,258 @@
+"""One running read of a peer's blocks: in runs straight into place, or portion by portion through staging memory."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from kvconnect.errors import BrokenError, KVConnectError, LoadError
+from kvconnect.paging import BlockIds, IoVec, Pieces, spans
+from kvconnect.pipes import turns
+from kvconnect.pipes.base import Message
+from kvconnect.pipes.flows import pack
+from kvconnect.pipes.nixl_agent import Read
+from kvconnect.pipes.nixl_choice import Mode
+from kvconnect.pipes.nixl_place import Place
+from kvconnect.pipes.nixl_staging import Blocks, Slot, StagedMemory, failed, portions, whole
+
+#: Parts of one transfer under way at once, so that gather, wire and scatter overlap.
+DEPTH: Final = 3
+
+OnOver = Callable[["Pull"], None]
+
+
+class End(Protocol):
+    """What a pull needs of its end of the pipe."""
+
+    shared: StagedMemory
+    timeout_s: float
+    portion_bytes: int
+
+    def tell(self, op: str, body: Message) -> Future[dict[str, Any]]:
+        """Call the other end; failures are in the future."""
+
+    def peer_name(self) -> str:
+        """Return the other end's agent; raise `BrokenError` if it was given up."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to read.
+
+    Args:
+        mode: how.
+        remote: the peer's blocks.
+        local: this end's.
+        place: the peer's kind of memory.
+        pieces: both streams, cut at each other's seams: the peer's and ours.
+
+    """
+
+    mode: Mode
+    remote: BlockIds
+    local: BlockIds
+    place: Place
+    pieces: tuple[IoVec, IoVec]
+
+
+@dataclass(eq=False)
+class _Portion:
+    number: int
+    remote: Blocks
+    local: Blocks
+    nbytes: int
+    slot: Slot | None = None
+
+
+class Pull:
+    """A read under way. It calls ``on_over`` once, after the last access to local blocks."""
+
+    def __init__(self, end: End, number: int, nbytes: int, on_over: OnOver) -> None:
+        self.number, self.nbytes = number, nbytes
+        self.error: KVConnectError | None = None
+        self.stamp = self.begun = time.monotonic()
+        self.plan: Plan | None = None
+        self._end, self._on_over = end, on_over
+        self._lock = threading.Lock()
+        self._parts: Iterator[Callable[[], None]] = iter(())
+        self._flying = 0
+        self._more = True
+        self._over = self._reported = False
+        self._asked: dict[int, _Portion] = {}
+
+    # -- from outside ----------------------------------------------------------------
+
+    def start(self, plan: Plan) -> None:
+        """Begin, unless it was given up before."""
+        with self._lock:
+            if self.error is not None:
+                return
+            self.plan = plan
+        self.stamp = self.begun = time.monotonic()
+        self._end.tell("nixl.begin", {"transfer": self.number}).add_done_callback(self._told)
+        if plan.mode == "runs":
+            self._parts = self._runs(plan)
+            self._advance()
+        else:
+            self._parts = self._portions(plan)
+            turns.shared().add(self._open_landing)
+
+    def fail(self, error: KVConnectError) -> None:
+        """Give up: over once nothing of it touches local memory any more."""
+        with self._lock:
+            self.error = self.error or error
+            self._more = False
+            asked, self._asked = list(self._asked.values()), {}
+            confirming = self._over
+        for portion in asked:
+            self._portion_over(portion, None)
+        if confirming:
+            self._report()
+        else:
+            self._finish_if_over()
+
+    def gathered(self, number: int, address: int, error: str | None) -> None:
+        """The peer has gathered a portion, or could not."""
+        with self._lock:
+            portion = self._asked.pop(number, None)
+        if portion is None or portion.slot is None:
+            return
+        self.stamp = time.monotonic()
+        if error is not None:
+            self._portion_over(portion, LoadError(f"the other end could not gather: {error}"))
+            return
+        local = whole(portion.slot.tensor[: portion.nbytes])
+        remote = local.copy()
+        remote[0, 0] = address
+        self._read(local, remote, lambda failure: self._landed(portion, failure))
+
+    # -- parts -----------------------------------------------------------------------
+
+    def _runs(self, plan: Plan) -> Iterator[Callable[[], None]]:
+        theirs, ours = (Pieces(iov) for iov in plan.pieces)
+        for start, stop in spans(self.nbytes, self._end.portion_bytes):
+            remote, local = theirs.cut(start, stop), ours.cut(start, stop)
+            yield lambda local=local, remote=remote: self._read(local, remote, self._part_over)  # type: ignore[misc]
+
+    def _portions(self, plan: Plan) -> Iterator[Callable[[], None]]:
+        layout, pool = self._end.shared.memory.layout, self._end.shared.landing
+        cut = portions(layout, plan.remote, plan.local, self._end.portion_bytes)
+        for number, (remote, local) in enumerate(cut):
+            portion = _Portion(number, remote, local, layout.nbytes(local))
+            yield lambda portion=portion: pool.take(lambda slot: self._ask(portion, slot))  # type: ignore[misc]
+
+    def _open_landing(self) -> bool:
+        try:
+            self._end.shared.landing.open()
+        except Exception as error:  # noqa: BLE001 - the device's allocator may raise anything; the transfer hears of it
+            self.fail(failed(error))
+            return False
+        self._advance()
+        return False
+
+    def _advance(self) -> None:
+        """Begin parts up to `DEPTH`."""
+        while True:
+            with self._lock:
+                if not self._more or self._flying >= DEPTH:
+                    break
+                part = next(self._parts, None)
+                if part is None:
+                    self._more = False
+                    break
+                self._flying += 1
+            try:
+                part()
+            except Exception as error:  # noqa: BLE001 - whatever it is, this transfer ends with it
+                self._part_over(failed(error))
+        self._finish_if_over()
+
+    def _ask(self, portion: _Portion, slot: Slot) -> None:
+        portion.slot = slot
+        with self._lock:
+            given_up = self.error is not None
+            if not given_up:
+                self._asked[portion.number] = portion
+        if given_up:
+            self._portion_over(portion, None)
+            return
+        body = {
+            "transfer": self.number,
+            "portion": portion.number,
+            "groups": pack(portion.remote),
+            "nbytes": portion.nbytes,
+        }
+        self._end.tell("nixl.gather", body).add_done_callback(self._told)
+
+    def _told(self, answer: Future[dict[str, Any]]) -> None:
+        error = answer.exception()
+        if error is not None:
+            self.fail(error if isinstance(error, KVConnectError) else BrokenError(f"the channel failed: {error!r}"))
+
+    def _read(self, local: IoVec, remote: IoVec, on_over: Callable[[KVConnectError | None], None]) -> None:
+        plan = self.plan
+        if plan is None:
+            raise BrokenError("a transfer went on that was not begun")
+        peer, shared = self._end.peer_name(), self._end.shared
+        places = (shared.place, local), (plan.place, remote)
+        shared.agent.read(Read(peer, *places, self._end.timeout_s, on_over))
+
+    def _landed(self, portion: _Portion, failure: KVConnectError | None) -> None:
+        self._end.tell("nixl.taken", {"transfer": self.number, "portion": portion.number})
+        if failure is not None or self.error is not None:
+            self._portion_over(portion, failure)
+        else:
+            turns.shared().add(lambda: self._scatter(portion))
+
+    def _scatter(self, portion: _Portion) -> bool:
+        failure: KVConnectError | None = None
+        shared = self._end.shared
+        try:
+            if self.error is None and portion.slot is not None:
+                shared.stager.scatter(portion.slot.tensor[: portion.nbytes], shared.memory, portion.local)
+        except Exception as error:  # noqa: BLE001 - kernels may raise anything; this transfer ends with it
+            failure = failed(error)
+        self._portion_over(portion, failure)
+        return False
+
+    def _portion_over(self, portion: _Portion, error: KVConnectError | None) -> None:
+        slot, portion.slot = portion.slot, None
+        if slot is not None:
+            self._end.shared.landing.give(slot)
+        self._part_over(error)
+
+    def _part_over(self, error: KVConnectError | None) -> None:
+        with self._lock:
+            self._flying -= 1
+            self.stamp = time.monotonic()
+        if error is not None:
+            self.fail(error)
+        self._advance()
+
+    def _finish_if_over(self) -> None:
+        with self._lock:
+            if self._over or self._more or self._flying:
+                return
+            self._over = True
+        # The bytes count only if the peer still vouches for its blocks now that they are here.
+        answer = self._end.tell("nixl.end", {"transfer": self.number})
+        if self.error is not None:
+            self._report()
+        else:
+            answer.add_done_callback(self._confirmed)
+
+    def _confirmed(self, answer: Future[dict[str, Any]]) -> None:
+        error = answer.exception()
+        if error is not None and self.error is None:
+            self.error = error if isinstance(error, KVConnectError) else BrokenError(f"the channel failed: {error!r}")
+        self._report()
+
+    def _report(self) -> None:
+        with self._lock:
+            first, self._reported = not self._reported, True
+        if first:
+            self._on_over(self)
