@@ -70,7 +70,9 @@ class Side:
     """The commands of one process."""
 
     def __init__(self, device: str, blocks: int, peer: Connection, channel: Connection, *, near: bool) -> None:
-        if device != "cpu":
+        if device == "cpu":
+            torch.set_num_threads(1)  # several processes at once would only wait for each other's threads
+        else:
             _use(device)
         pools = {name: Pool(name, device, blocks) for name in (LAYERWISE, BLOCKWISE)}
         for number, pool in enumerate(pools.values()):
