@@ -289,7 +289,7 @@ def test_wrong_bytes_are_an_error_and_no_result():
 def test_a_run_that_is_late_says_what_it_left_out(monkeypatch):
     monkeypatch.setattr(run, "BUDGET_S", 0.0)
     found = measure(Case("read", 2, (shm(),)))
-    assert found.left_out == {"read": "the run's 0 s were over"}
+    assert found.left_out == {"read": "the run's time was over"}
 
 
 # -- the file and the document ------------------------------------------------------------

@@ -174,7 +174,9 @@ def reads(blocks: int, layout: str) -> Case:
     compared = dict.fromkeys(PIPES, (ENGINE, RAW_NCCL, *NIXL, *NIXL_BLOCKWISE, *MOONCAKE))
     entrants = (*ours, *pieces, *whole, *mooncake(layout), engine(), *raw_nccl())
     name = f"read {title(blocks)}, {layout}"
-    return Case(name, blocks, entrants, tuple(goals), compared, rounds=7 if blocks < 512 else 5, repeats=2)
+    return Case(
+        name, blocks, entrants, tuple(goals), compared, rounds=7 if blocks < 512 else 5, repeats=2 if large else 12
+    )
 
 
 def writes(blocks: int) -> Case:

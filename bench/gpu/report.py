@@ -67,6 +67,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     from matplotlib import pyplot as plt  # type: ignore[import-not-found,unused-ignore]
 
     names = [name for name in _names(rows) if bars(rows, name) and not name.startswith("hand-over")]
+    if not names:
+        return
     figure, panels = plt.subplots(len(names), 1, figsize=(8, 0.6 + 0.32 * _height(rows, names)), squeeze=False)
     for panel, name in zip(panels[:, 0], names, strict=True):
         found = bars(rows, name)

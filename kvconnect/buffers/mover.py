@@ -220,6 +220,9 @@ class Mover(WorkerEnd):
                 inner.finish(foreign(error))
             self._client.soon(lambda: self._moving(read, inner))
 
+        if pipe is not None and pipe.traits.immediate:
+            move()  # each change of threads may wait for the interpreter lock, milliseconds beside a busy engine
+            return
         # Placing many blocks takes a while, and a third party's may block: too long for a
         # thread that serves all peers. Reads of one pipe start one after another.
         if not self._starting.submit(move, lane=link):

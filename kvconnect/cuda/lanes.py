@@ -1,8 +1,10 @@
 """Where device work runs: a fixed few streams of one device, each with a thread that waits for it.
 
 vLLM computes on streams of its own and in its own threads; copies may neither wait in
-these nor order themselves behind them. A thread per stream waits on an event without
-spinning, so *over* means that the device is done. Long works take turns chunk by chunk.
+these nor order themselves behind them. Whoever starts a copy enqueues it there and then,
+which takes microseconds; a thread per stream waits on events without spinning, so that
+*over* means that the device is done. What blocks (mapping, measuring, freeing) is left to
+a thread of its own.
 """
 
 from __future__ import annotations
@@ -10,85 +12,117 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from kvconnect.cuda import driver
 from kvconnect.errors import BrokenError, KVConnectError
 
 logger = logging.getLogger(__name__)
 
-#: Two, so that a short work never waits behind more than one chunk of a long one.
-LANES = 2
+#: Copies that may be under way beside each other; one more waits for the one before it on its stream.
+LANES = 4
+
+Over = Callable[[KVConnectError | None], None]
+Call = Callable[[Any], object]
 
 
-class Work(ABC):
-    """Something for a device to do, in steps."""
+class _Started(NamedTuple):
+    """Work on a stream: the event behind it, what it uses, and whom to tell."""
 
-    @abstractmethod
-    def step(self, stream: Any) -> bool:
-        """Enqueue the next chunk on ``stream``, a CuPy stream; return whether another follows it.
-
-        What the chunk uses must live until the next call of `step` or `over`. May raise
-        `KVConnectError`, which ends the work.
-        """
-
-    @abstractmethod
-    def over(self, error: KVConnectError | None) -> None:
-        """Hear that the device has finished all that was enqueued, or failed. Must not block."""
+    event: Any
+    kept: object
+    error: KVConnectError | None
+    over: Over
 
 
 class Lanes:
-    """The streams of one device and their threads."""
+    """The streams of one device and their threads. Thread-safe."""
 
     def __init__(self, device: int, count: int = LANES) -> None:
         self.device = device
-        self._works: queue.SimpleQueue[Work] = queue.SimpleQueue()
-        for number in range(count):
-            name = f"kvconnect-cuda{device}-lane{number}"
-            threading.Thread(target=self._run, name=name, daemon=True).start()
+        self._lock = threading.Lock()
+        self._lanes = [_Lane(device, f"kvconnect-cuda{device}-lane{number}") for number in range(count)]
+        self._chores: queue.SimpleQueue[tuple[Call, Over]] = queue.SimpleQueue()
+        threading.Thread(target=self._do_chores, name=f"kvconnect-cuda{device}-chores", daemon=True).start()
 
-    def submit(self, work: Work) -> None:
-        """Have ``work`` done after what is waiting already; never blocks."""
-        self._works.put(work)
+    def start(self, enqueue: Call, over: Over) -> None:
+        """Call ``enqueue(stream)`` at once, and ``over`` when the device has done what it enqueued.
 
-    def _run(self) -> None:
-        lane: _Lane | None = None
+        ``stream`` is a CuPy stream with little to do; what ``enqueue`` returns is kept alive
+        until then. ``over`` is called exactly once, on a thread of the lanes, with the error if
+        either failed; it must not block.
+        """
+        with self._lock:
+            lane = min(self._lanes, key=lambda lane: lane.started)
+            lane.started += 1
+        lane.start(enqueue, over)
+
+    def chore(self, call: Call, over: Over) -> None:
+        """Have ``call(stream)`` made by a thread that may block, after the chores before it; then ``over``."""
+        self._chores.put((call, over))
+
+    def _do_chores(self) -> None:
+        stream: Any = None
         while True:
-            work = self._works.get()
+            call, over = self._chores.get()
+            error: KVConnectError | None = None
             try:
-                with driver.errors("copy"), driver.use(self.device):
-                    lane = lane or _Lane()
-                    more = lane.run(work)
-            except KVConnectError as error:
-                _end(work, error)
-            except Exception as error:  # noqa: BLE001 - whatever a work raises, its waiters must hear of it
-                broken = BrokenError(f"{type(error).__name__}: {error}")
-                broken.__cause__ = error
-                _end(work, broken)
-            else:
-                if more:
-                    self._works.put(work)
-                else:
-                    _end(work, None)
+                with driver.errors("prepare a copy"), driver.use(self.device):
+                    stream = stream or driver.cupy().cuda.Stream(non_blocking=True)
+                    call(stream)
+            except Exception as failed:  # noqa: BLE001 - whatever it raises, its waiters must hear of it
+                error = _ours(failed)
+            _tell(over, error)
 
 
 class _Lane:
-    """One stream of the current device, and how to wait for it."""
+    """One stream and the thread that waits for it."""
 
-    def __init__(self) -> None:
-        cuda = driver.cupy().cuda
-        # Above vLLM's own priority: a few multiprocessors shortly, rather than soon.
-        self._stream = cuda.Stream(non_blocking=True, priority=-1)
-        self._event = cuda.Event(block=True, disable_timing=True)
+    def __init__(self, device: int, name: str) -> None:
+        self._device = device
+        #: Works that are not over; read without a lock, as a hint.
+        self.started = 0
+        self._lock = threading.Lock()
+        self._stream: Any = None
+        self._works: queue.SimpleQueue[_Started] = queue.SimpleQueue()
+        threading.Thread(target=self._wait, name=name, daemon=True).start()
 
-    def run(self, work: Work) -> bool:
-        try:
-            return work.step(self._stream)
-        finally:
-            # Also after an error: what was enqueued before it still uses the work's memory.
-            self._event.record(self._stream)
-            self._event.synchronize()
+    def start(self, enqueue: Call, over: Over) -> None:
+        kept: object = None
+        error: KVConnectError | None = None
+        event: Any = None
+        # In one order on the stream and in the queue.
+        with self._lock:
+            try:
+                with driver.errors("start a copy"), driver.use(self._device):
+                    cuda = driver.cupy().cuda
+                    if self._stream is None:
+                        # Above vLLM's own priority: a few multiprocessors shortly, rather than soon.
+                        self._stream = cuda.Stream(non_blocking=True, priority=-1)
+                    try:
+                        kept = enqueue(self._stream)
+                    finally:
+                        # Also after an error: what was enqueued before it still uses its memory.
+                        event = cuda.Event(block=True, disable_timing=True)
+                        event.record(self._stream)
+            except Exception as failed:  # noqa: BLE001 - whatever it raises, its waiters must hear of it
+                error = _ours(failed)
+            self._works.put(_Started(event, kept, error, over))
+
+    def _wait(self) -> None:
+        while True:
+            work = self._works.get()
+            error = work.error
+            try:
+                if work.event is not None:
+                    with driver.errors("copy"), driver.use(self._device):
+                        work.event.synchronize()
+            except KVConnectError as failed:
+                error = error or failed
+            self.started -= 1
+            _tell(work.over, error)
+            del work  # and with it what was kept
 
 
 @driver.per_process
@@ -97,8 +131,16 @@ def lanes(device: int) -> Lanes:
     return Lanes(device)
 
 
-def _end(work: Work, error: KVConnectError | None) -> None:
+def _ours(error: Exception) -> KVConnectError:
+    if isinstance(error, KVConnectError):
+        return error
+    broken = BrokenError(f"{type(error).__name__}: {error}")
+    broken.__cause__ = error
+    return broken
+
+
+def _tell(over: Over, error: KVConnectError | None) -> None:
     try:
-        work.over(error)
-    except Exception:  # the lane serves others, too
+        over(error)
+    except Exception:  # the thread serves others, too
         logger.exception("a callback of a copy failed")

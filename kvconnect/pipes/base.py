@@ -73,6 +73,8 @@ class Traits:
     one_sided: bool = False
     #: The block path moves bytes straight between the two paged memories.
     zero_copy: bool = False
+    #: `Pipe.read_blocks` and `Pipe.write_blocks` only enqueue: a thread that serves other peers may call them.
+    immediate: bool = False
 
 
 @dataclass(frozen=True)

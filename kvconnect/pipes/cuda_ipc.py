@@ -45,7 +45,7 @@ class CudaIpcPipe(Pipe):
     """One end of a pipe between two processes of a host, over CUDA memory."""
 
     name: ClassVar[str] = "cuda_ipc"
-    traits: ClassVar[Traits] = Traits(frozenset({"cuda"}), Reach.HOST, one_sided=True, zero_copy=True)
+    traits: ClassVar[Traits] = Traits(frozenset({"cuda"}), Reach.HOST, one_sided=True, zero_copy=True, immediate=True)
 
     def __init__(self, spec: PipeSpec) -> None:
         """Meet the other end.

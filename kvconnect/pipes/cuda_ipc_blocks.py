@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from kvconnect.blocks import check_pair, check_shapes
 from kvconnect.cuda import driver, ipc
 from kvconnect.cuda.copier import Copier, Part, Table, copier
 from kvconnect.cuda.costs import Costs, measure, run_bytes, runs
-from kvconnect.cuda.lanes import Work, lanes
+from kvconnect.cuda.lanes import lanes
 from kvconnect.cuda.tiles import FROM, NBYTES, TO, Paged, UInt64Array
 from kvconnect.errors import BrokenError, ClosedError, KVConnectError, LoadError
 from kvconnect.paging import BlockIds, PagedLayout, PagedMemory
@@ -28,8 +28,16 @@ from kvconnect.pipes.peer_process import PeerProcess
 log = logging.getLogger(__name__)
 
 _MEMORY, _END = "cuda_ipc.memory", "cuda_ipc.end"
-#: Work for one turn of a lane; other transfers wait no longer than it takes (1.4 ms over NVLink).
-CHUNK_BYTES = 512 << 20
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """One transfer: which blocks go where; a pull reads the peer's memory."""
+
+    transfer: Transfer
+    from_ids: BlockIds
+    to_ids: BlockIds
+    pull: bool
 
 
 @dataclass(frozen=True)
@@ -94,12 +102,12 @@ class CudaIpcBlocks:
     def read(self, remote: BlockIds, local: BlockIds) -> Transfer:
         """Start to copy the peer's blocks ``remote`` into ``local``; as `Pipe.read_blocks`."""
         nbytes = check_pair(self._local.layout, local, self._remote, remote)
-        return self._start(_Copy(self, nbytes, remote, local, pull=True))
+        return self._start(_Copy(Transfer(nbytes), remote, local, pull=True))
 
     def write(self, local: BlockIds, remote: BlockIds) -> Transfer:
         """Start to copy ``local`` into the peer's blocks ``remote``; as `Pipe.write_blocks`."""
         nbytes = check_pair(self._local.layout, local, self._remote, remote)
-        return self._start(_Copy(self, nbytes, local, remote, pull=False))
+        return self._start(_Copy(Transfer(nbytes), local, remote, pull=False))
 
     def close(self, error: KVConnectError) -> None:
         """Refuse new transfers with ``error``, end those that wait, and unmap the peer's memory after the rest."""
@@ -133,7 +141,7 @@ class CudaIpcBlocks:
                 ask = self._waiting is None
                 self._waiting = [*(self._waiting or []), copy]
         if ask is None:
-            self._lanes.submit(copy)
+            self._launch(copy)
         elif ask:
             self._channel.call(_MEMORY, {}).add_done_callback(self._answered)
         return copy.transfer
@@ -144,12 +152,13 @@ class CudaIpcBlocks:
         try:
             exported = answer.result()
         except KVConnectError as error:
-            self.opened(error)
+            self._opened(error)
         else:
-            self._lanes.submit(_Open(self, exported))  # mapping it takes too long for the channel's thread
+            # Mapping it takes too long for the channel's thread.
+            self._lanes.chore(lambda stream: self._open(exported, stream), self._opened)
 
-    def open(self, exported: Mapping[str, Any], stream: Any) -> None:
-        """Map the peer's memory, lay out the copies, and measure; on a lane."""
+    def _open(self, exported: Mapping[str, Any], stream: Any) -> None:
+        """Map the peer's memory, lay out the copies, and measure; on a thread that may block."""
         mapped = ipc.Mapped(exported, self._remote.region_bytes, self._device)
         try:
             theirs, ours = Paged(self._remote, mapped.bases), Paged.of(self._local)
@@ -165,7 +174,7 @@ class CudaIpcBlocks:
         with self._lock:
             self._mapped, self._pull, self._push = mapped, pull, push
 
-    def opened(self, error: KVConnectError | None) -> None:
+    def _opened(self, error: KVConnectError | None) -> None:
         """Start what waited for the peer's memory, or fail it."""
         with self._lock:
             waiting, self._waiting = self._waiting or [], None
@@ -175,43 +184,46 @@ class CudaIpcBlocks:
                 error = error or self._ended
         for copy in waiting:
             if error is None:
-                self._lanes.submit(copy)
+                self._launch(copy)
             else:
                 copy.transfer.finish(error)
         self._unmap_if_idle()
 
-    # -- on a lane ------------------------------------------------------------------------
+    # -- copying ----------------------------------------------------------------------
 
-    def enqueue(self, part: Part, stream: Any, *, pull: bool) -> object:
-        """Enqueue one part of a copy; return what must live until it is over."""
-        direction = self._pull if pull else self._push
+    def _launch(self, copy: _Copy) -> None:
+        """Start a copy on the device, now; `_Copy.transfer` ends when the device is done."""
+
+        def over(error: KVConnectError | None) -> None:
+            try:
+                # Its memory stays mapped when the peer is gone, but nobody vouches for it.
+                self._peer.check()
+            except KVConnectError as gone:
+                error = error or gone
+            if error is None and copy.transfer.cancelled:
+                error = LoadError("the transfer was cancelled")
+            copy.transfer.finish(error)
+            with self._lock:
+                self._running -= 1
+            self._unmap_if_idle()
+
+        self._lanes.start(lambda stream: self._enqueue(copy, stream), over)
+
+    def _enqueue(self, copy: _Copy, stream: Any) -> object:
+        direction = self._pull if copy.pull else self._push
         if direction is None:
             raise ClosedError("the peer's memory is not mapped")
-        by_engine = direction.by_engine[part.group]
-        if by_engine is None:
-            return self._copier.launch(direction.table, part, stream, self.multiprocessors)
-        _copy_runs(self._copier, by_engine, part, stream)
-        return None
-
-    def chunks(self, from_ids: BlockIds, to_ids: BlockIds) -> Iterator[Part]:
-        """Cut a selection of blocks into parts of at most `CHUNK_BYTES`, one block at least."""
-        for group, (sources, targets) in enumerate(zip(from_ids, to_ids, strict=False)):  # empty groups may be left out
-            if group >= self._local.layout.num_groups or not len(sources):
+        kept = []
+        # Empty groups may be left out at the end.
+        for group, (sources, targets) in enumerate(zip(copy.from_ids, copy.to_ids, strict=False)):
+            if not len(sources) or group >= len(direction.by_engine):
                 continue
-            block = self._local.layout.nbytes([[]] * group + [[0]])
-            step = max(1, CHUNK_BYTES // max(1, block))
-            for i in range(0, len(sources), step):
-                yield Part(group, sources[i : i + step], targets[i : i + step])
-
-    def check_peer(self) -> None:
-        """Raise `BrokenError` if the peer is gone: its memory stays mapped, but nobody vouches for it."""
-        self._peer.check()
-
-    def copied(self) -> None:
-        """Hear that a copy that ran is over."""
-        with self._lock:
-            self._running -= 1
-        self._unmap_if_idle()
+            part, by_engine = Part(group, sources, targets), direction.by_engine[group]
+            if by_engine is None:
+                kept.append(self._copier.launch(direction.table, part, stream, self.multiprocessors))
+            else:
+                _copy_runs(self._copier, by_engine, part, stream)
+        return kept
 
     def _unmap_if_idle(self) -> None:
         with self._lock:
@@ -220,66 +232,12 @@ class CudaIpcBlocks:
             mapped, self._mapped = self._mapped, None
         self._peer.close()
         if mapped is not None:
-            self._lanes.submit(_Unmap(mapped))
+            self._lanes.chore(lambda _: mapped.close(), _unmapped)
 
 
-class _Copy(Work):
-    """One transfer on a lane."""
-
-    def __init__(self, blocks: CudaIpcBlocks, nbytes: int, from_ids: BlockIds, to_ids: BlockIds, *, pull: bool) -> None:
-        self.transfer = Transfer(nbytes)
-        self._blocks, self._pull = blocks, pull
-        self._parts = blocks.chunks(from_ids, to_ids)
-        self._next = next(self._parts, None)
-        self._kept: object = None
-        self._stopped: KVConnectError | None = None
-
-    def step(self, stream: Any) -> bool:
-        if self.transfer.cancelled:
-            self._stopped = LoadError("the transfer was cancelled")
-            return False
-        part, self._next = self._next, next(self._parts, None)
-        if part is not None:
-            self._kept = self._blocks.enqueue(part, stream, pull=self._pull)
-        return self._next is not None
-
-    def over(self, error: KVConnectError | None) -> None:
-        self._kept = None
-        try:
-            self._blocks.check_peer()
-        except KVConnectError as gone:
-            error = error or gone
-        self.transfer.finish(error or self._stopped)
-        self._blocks.copied()
-
-
-class _Open(Work):
-    """Meeting the peer's memory."""
-
-    def __init__(self, blocks: CudaIpcBlocks, exported: Mapping[str, Any]) -> None:
-        self._blocks, self._exported = blocks, exported
-
-    def step(self, stream: Any) -> bool:
-        self._blocks.open(self._exported, stream)
-        return False
-
-    def over(self, error: KVConnectError | None) -> None:
-        self._blocks.opened(error)
-
-
-class _Unmap(Work):
-    """Closing the peer's memory, which may wait for the device."""
-
-    def __init__(self, mapped: ipc.Mapped) -> None:
-        self._mapped = mapped
-
-    def step(self, stream: Any) -> bool:
-        self._mapped.close()
-        return False
-
-    def over(self, error: KVConnectError | None) -> None:
-        if error is not None:
-            log.warning("could not unmap a peer's memory: %s", error)
+def _unmapped(error: KVConnectError | None) -> None:
+    if error is not None:
+        log.warning("could not unmap a peer's memory: %s", error)
 
 
 def _copy_runs(copier: Copier, runs: UInt64Array, part: Part, stream: Any) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from typing import Any
 
 import msgpack
 import torch
 from torch import Tensor
 
 from kvconnect.cuda import driver, ipc
-from kvconnect.cuda.lanes import Work, lanes
+from kvconnect.cuda.lanes import lanes
 from kvconnect.errors import BrokenError, KVConnectError
 
 log = logging.getLogger(__name__)
@@ -62,10 +61,10 @@ class CudaIpcMedium:
             self._copy(out.data_ptr(), self._mapped.bases[0] + address - start, out.nbytes)
 
     def end(self) -> None:
-        """Unmap the peer's memory, on a lane: that may wait for the device."""
-        lanes(self._index).submit(_Unmap(self))
+        """Unmap the peer's memory, elsewhere: that may wait for the device."""
+        lanes(self._index).chore(lambda _: self._unmap(), _quiet)
 
-    def unmap(self) -> None:
+    def _unmap(self) -> None:
         """Unmap the peer's memory once it is not being read."""
         with self._lock:
             mapped, self._mapped = self._mapped, None
@@ -116,37 +115,12 @@ class _Graves:
             due = [grave for grave in self._waiting if grave[0] <= now]
             self._waiting = [grave for grave in self._waiting if grave[0] > now]
         for _, device, address in due:
-            lanes(device).submit(_Free(device, address))
+            lanes(device).chore(lambda _, address=address: driver.cupy().cuda.runtime.free(address), _quiet)  # type: ignore[misc]
 
 
 _graves = _Graves()
 
 
-class _Free(Work):
-    """Freeing memory, which may wait for the device."""
-
-    def __init__(self, device: int, address: int) -> None:
-        self._device, self._address = device, address
-
-    def step(self, stream: Any) -> bool:
-        driver.cupy().cuda.runtime.free(self._address)
-        return False
-
-    def over(self, error: KVConnectError | None) -> None:
-        if error is not None:
-            log.warning("could not free staging memory: %s", error)
-
-
-class _Unmap(Work):
-    """Unmapping, which may wait for the device."""
-
-    def __init__(self, medium: CudaIpcMedium) -> None:
-        self._medium = medium
-
-    def step(self, stream: Any) -> bool:
-        self._medium.unmap()
-        return False
-
-    def over(self, error: KVConnectError | None) -> None:
-        if error is not None:
-            log.warning("could not unmap the peer's staging memory: %s", error)
+def _quiet(error: KVConnectError | None) -> None:
+    if error is not None:
+        log.warning("could not give staging memory back: %s", error)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import threading
+import queue
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from kvconnect.cuda import driver
 from kvconnect.cuda.copier import TILE_BYTES, Part, copier
 from kvconnect.cuda.costs import measure
-from kvconnect.cuda.lanes import Lanes, Work
+from kvconnect.cuda.lanes import Lanes
 from kvconnect.cuda.tiles import Packed, Paged
 from kvconnect.errors import BrokenError
 from kvconnect.paging import LayerLayout, PagedLayout, PagedMemory
@@ -122,29 +123,27 @@ def test_costs_are_measured_and_plausible() -> None:
     assert 1e-7 < costs.engine_call_s < 1e-3
 
 
-class _Recorded(Work):
-    def __init__(self, steps: int, error: Exception | None = None) -> None:
-        self.left, self.error, self.ended = steps, error, threading.Event()
-        self.result: object = "nothing"
+def test_a_lane_tells_the_end_of_each_work_once_and_survives_errors() -> None:
+    lanes, told = Lanes(0, count=1), queue.SimpleQueue[object]()
+    big = torch.zeros(1 << 30, dtype=torch.uint8, device="cuda")
+    other = torch.zeros_like(big)
+    torch.cuda.synchronize()
+    runtime = driver.cupy().cuda.runtime
 
-    def step(self, stream: object) -> bool:
-        if self.error is not None:
-            raise self.error
-        self.left -= 1
-        return self.left > 0
+    def fail(_: object) -> object:
+        raise ValueError("planted")
 
-    def over(self, error: object) -> None:
-        self.result = error
-        self.ended.set()
+    def copy(stream: Any) -> object:
+        runtime.memsetAsync(big.data_ptr(), 7, big.nbytes, stream.ptr)
+        runtime.memcpyAsync(other.data_ptr(), big.data_ptr(), big.nbytes, 3, stream.ptr)
+        return None
 
+    def copied(error: object) -> None:
+        told.put((error, bool((other == 7).all())))
 
-def test_a_lane_takes_every_step_tells_the_end_once_and_survives_errors() -> None:
-    lanes = Lanes(0, count=1)
-    bad, good = _Recorded(1, ValueError("planted")), _Recorded(5)
-    lanes.submit(bad)
-    lanes.submit(good)
-    assert bad.ended.wait(20)
-    assert good.ended.wait(20)
-    assert isinstance(bad.result, BrokenError)
-    assert good.result is None
-    assert good.left == 0
+    lanes.start(fail, told.put)
+    lanes.start(copy, copied)
+    lanes.chore(fail, told.put)
+    answers = [told.get(timeout=20) for _ in range(3)]
+    assert sum(isinstance(answer, BrokenError) for answer in answers) == 2
+    assert (None, True) in answers, "over was told before the device was done"

@@ -5,17 +5,17 @@ from __future__ import annotations
 import threading
 
 import pytest
-from tests.pipes.nccl_fakes import FakeWires
 
+from kvconnect.config import parse_backend
 from kvconnect.errors import BrokenError, ClosedError, HandshakeError, LoadError
 from kvconnect.pipes.base import Pipe, Reach, Traits
 from kvconnect.pipes.companion import join
 from kvconnect.pipes.nccl_blocks import NcclBlocks
 from kvconnect.pipes.nccl_tensors import HostTensors
-from kvconnect.config import parse_backend
 from kvconnect.testing import block_laws, pipe_laws
 from kvconnect.testing.layouts import naive_stream, noisy_memory, separate_layers
 from kvconnect.testing.peers import LIMIT_S, open_pair
+from tests.pipes.nccl_fakes import FakeWires
 
 SLOT = 1 << 20
 
@@ -76,3 +76,87 @@ def test_block_law(law, pair):
 @pytest.mark.parametrize("law", pipe_laws.LAWS, ids=lambda law: law.__name__)
 def test_tensor_law(law, pair):
     law(pair)
+
+
+def _attached(pair, blocks=64):
+    mine = noisy_memory(separate_layers(2, blocks, 1, 1 << 15), 1)
+    theirs = noisy_memory(separate_layers(2, blocks, 1, 1 << 15), 2)
+    return block_laws.attach(pair, mine, theirs)
+
+
+def _outcome(transfer):
+    over = threading.Event()
+    transfer.add_done_callback(lambda _: over.set())
+    assert over.wait(LIMIT_S), "the transfer never ended"
+    return transfer.error
+
+
+def test_a_direction_that_is_not_used_costs_no_wire(pair):
+    ends = _attached(pair)
+    assert not ends.here.wires.made
+    ends.here.read_blocks([[1, 2]], [[3, 4]]).wait(LIMIT_S)
+    assert naive_stream(ends.mine, [[3, 4]]).equal(naive_stream(ends.theirs, [[1, 2]]))
+    assert [wire.receives for wire in ends.here.wires.made] == [True]
+    assert [wire.receives for wire in ends.there.wires.made] == [False]
+
+
+def test_a_wire_that_fails_ends_all_transfers_at_both_ends(pair):
+    ends = _attached(pair)
+    ends.here.read_blocks([[1]], [[1]]).wait(LIMIT_S)
+    ends.here.wires.made[0].line.held = True
+    reading, writing = ends.here.read_blocks([[2]], [[2]]), ends.there.write_blocks([[3]], [[3]])
+    ends.here.wires.made[0].line.dead = True
+    for transfer in (reading, writing):
+        assert isinstance(_outcome(transfer), BrokenError)
+    for end in (ends.here, ends.there):
+        with pytest.raises(BrokenError):
+            end.read_blocks([[4]], [[4]]).wait(LIMIT_S)
+
+
+def test_a_peer_that_falls_silent_is_given_up_at_the_deadline():
+    pair = open_pair(FakeNcclPipe, timeout_s=0.5)
+    try:
+        ends = _attached(pair)
+        ends.here.read_blocks([[1]], [[1]]).wait(LIMIT_S)
+        ends.here.wires.made[0].line.held = True
+        assert "nothing moved for 0.5 s" in str(_outcome(ends.here.read_blocks([[2]], [[2]])))
+        assert ends.here.wires.made[0].aborted
+    finally:
+        pair.close()
+
+
+def test_closing_waits_until_the_device_has_let_go(pair):
+    ends = _attached(pair)
+    ends.here.read_blocks([[1]], [[1]]).wait(LIMIT_S)
+    ends.here.wires.made[0].line.held = True
+    transfer = ends.here.read_blocks([[2]], [[2]])
+    ends.here.close()
+    assert ends.here.wires.made[0].aborted
+    assert isinstance(_outcome(transfer), ClosedError)
+
+
+def test_a_write_that_the_other_end_refuses_fails_alone(pair, monkeypatch):
+    ends = _attached(pair)
+
+    def refuse(_):
+        raise HandshakeError("no such blocks")
+
+    pair.channels[1].handle("nccl.write", refuse)
+    assert "no such blocks" in str(_outcome(ends.here.write_blocks([[1]], [[1]])))
+    ends.here.read_blocks([[1]], [[1]]).wait(LIMIT_S)
+
+
+def test_a_cancelled_write_is_over_when_the_other_end_says_so(pair):
+    ends = _attached(pair)
+    ends.there.read_blocks([[1]], [[1]]).wait(LIMIT_S)
+    line = ends.here.wires.made[0].line
+    line.held = True
+    transfer = ends.here.write_blocks([[2, 3]], [[2, 3]])
+    ends.there.read_blocks([[4]], [[5]])  # behind it: both ends know of both
+    transfer.cancel()
+    assert not threading.Event().wait(0.2)
+    assert not transfer.done
+    line.held = False
+    assert isinstance(_outcome(transfer), LoadError)
+    ends.here.write_blocks([[6]], [[7]]).wait(LIMIT_S)
+    assert naive_stream(ends.theirs, [[7]]).equal(naive_stream(ends.mine, [[6]]))
