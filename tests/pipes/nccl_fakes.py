@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import deque
-
-import torch
+from typing import TYPE_CHECKING
 
 from kvconnect import blocks
 from kvconnect.errors import BrokenError
 from kvconnect.pipes.nccl_loop import Loop
 from kvconnect.pipes.turns import Turns
+
+if TYPE_CHECKING:
+    import torch
 
 _names = itertools.count()
 _lock = threading.Lock()
@@ -28,6 +30,7 @@ class FakeLine:
         self.dead = False
         #: Nothing arrives while it is set.
         self.held = False
+        self.sent = threading.Event()
 
 
 class FakeWire:
@@ -58,6 +61,7 @@ class FakeWire:
             data = self.prepared.popleft()
             assert data.nbytes == move.nbytes
             self.line.flying.append(data)
+            self.line.sent.set()
 
     def conclude(self, move):
         assert move.nbytes == self.launched.nbytes
