@@ -23,16 +23,16 @@ class _Own:
 
     get_unique_id = staticmethod(nccl.unique_id)
 
-    class NcclCommunicator:  # noqa: D106 - as CuPy's
+    class NcclCommunicator:
         def __init__(self, _ranks: int, name: bytes, rank: int) -> None:
             self._made = nccl.Communicator(name, rank, _MOST_CTAS)
             self._settle()
 
-        def send(self, address: int, count: int, _dtype: int, _peer: int, stream: int) -> None:  # noqa: D102
+        def send(self, address: int, count: int, _dtype: int, _peer: int, stream: int) -> None:
             self._made.send(address, count, stream)
             self._settle()
 
-        def recv(self, address: int, count: int, _dtype: int, _peer: int, stream: int) -> None:  # noqa: D102
+        def recv(self, address: int, count: int, _dtype: int, _peer: int, stream: int) -> None:
             self._made.recv(address, count, stream)
             self._settle()
 
