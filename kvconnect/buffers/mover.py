@@ -47,7 +47,8 @@ class _Read:
     local: BlockIds
     transfer: Transfer
     release: bool
-    started: float
+    #: When its present phase began.
+    since: float
     link: Link | None = None
     inner: Transfer | None = None
     timer: Timer | None = None
@@ -55,6 +56,12 @@ class _Read:
     #: Both under the mover's lock: given up; its pipe was asked for the blocks.
     stopped: KVConnectError | None = None
     moving: bool = False
+
+    def enter(self, over: str) -> None:
+        """Note how long the phase took that is over; the next one begins."""
+        now = time.monotonic()
+        self.transfer.phases[over] = self.transfer.phases.get(over, 0.0) + now - self.since
+        self.since = now
 
 
 class Mover(WorkerEnd):
@@ -214,6 +221,7 @@ class Mover(WorkerEnd):
             try:
                 if pipe is None:
                     raise ClosedError("the pipe was closed")
+                read.enter("start")
                 inner = pipe.read_blocks(read.remote, read.local)
             except Exception as error:  # noqa: BLE001 - a third party's may raise anything
                 inner = Transfer(0)
@@ -240,6 +248,7 @@ class Mover(WorkerEnd):
 
     def _moved(self, read: _Read, inner: Transfer) -> None:
         error, link = inner.error, read.link
+        read.enter("move")
         if isinstance(error, (BrokenError, ClosedError)) and link is not None:
             self._links.drop(link)
             if read.stopped is None and read.tries == 1:
@@ -252,7 +261,7 @@ class Mover(WorkerEnd):
             self._finish(read, read.stopped or error)
         elif read.release:
             with self._lock:
-                self._counts["microseconds_on_wire"] += int((time.monotonic() - read.started) * 1e6)
+                self._counts["microseconds_on_wire"] += int(read.transfer.phases["move"] * 1e6)
             self._confirm(read)
         else:
             self._finish(read, None)
@@ -273,6 +282,7 @@ class Mover(WorkerEnd):
         except KVConnectError as error:
             self._finish(read, error)
             return
+        read.enter("confirm")
         stale = StaleError("the owner's lease on the blocks had ended before they were read")
         self._finish(read, None if verdict == "ok" else stale)
 

@@ -114,6 +114,7 @@ class WorkerHalf:
                 "tokens": load.tokens,
                 "bytes": transfer.nbytes,
                 "ms": round(seconds * 1e3, 3),
+                "phases_ms": {name: round(spent * 1e3, 3) for name, spent in transfer.phases.items()},
                 "rank": self._rank,
                 "pipe": transfer.via,
                 "peer": str(load.claim.data.get("at", "")),

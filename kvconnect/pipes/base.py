@@ -139,6 +139,8 @@ class Transfer:
         self.nbytes = nbytes
         #: Name of the pipe that carries it, for logs and counters.
         self.via = ""
+        #: Seconds of its phases by name, where whoever runs it takes them.
+        self.phases: dict[str, float] = {}
         self.error: KVConnectError | None = None
         self._over = threading.Event()
         self._lock = threading.Lock()

@@ -1,13 +1,31 @@
 """The NIXL pipe: the laws in each of its modes, and what only this medium has to withstand."""
 
+import multiprocessing
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvconnect.errors import BrokenError, ConfigError, UnavailableBackendError
+from kvconnect.pipes.base import PipeSpec
 from kvconnect.pipes.nixl import NixlPipe
+from kvconnect.pipes.nixl_choice import AGAIN, TRIAL_BYTES, Costs
+from kvconnect.pipes.nixl_staging import pair as pair_pieces
+from kvconnect.pipes.nixl_staging import portions
+from kvconnect.testing.block_laws import attach
+from kvconnect.testing.layouts import naive_stream, noisy_memory, random_ids, separate_layers
+from kvconnect.testing.peers import LIMIT_S, open_pair
 from kvconnect.testing.pipe_tests import PipeTests
 
-
-class TestAuto(PipeTests):
-    pipe_class = NixlPipe
+BLOCK = 1 << 16
 
 
 class TestRuns(PipeTests):
@@ -18,3 +36,244 @@ class TestRuns(PipeTests):
 class TestStaged(PipeTests):
     pipe_class = NixlPipe
     options: ClassVar = {"mode": "staged", "portion_bytes": 1 << 20}
+
+
+# -- one agent a process ------------------------------------------------------------
+
+
+@pytest.fixture(params=["runs", "staged"])
+def pair(request):
+    pair = open_pair(NixlPipe, {"mode": request.param})
+    yield pair
+    pair.close()
+
+
+def _layout(blocks=64):
+    return separate_layers(2, blocks, 1, BLOCK)
+
+
+def _attached(pair, blocks=64):
+    return attach(pair, noisy_memory(_layout(blocks), 1), noisy_memory(_layout(blocks), 2))
+
+
+def _fork(work):
+    """Run ``work`` in a forked child; return what it returned."""
+    ours, theirs = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=lambda: theirs.send(work()))
+    child.start()
+    assert ours.poll(LIMIT_S), "the child did not answer"
+    got = ours.recv()
+    child.join(LIMIT_S)
+    assert child.exitcode == 0
+    return got
+
+
+def test_all_pipes_of_a_process_share_one_agent_and_one_registration(pair):
+    other = pair.another()
+    memory = noisy_memory(_layout(), 1)
+    peers = [noisy_memory(_layout(), seed) for seed in (2, 3)]
+    for each, peer in zip((pair, other), peers, strict=True):
+        attach(each, memory, peer)
+    agent = pair.here._agent
+    assert agent is other.there._agent
+    mine = [one for one in agent._registered.values() if one.owner is memory]
+    assert [one.users for one in mine] == [1]
+    for each, peer in zip((pair, other), peers, strict=True):
+        each.here.read_blocks([[5]], [[6]]).wait(LIMIT_S)
+        assert naive_stream(memory, [[6]]).equal(naive_stream(peer, [[5]]))
+    pair.close()
+    other.close()
+    agent.call(lambda: None)
+    assert not any(one.owner in {memory, *peers} for one in agent._registered.values() if one.owner is not None)
+
+
+def test_a_process_with_an_idle_pipe_takes_no_processor_time(pair):
+    ends = _attached(pair)
+    ends.here.read_blocks([[1]], [[2]]).wait(LIMIT_S)
+    pair.here.send_tensor(torch.ones(1000))
+    pair.there.recv_tensor()
+    used = time.process_time()
+    threading.Event().wait(1.0)
+    assert time.process_time() - used < 0.2
+
+
+def test_a_forked_child_makes_an_agent_of_its_own(pair):
+    _attached(pair)
+    parents = pair.here._agent.name
+
+    def use():
+        mine = open_pair(NixlPipe)
+        ends = _attached(mine)
+        ends.here.read_blocks([[5]], [[6]]).wait(LIMIT_S)
+        same = naive_stream(ends.mine, [[6]]).equal(naive_stream(ends.theirs, [[5]]))
+        mine.close()
+        return mine.here._agent.name, same
+
+    name, same = _fork(use)
+    assert same
+    assert name != parents
+
+
+def test_metadata_of_another_agent_than_it_says_are_refused(pair):
+    ends = _attached(pair)
+    card = ends.here._blocks._meeting._card()
+    with pytest.raises(BrokenError):
+        pair.here._agent.meet("somebody else", card["metadata"])
+    with pytest.raises(BrokenError):
+        pair.here._agent.meet("somebody else", b"nonsense")
+
+
+# -- a target that does not answer ------------------------------------------------------
+
+
+@pytest.fixture
+def slow_wire(monkeypatch):
+    """UCX over TCP, where every byte takes the target's progress – in this process's children only."""
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+
+
+SCRIPT = """
+import threading
+from kvconnect.pipes.nixl import NixlPipe
+from kvconnect.testing import processes, layouts
+from kvconnect.errors import KVConnectError, DeadlineError
+
+if __name__ == "__main__":
+    peer = processes.ProcessPeer(NixlPipe, {"mode": MODE})
+    layout = layouts.separate_layers(1, 512, 1, 1 << 16)
+    mine = layouts.noisy_memory(layout, 1)
+    end = peer.open(timeout_s=2.0)
+    theirs = end.attach(mine, layout, 2)
+    everything = [list(range(512))]
+    end.pipe.read_blocks([[3, 4]], [[3, 4]]).wait(30)
+    assert layouts.naive_stream(mine, [[3, 4]]).equal(layouts.naive_stream(theirs, [[3, 4]]))
+    end.pipe.write_blocks([[7]], [[8]]).wait(30)
+    peer.freeze()
+    transfer = end.pipe.read_blocks(everything, everything)
+    try:
+        transfer.wait(20)
+    except DeadlineError:
+        pass
+    except KVConnectError as error:
+        print(type(error).__name__)
+    assert transfer.done and transfer.error is not None, transfer.error
+    layouts.regions(mine)[0].zero_()
+    peer.thaw()
+    threading.Event().wait(1.0)
+    again = peer.open(timeout_s=10.0)
+    other = layouts.noisy_memory(layout, 5)
+    theirs = again.attach(other, layout, 6)
+    again.pipe.read_blocks(everything, everything).wait(30)
+    assert layouts.naive_stream(other, everything).equal(layouts.naive_stream(theirs, everything))
+    assert not layouts.regions(mine)[0].any(), "blocks were written after the transfer was over"
+    end.pipe.abort()
+    again.pipe.abort()
+    peer.close()
+    print("well")
+"""
+
+
+@pytest.mark.usefixtures("slow_wire")
+@pytest.mark.parametrize("mode", ["runs", "staged"])
+def test_a_frozen_target_is_a_deadline_and_nothing_is_written_afterwards(tmp_path, mode):
+    script = tmp_path / "frozen.py"
+    script.write_text(SCRIPT.replace("MODE", repr(mode)))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "well" or "well" in done.stdout.splitlines()
+
+
+# -- portions, and the choice between two ways ---------------------------------------------
+
+
+def test_portions_are_whole_blocks_and_cover_each_once():
+    layout = separate_layers(2, 64, 1, 1000, 2)
+    remote, local = random_ids(1, 64, [13, 5]), random_ids(2, 64, [13, 5])
+    for portion_bytes in (1, 2000, 9000, 1 << 20):
+        cut = list(portions(layout, remote, local, portion_bytes))
+        for side, ids in ((0, remote), (1, local)):
+            whole = [[], []]
+            for portion in cut:
+                for group, some in enumerate(portion[side]):
+                    whole[group] += list(some)
+            assert whole == [list(group) for group in ids]
+        for theirs, mine in cut:
+            assert [len(x) for x in theirs] == [len(x) for x in mine]
+            assert layout.nbytes(mine) <= max(portion_bytes, 2000)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.data())
+def test_two_streams_are_cut_at_each_others_seams(lengths, data):
+    total = sum(lengths)
+    seams = sorted(data.draw(st.sets(st.integers(1, total), max_size=20)) | {total})
+    others = np.diff(seams, prepend=0)
+
+    def stream(sizes):
+        return np.array([[1000 * i, size] for i, size in enumerate(sizes)], dtype=np.uint64)
+
+    def bytes_of(iov):
+        return [int(address) + i for address, size in iov for i in range(int(size))]
+
+    local, remote = pair_pieces(stream(lengths), stream(others))
+    assert np.array_equal(local[:, 1], remote[:, 1])
+    assert bytes_of(local) == bytes_of(stream(lengths))
+    assert bytes_of(remote) == bytes_of(stream(others))
+
+
+def test_the_quicker_way_is_taken_once_both_are_known():
+    known = Costs("runs")
+    small = (64, 2 << 20)
+    assert known.choose(*small) == "runs"
+    known.note("runs", *small, 1.0)
+    assert known.choose(*small) == "staged"
+    known.note("staged", *small, 0.1)
+    assert [known.choose(*small) for _ in range(9)] == ["staged"] * 9
+    known.note("staged", *small, 90.0)
+    assert known.choose(*small) == "runs"
+
+
+def test_a_large_transfer_tries_nothing_out_and_long_runs_are_never_staged():
+    known = Costs("runs")
+    large = (8192, TRIAL_BYTES * 4)
+    known.note("runs", *large, 1.0)
+    assert [known.choose(*large) for _ in range(2 * AGAIN)] == ["runs"] * 2 * AGAIN
+    assert Costs("staged").choose(2, 8 << 20) == "runs"
+
+
+def test_the_slower_way_is_tried_again_now_and_then():
+    known = Costs("runs")
+    small = (64, 2 << 20)
+    known.note("runs", *small, 0.1)
+    known.note("staged", *small, 0.2)
+    assert [known.choose(*small) for _ in range(AGAIN)].count("staged") == 1
+
+
+# -- options ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"mode": "fast"}, "pipe.mode"),
+        ({"backends": []}, "pipe.backends"),
+        ({"backends": ["UCXX"]}, "UCXX"),
+        ({"portion_bytes": 1}, "pipe.portion_bytes"),
+        ({"portions": 1}, "pipe.portions"),
+        ({"companion": 3}, "pipe.companion"),
+    ],
+)
+def test_a_wrong_option_is_named(options, names):
+    with pytest.raises(ConfigError, match=names):
+        NixlPipe.open(PipeSpec("asks", dict, options=options))
+
+
+def test_memory_of_a_kind_that_cannot_be_gathered_is_refused():
+    with pytest.raises(UnavailableBackendError, match="meta"):
+        NixlPipe.open(PipeSpec("asks", dict, device="meta"))
+
+
+def test_availability_imports_nothing_and_says_what_to_install(monkeypatch):
+    assert NixlPipe.availability()
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert "kvconnect[nixl]" in NixlPipe.availability().cure
