@@ -13,6 +13,7 @@ from kvconnect.cuda import driver
 from kvconnect.cuda.copier import TILE_BYTES, Part, copier
 from kvconnect.cuda.costs import measure
 from kvconnect.cuda.lanes import Lanes
+from kvconnect.cuda.stager import CudaStager
 from kvconnect.cuda.tiles import Packed, Paged
 from kvconnect.errors import BrokenError
 from kvconnect.paging import LayerLayout, PagedLayout, PagedMemory
@@ -147,3 +148,17 @@ def test_a_lane_tells_the_end_of_each_work_once_and_survives_errors() -> None:
     answers = [told.get(timeout=20) for _ in range(3)]
     assert sum(isinstance(answer, BrokenError) for answer in answers) == 2
     assert (None, True) in answers, "over was told before the device was done"
+
+
+def test_a_stager_gathers_and_scatters_the_canonical_stream() -> None:
+    source, target = memory(layout(TILE_BYTES), 1), memory(layout(TILE_BYTES), 2)
+    stager = CudaStager("cuda:0")
+    from_ids, to_ids = [5, 0, 39, 7], [1, 2, 3, 30]
+    buffer = stager.allocate(source.layout.nbytes([from_ids]))
+    stager.gather(source, [from_ids], buffer)
+    first = block(source, 0, from_ids[0])
+    assert torch.equal(buffer[: first.nbytes], first)
+    stager.scatter(buffer, target, [to_ids])
+    for layer in range(LAYERS):
+        for a, b in zip(from_ids, to_ids, strict=True):
+            assert torch.equal(block(source, layer, a), block(target, layer, b))
