@@ -25,6 +25,7 @@ from bench.gpu.memory import (
     piece_addresses,
 )
 from bench.gpu.nixl import BY_BLOCK, BY_PIECE, descriptors, indices
+from bench.gpu.pair import LostError, Pair
 from bench.gpu.rows import Goal, Measured, Row
 from kvconnect.cuda.costs import run_bytes
 from kvconnect.cuda.tiles import Paged, table
@@ -286,6 +287,20 @@ def test_wrong_bytes_are_an_error_and_no_result():
     assert "wrong bytes" in found.left_out["read: liar"]
 
 
+def test_a_process_that_dies_ends_its_pair_and_says_so():
+    pair = Pair("pair", "cpu", "cpu", 2)
+    try:
+        assert pair.started() == {"gpu": "none"}
+        assert pair.free() == (0, 0)
+        pair._far.kill()
+        with pytest.raises(LostError):
+            pair.ask(False, "free")
+        with pytest.raises(LostError, match="Error"):
+            pair.ask(True, "free")
+    finally:
+        pair.kill()
+
+
 def test_a_run_that_is_late_says_what_it_left_out(monkeypatch):
     monkeypatch.setattr(run, "BUDGET_S", 0.0)
     found = measure(Case("read", 2, (shm(),)))
@@ -337,10 +352,10 @@ def test_what_is_printed_last_has_every_contender_once():
     assert "not measured: some pipe: it was not there" in text
 
 
-def test_bars_are_sorted_and_leave_small_moves_out():
+def test_bars_are_sorted_and_leave_out_what_has_no_rate():
     found = results_of(few_rows())["rows"]
     assert list(report.bars(found, "kernel 268 MB, default")) == [cases.ENGINE, cases.FEW, "nixl"]
-    assert report.bars([dict(row, bytes=1) for row in found], "kernel 268 MB, default") == {}
+    assert report.bars(found, found[0]["case"]) == {}
 
 
 def test_the_plot_is_an_svg(tmp_path):
