@@ -58,6 +58,8 @@ class Config(ctypes.Structure):
         ("max_ctas", ctypes.c_int),
         ("net_name", ctypes.c_char_p),
         ("split_share", ctypes.c_int),
+        # Padding then, a field in later versions.
+        ("reserved", ctypes.c_int),
     )
 
     @classmethod
@@ -74,6 +76,7 @@ class Config(ctypes.Structure):
             max_ctas=max_ctas,
             net_name=None,
             split_share=_UNDEFINED,
+            reserved=_UNDEFINED,
         )
 
 
@@ -151,7 +154,6 @@ class Communicator:
         if self._comm.value is None:
             raise BrokenError("the communicator was given up")
         state = ctypes.c_int()
-        # Without letting go of the interpreter's lock, which may take long to get back: it takes a microsecond.
         code = self._nccl.quick.ncclCommGetAsyncError(self._comm, ctypes.byref(state))
         self._check(code, "look after a communicator")
         if state.value == _IN_PROGRESS:
@@ -161,12 +163,12 @@ class Communicator:
 
     def send(self, address: int, nbytes: int, stream: int) -> None:
         """Begin to enqueue on ``stream`` (``cudaStream_t``): send ``nbytes`` at ``address`` to the other rank."""
-        code = self._nccl.calls.ncclSend(address, nbytes, _UINT8, self._peer, self._comm, stream)
+        code = self._nccl.quick.ncclSend(address, nbytes, _UINT8, self._peer, self._comm, stream)
         self._started(code, "send")
 
     def recv(self, address: int, nbytes: int, stream: int) -> None:
         """Begin to enqueue on ``stream``: receive ``nbytes`` to ``address`` from the other rank."""
-        code = self._nccl.calls.ncclRecv(address, nbytes, _UINT8, self._peer, self._comm, stream)
+        code = self._nccl.quick.ncclRecv(address, nbytes, _UINT8, self._peer, self._comm, stream)
         self._started(code, "receive")
 
     def abort(self) -> None:
@@ -200,7 +202,8 @@ class _Library:
 
     Args:
         calls: let other threads of the interpreter run meanwhile.
-        quick: do not; for what takes a microsecond, since getting the interpreter back may take long.
+        quick: do not; for what takes microseconds, since getting the interpreter back beside a
+            busy engine takes milliseconds.
         version: as `version`.
 
     """

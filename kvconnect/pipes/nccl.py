@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvconnect.config import Backend, parse_options
 from kvconnect.cuda import driver, nccl
+from kvconnect.cuda.copier import copier
 from kvconnect.errors import BusyError, ClosedError, ConfigError, HandshakeError, KVConnectError
 from kvconnect.paging import BlockIds, PagedLayout, PagedMemory
 from kvconnect.pipes import companion, host, nccl_loop
@@ -58,7 +59,7 @@ class NcclPipe(Pipe):
     """One end of a pipe between two GPUs."""
 
     name: ClassVar[str] = "nccl"
-    traits: ClassVar[Traits] = Traits(frozenset({"cuda"}), Reach.NETWORK)
+    traits: ClassVar[Traits] = Traits(frozenset({"cuda"}), Reach.NETWORK, immediate=True)
 
     def __init__(self, spec: PipeSpec) -> None:
         """Meet the other end.
@@ -98,6 +99,12 @@ class NcclPipe(Pipe):
     def can_reach(cls, local: Message, remote: Message) -> Verdict:
         """Say whether NCCL joins the two devices: they are two, and NCCL is the same."""
         return _fit(local, remote)
+
+    @classmethod
+    def accepts(cls, memory: PagedMemory) -> Verdict:
+        """Take any; the kernels are compiled now rather than under the first request."""
+        copier(driver.index(memory.device))
+        return YES
 
     # -- tensors ----------------------------------------------------------------------
 
@@ -168,11 +175,12 @@ class _NcclWires:
 
     def name(self) -> bytes:
         """Return the name of a new communicator."""
-        with driver.cupy().cuda.Device(self._device):
-            return nccl.unique_id()
+        nccl_loop.bind(self._device)
+        return nccl.unique_id()
 
     def make(self, name: bytes, slot_bytes: int, *, receives: bool) -> Wire:
         """Return this end's wire."""
+        nccl_loop.bind(self._device)
         options = self._options
         setting = Setting(
             self._device, self._memory, slot_bytes, options.max_ctas, options.multiprocessors, self.meetings

@@ -44,8 +44,9 @@ class Stepped(Protocol):
 class Loop:
     """Steps whatever has been posted to, until it is idle."""
 
-    def __init__(self, name: str) -> None:
-        """Have a thread called ``name``."""
+    def __init__(self, name: str, begin: Callable[[], object] = lambda: None) -> None:
+        """Have a thread called ``name``, which calls ``begin`` first."""
+        self._begin = begin
         self._changed = threading.Condition()
         self._posted: list[tuple[Stepped, Callable[[], object]]] = []
         self._active: dict[int, Stepped] = {}
@@ -64,6 +65,10 @@ class Loop:
 
     def _run(self) -> None:
         _sleep_precisely()
+        try:
+            self._begin()
+        except Exception:  # what lines do then fails, and they say so
+            log.exception("the thread is not prepared")
         pause = SHORTEST_S
         while True:
             calls = self._take(pause if self._active else None)
@@ -117,13 +122,22 @@ def _sleep_precisely() -> None:
         ctypes.CDLL(None).prctl(_SET_TIMER_SLACK, 1, 0, 0, 0)
 
 
+def bind(device: int) -> None:
+    """Make ``device`` this thread's for good: a guard that sets another one back would make a context there."""
+    with driver.errors("use the device"):
+        driver.cupy().cuda.runtime.setDevice(device)
+
+
 @driver.per_process
 def loop(device: int) -> Loop:
     """Return this process's loop for ``device``."""
-    return Loop(f"kvconnect-nccl{device}")
+    return Loop(f"kvconnect-nccl{device}", lambda: bind(device))
 
 
 @driver.per_process
 def meetings(device: int) -> Turns:
-    """Return the threads that make communicators and end them, which takes up to half a second."""
+    """Return the threads that make communicators and end them, which takes up to half a second.
+
+    They are the device's; what they do begins with `bind`.
+    """
     return Turns(f"kvconnect-nccl{device}-meets", 2)

@@ -10,8 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from kvconnect.cuda.tiles import Packed, Paged
 from kvconnect.errors import BrokenError, HandshakeError
 from kvconnect.paging import PagedMemory
 from kvconnect.pipes.nccl_lines import Move
+from kvconnect.pipes.nccl_loop import bind
 from kvconnect.pipes.turns import Turns
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class _Slot:
 
 
 class _Wire:
-    """What both directions share. Made on a thread that may wait, then used by one other."""
+    """What both directions share. Made on a thread that may wait, then used by one other; the device is current."""
 
     def __init__(self, setting: Setting, name: bytes, rank: int) -> None:
         """Start to meet the other end.
@@ -84,7 +84,7 @@ class _Wire:
         self._turn = 0
         self._kept: deque[tuple[Any, object]] = deque()
         self._aborted = threading.Event()
-        with self._here("prepare the wire"):
+        with driver.errors("prepare the wire"):
             # Above vLLM's own priority: a few multiprocessors shortly, rather than soon.
             self._copies = self._cuda.Stream(non_blocking=True, priority=-1)
             self._stream = self._cuda.Stream(non_blocking=True, priority=-1)
@@ -105,8 +105,8 @@ class _Wire:
 
         def step() -> bool:
             try:
-                with self._here("end a communicator"):
-                    self._communicator.abort()
+                bind(self._device)
+                self._communicator.abort()
             finally:
                 self._aborted.set()
             return False
@@ -126,11 +126,6 @@ class _Wire:
 
     def _lay_out(self, copies: Copier, memory: PagedMemory) -> Table:
         raise NotImplementedError
-
-    @contextmanager
-    def _here(self, doing: str) -> Iterator[None]:
-        with driver.errors(doing), self._cuda.Device(self._device):
-            yield
 
     def _check(self, move: Move) -> None:
         if move.nbytes > self.slot_bytes:
@@ -174,7 +169,7 @@ class SendWire(_Wire):
         slot = self._next_slot()
         ids = move.ids or []
         part = Part(move.group, ids, range(len(ids)), to_shift=slot.address)
-        with self._here("gather blocks"):
+        with driver.errors("gather blocks"):
             if slot.free is not None:
                 self._copies.wait_event(slot.free)
             kept = self._copier.launch(self._table, part, self._copies, self._multiprocessors)
@@ -185,7 +180,7 @@ class SendWire(_Wire):
     def launch(self, move: Move) -> None:
         """Send the slot that was filled first."""
         slot = self._sent = self._filled.popleft()
-        with self._here("send a chunk"):
+        with driver.errors("send a chunk"):
             self._stream.wait_event(slot.full)
             self._communicator.send(slot.address, move.nbytes, self._stream.ptr)
 
@@ -194,7 +189,7 @@ class SendWire(_Wire):
         slot, self._sent = self._sent, None
         if slot is None:
             raise BrokenError("nothing was sent")
-        with self._here("send a chunk"):
+        with driver.errors("send a chunk"):
             event = slot.free = self._event(self._stream)
         return lambda: _event_is_over(event)
 
@@ -216,7 +211,7 @@ class RecvWire(_Wire):
     def launch(self, move: Move) -> None:
         """Receive into the next slot, once what it held has been scattered."""
         slot = self._received = self._next_slot()
-        with self._here("receive a chunk"):
+        with driver.errors("receive a chunk"):
             if slot.free is not None:
                 self._stream.wait_event(slot.free)
             self._communicator.recv(slot.address, move.nbytes, self._stream.ptr)
@@ -226,7 +221,7 @@ class RecvWire(_Wire):
         slot, self._received = self._received, None
         if slot is None:
             raise BrokenError("nothing was received")
-        with self._here("scatter blocks"):
+        with driver.errors("scatter blocks"):
             full = self._event(self._stream)
             if move.ids is None:
                 event = full
@@ -253,7 +248,7 @@ class _Staging:
             free = self._free.setdefault(nbytes, [])
             found = [free.pop() for _ in range(min(count, len(free)))]
         runtime = driver.cupy().cuda.runtime
-        with driver.errors("allocate staging memory"), driver.cupy().cuda.Device(self._device):
+        with driver.errors("allocate staging memory"), driver.use(self._device):
             while len(found) < count:
                 found.append(int(runtime.malloc(nbytes)))
                 log.debug("%d bytes of staging memory on device %d", nbytes, self._device)

@@ -116,6 +116,7 @@ def test_the_configuration_has_the_layout_of_nccl_2_18():
         "max_ctas": 28,
         "net_name": 32,
         "split_share": 40,
+        "reserved": 44,
     }
     assert ctypes.sizeof(nccl.Config) == 48
     assert ctypes.sizeof(nccl.UniqueId) == nccl.ID_BYTES == 128
