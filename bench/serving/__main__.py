@@ -21,6 +21,9 @@ from typing import Any
 import httpx
 import numpy as np
 
+from bench import report as files
+from bench import results_file
+from bench.serving import report
 from bench.serving.contenders import CONTENDERS, KV_BYTES_PER_TOKEN, Contender, pair, write_model
 from kvconnect.demo import client as api
 from kvconnect.demo import engines
@@ -31,6 +34,7 @@ from kvconnect.demo.engines import Server
 LENGTHS = (512, 2048, 8192, 16000)
 TIME_TO_FIRST = "vllm:time_to_first_token_seconds_sum"
 _VOCABULARY = 100_000
+_DISTRIBUTIONS = ("kvconnect", "vllm", "torch", "cupy-cuda13x", "nixl")
 
 
 @dataclass
@@ -82,7 +86,7 @@ class Run:
             list(pool.map(one, jobs))
 
 
-def measure(run: Run, lengths: Sequence[int], pool: str, requests: int) -> list[dict[str, Any]]:
+def measure(run: Run, lengths: Sequence[int], pool: str, requests: int, mode: str) -> list[dict[str, Any]]:
     """Return the rows of one pool."""
     rows = []
     for tokens in lengths:
@@ -94,6 +98,7 @@ def measure(run: Run, lengths: Sequence[int], pool: str, requests: int) -> list[
         row = {
             "case": f"hand-over of {tokens} tokens",
             "backend": run.contender.name,
+            "mode": mode,
             "bytes": tokens * KV_BYTES_PER_TOKEN,
             "prompt_tokens": tokens,
             "pool": pool,
@@ -111,16 +116,16 @@ def contend(contender: Contender, args: argparse.Namespace) -> list[dict[str, An
     """Run one contender's engines and everything that is measured on them."""
     folder = args.logs / contender.name.replace(" ", "-")
     servers = pair(contender, write_model(args.logs / "llama-8b"), folder, graphs=args.graphs)
-    began = time.monotonic()
+    began, mode = time.monotonic(), "CUDA graphs" if args.graphs else "eager"
     try:
         engines.start(servers, say)
         engines.wait_ready(servers, args.start_timeout_s, say)
         with api.open_client(120.0) as http:
             run = Run(contender, servers, http, np.random.default_rng(7))
-            rows = measure(run, args.lengths, "fresh", args.requests)
+            rows = measure(run, args.lengths, "fresh", args.requests, mode)
             if args.fragment:
                 run.fragment(args.fragment)
-                rows += measure(run, args.lengths, "fragmented", args.requests)
+                rows += measure(run, args.lengths, "fragmented", args.requests, mode)
     finally:
         engines.stop(servers)
         say(f"{contender.name}: {time.monotonic() - began:.0f} s")
@@ -137,6 +142,7 @@ def main() -> int:
     parser.add_argument("--graphs", action="store_true", help="with CUDA graphs, not eager")
     parser.add_argument("--logs", type=Path, default=Path("out/serving"))
     parser.add_argument("--out", type=Path, default=Path("out/serving.json"))
+    parser.add_argument("--commit", help="what is measured, where git cannot say")
     parser.add_argument("--start-timeout-s", type=float, default=150.0)
     args = parser.parse_args()
     rows, failed = [], 0
@@ -146,15 +152,23 @@ def main() -> int:
         except (engines.ServerError, httpx.HTTPError, RuntimeError) as error:
             failed += 1
             say(f"{name} FAILED: {error}")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"rows": rows}, indent=1), encoding="utf-8")
-    for row in rows:
-        say(
-            "{backend:22s} {pool:11s} {prompt_tokens:6d} tokens  D {ttft_ms:8.2f} ms  P {prefill_ms:8.2f} ms".format(
-                **row
-            )
-        )
+    results = {
+        "schema": results_file.SCHEMA,
+        "command": "python -m bench.serving " + " ".join(sys.argv[1:]),
+        "hardware": {"gpus": _gpus()} | results_file.hardware(),
+        "versions": results_file.versions(_DISTRIBUTIONS),
+        "commit": args.commit or results_file.commit(),
+        "rows": report.judge(rows),
+    }
+    files.save(results, args.out)
+    say(report.render(results))
     return min(failed, 1)
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def pair(contender: Contender, model: str, folder: Path, *, graphs: bool) -> lis
 
 def _engine(contender: Contender, options: EngineOptions, name: str, role: str, device: int, folder: Path) -> Server:
     own = contender.connector.startswith("KvConnect")
-    extra = {"group": folder.name} if own else {}
+    extra = {"group": folder.name, "log_transfers": True} if own else {}
     transfer: dict[str, Any] = {
         "kv_connector": contender.connector,
         # Others know no roles: either engine may do both.
