@@ -26,8 +26,8 @@ class Link:
         """Send one message."""
         self._connection.send_bytes(msgpack.packb(dict(body)))
 
-    def recv(self) -> dict[str, Any]:
-        """Receive one message.
+    def recv(self, timeout_s: float | None = None) -> dict[str, Any]:
+        """Receive one message, within the link's own limit unless another is given.
 
         Raises:
             RuntimeError: with the text of what the other process raised.
@@ -35,8 +35,9 @@ class Link:
             TimeoutError: nothing came in time.
 
         """
-        if not self._connection.poll(self._timeout_s):
-            raise TimeoutError(f"the other process did not answer within {self._timeout_s:g} s")
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
+        if not self._connection.poll(limit_s):
+            raise TimeoutError(f"the other process did not answer within {limit_s:g} s")
         return self.await_message()
 
     def await_message(self) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from bench.process import Process
 
 #: Longest wait for one answer. Larger than what the processes wait for each other.
 LIMIT_S = 40.0
+#: The same for a process that has to load torch and CUDA first, together with all others.
+START_S = 90.0
 
 
 class LostError(Exception):
@@ -42,7 +44,7 @@ class Pair:
 
     def started(self) -> dict[str, Any]:
         """Wait until both processes have their pools; return what D says of its GPU."""
-        return self._guarded(lambda: (self._far.link.recv(), self._near.link.recv())[1])
+        return self._guarded(lambda: (self._far.link.recv(START_S), self._near.link.recv(START_S))[1])
 
     def ask(self, near: bool, op: str, /, **body: Any) -> dict[str, Any]:  # noqa: FBT001 - near or far
         """Ask one process.

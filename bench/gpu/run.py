@@ -67,6 +67,7 @@ class Runner:
         self._rng = np.random.default_rng(_SEED)
         self._pairs: dict[str, Pair] = {}
         self._connected: dict[tuple[str, str], str | None] = {}
+        self._told: set[str] = set()
         self._group = f"bench-gpu-{time.time_ns()}"
 
     def run(self) -> Book:
@@ -102,7 +103,7 @@ class Runner:
             try:
                 self.book.hardware = pair.started()
             except LostError as error:
-                self.book.left_out[name] = str(error)
+                self._note(name, error)
 
     def _is_usable(self, name: str) -> bool:
         pipe, _, _ = name.partition(" hand-over")
@@ -140,10 +141,16 @@ class Runner:
                 raise RuntimeError(_OVER)
             act()
         except (RuntimeError, LostError) as error:
-            self.book.left_out[f"{case}: {entrant.label}"] = last_line(str(error))
-            self._say(f"       failed: {entrant.label}: {last_line(str(error))}")
+            self._note(f"{case}: {entrant.label}", error)
             return False
         return True
+
+    def _note(self, what: str, error: Exception) -> None:
+        """Keep what a failure was; say all of it, once."""
+        text = str(error)
+        self.book.left_out[what] = last_line(text)
+        self._say(f"failed: {what}: {last_line(text) if text in self._told else text}")
+        self._told.add(text)
 
     def _late(self) -> bool:
         return time.monotonic() - self._began > BUDGET_S
