@@ -73,7 +73,7 @@ class HostTensors:
             return
         _, dense = wire.encode(tensor, (self._device.type,))
         if dense is not None:
-            at_host = dense.cpu()
+            at_host = self._guard(dense.cpu)
             self._guard(lambda: self._companion.out.send_tensor(at_host))
 
     def _receive(self, receive: Callable[[], Tensor | None]) -> Tensor | None:

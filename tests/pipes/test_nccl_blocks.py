@@ -78,6 +78,10 @@ def test_tensor_law(law, pair):
     law(pair)
 
 
+def test_many_pipes_share_their_threads():
+    block_laws.many_pipes_are_served_by_a_fixed_set_of_threads(FakeNcclPipe, pipes=40)
+
+
 def _attached(pair, blocks=64):
     mine = noisy_memory(separate_layers(2, blocks, 1, 1 << 15), 1)
     theirs = noisy_memory(separate_layers(2, blocks, 1, 1 << 15), 2)
