@@ -76,6 +76,8 @@ class Copier:
         tiles = tuple(table(source, target, group, TILE_BYTES) for group in range(layout.num_groups))
         with driver.errors("upload a table of pieces"), driver.use(self.device):
             on_device = tuple(module.asarray(rows) for rows in tiles)
+            # Copies run on streams that do not wait for this one.
+            module.cuda.get_current_stream().synchronize()
         return Table(tiles, on_device, tuple(is_aligned(rows) for rows in tiles))
 
     def launch(self, table: Table, part: Part, stream: Any, multiprocessors: int, seen: Any = None) -> object:

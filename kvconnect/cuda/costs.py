@@ -99,7 +99,9 @@ def _line(source: int, target: int, nbytes: int) -> Table:
     tiles = np.zeros((len(starts), COLUMNS), dtype=np.uint64)
     tiles[:, FROM], tiles[:, TO] = starts + np.uint64(source), starts + np.uint64(target)
     tiles[:, NBYTES] = np.minimum(np.uint64(nbytes) - starts, np.uint64(TILE_BYTES))
-    return Table((tiles,), (driver.cupy().asarray(tiles),), (is_aligned(tiles),))
+    on_device = driver.cupy().asarray(tiles)
+    driver.cupy().cuda.get_current_stream().synchronize()
+    return Table((tiles,), (on_device,), (is_aligned(tiles),))
 
 
 def _time(enqueue: Any, stream: Any) -> float:

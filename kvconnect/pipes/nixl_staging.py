@@ -86,8 +86,14 @@ def stager_for(device: str) -> Stager:
     return make(device)
 
 
+def _cuda_stager(device: str) -> Stager:
+    from kvconnect.cuda.stager import CudaStager
+
+    return CudaStager(device)
+
+
 #: How to make a device's stager, by kind of device.
-STAGERS: dict[str, Callable[[str], Stager]] = {"cpu": lambda _: HostStager()}
+STAGERS: dict[str, Callable[[str], Stager]] = {"cpu": lambda _: HostStager(), "cuda": _cuda_stager}
 
 
 def whole(tensor: Tensor) -> IoVec:
