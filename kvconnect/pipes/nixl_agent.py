@@ -25,12 +25,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from kvconnect.config import Backend
-from kvconnect.errors import BrokenError, ConfigError, DeadlineError, KVConnectError
+from kvconnect.errors import BrokenError, ConfigError, KVConnectError, UnavailableBackendError
 from kvconnect.paging import IoVec
+from kvconnect.pipes.base import YES, Verdict
 from kvconnect.pipes.nixl_place import Place, Registration
 from kvconnect.pipes.nixl_thread import PollingThread, ours
 
@@ -41,25 +42,28 @@ log = logging.getLogger(__name__)
 class Read:
     """One request: fetch ``remote`` pieces of a peer into ``local`` ones, pair by pair of equal length.
 
-    ``on_over`` is called on the agent's thread, once, after the last access to local memory.
+    It cannot be called off. To release a running request, or to disconnect from its
+    peer, stops nothing on a transport that needs the target's progress: a target that
+    had been frozen answered later, and the bytes were written (measured, UCX over TCP).
+    So a request is over when NIXL says that it is done or has failed, and ``on_over``
+    is called then, once, on the agent's thread. Whoever cannot wait so long lets it
+    write to memory that nobody needs.
+
+    Args:
+        peer: name of the remote agent.
+        local, remote: the pieces, and what kind of memory they are in.
+        on_over: called after the last access to local memory.
+        owner: of the local memory; held as long.
+
     """
 
     peer: str
     local: tuple[Place, IoVec]
     remote: tuple[Place, IoVec]
-    timeout_s: float
     on_over: Callable[[KVConnectError | None], None]
-    due: float = 0.0
+    owner: object
+    begun: float = 0.0
     handle: Any = None
-
-
-@dataclass
-class _Peers:
-    """Remote agents by name, and how many pipes use each."""
-
-    users: Counter[str] = field(default_factory=Counter)
-    #: How often each was given up; whoever met it before must not use it any more.
-    lives: Counter[str] = field(default_factory=Counter)
 
 
 class Agent(PollingThread):
@@ -67,12 +71,14 @@ class Agent(PollingThread):
 
     _lock: ClassVar[threading.Lock] = threading.Lock()
     _agents: ClassVar[dict[tuple[Any, ...], Agent]] = {}
+    _inherited: ClassVar[bool] = False
 
     def __init__(self, backends: Sequence[Backend]) -> None:
         self.pid = os.getpid()
         self.name = f"kvconnect-{self.pid}-{secrets.token_hex(8)}"
         self._flying: list[Read] = []
-        self._peers = _Peers()
+        #: How many pipes use each remote agent.
+        self._peers: Counter[str] = Counter()
         self._registered: dict[tuple[Any, ...], Registration] = {}
         self._nixl: Any = None
         super().__init__("kvconnect-nixl")
@@ -84,18 +90,33 @@ class Agent(PollingThread):
 
     @classmethod
     def shared(cls, backends: Sequence[Backend]) -> Agent:
-        """Return this process's agent for these backends, made anew after a fork.
+        """Return this process's agent for these backends; the first call makes it (half a second).
 
         Raises:
             ConfigError: NIXL has no such backend, or it does not take these parameters.
+            UnavailableBackendError: see `usable`.
 
         """
+        verdict = cls.usable()
+        if not verdict:
+            raise UnavailableBackendError("pipe", "nixl", verdict.reason, verdict.cure)
         key = (os.getpid(), *((one.name, tuple(sorted(one.options.items()))) for one in backends))
         with cls._lock:
             agent = cls._agents.get(key)
             if agent is None:
                 agent = cls._agents[key] = cls(backends)
             return agent
+
+    @classmethod
+    def usable(cls) -> Verdict:
+        """Say whether this process may have an agent: not if one that it was forked from had.
+
+        UCX's own threads do not survive a fork: an agent made in such a child answers
+        everything but moves no byte (measured).
+        """
+        if cls._inherited:
+            return Verdict(False, "this process was forked from one that uses NIXL", "start workers with 'spawn'")
+        return YES
 
     # -- from any thread ----------------------------------------------------------------
 
@@ -179,34 +200,25 @@ class Agent(PollingThread):
             if found != name:
                 self._nixl.remove_remote_agent(found)
                 raise BrokenError(f"the peer said that its agent is {name!r}, its metadata say {found!r}")
-        self._peers.users[name] += 1
-        return Peer(self, name, self._peers.lives[name])
+        self._peers[name] += 1
+        return Peer(self, name)
 
-    def _leave(self, peer: Peer) -> None:
-        self._peers.users[peer.name] -= 1
-        if self._peers.users[peer.name] <= 0 and peer.life == self._peers.lives[peer.name]:
-            self._give_up(peer.name, BrokenError("the pipe was closed"))
+    def _leave(self, name: str) -> None:
+        self._peers[name] -= 1
+        self._forget_if_unused(name)
 
-    def _knows(self, peer: Peer) -> bool:
-        return self._peers.lives[peer.name] == peer.life
-
-    def _give_up(self, name: str, error: KVConnectError, late: Read | None = None) -> None:
-        """Cut the connection to a peer: the one proof that nothing of it is written here any more."""
-        self._peers.lives[name] += 1
-        requests = [request for request in self._flying if request.peer == name]
-        for request in requests:
-            self._release(request)
+    def _forget_if_unused(self, name: str) -> None:
+        if self._peers[name] > 0 or any(request.peer == name for request in self._flying):
+            return
+        del self._peers[name]
         if name != self.name:
             with contextlib.suppress(Exception):  # NIXL itself may have forgotten it
                 self._nixl.remove_remote_agent(name)
-        for request in requests:
-            expired = DeadlineError(f"the peer's memory could not be read within {request.timeout_s} s")
-            self._over(request, expired if request is late else error)
 
     def _post(self, request: Read) -> None:
         try:
-            if not self._peers.users[request.peer]:
-                raise BrokenError("the connection to the peer was given up")
+            if not self._peers[request.peer]:
+                raise BrokenError("the pipe was closed")
             (mine, local), (theirs, remote) = request.local, request.remote
             request.handle = self._nixl.initialize_xfer(
                 "READ",
@@ -214,7 +226,7 @@ class Agent(PollingThread):
                 self._nixl.get_xfer_descs(theirs.rows(remote), theirs.kind),
                 request.peer,
             )
-            request.due = time.monotonic() + request.timeout_s
+            request.begun = time.monotonic()
             state = self._nixl.transfer(request.handle)
         except Exception as error:  # noqa: BLE001 - NIXL's own; handed to whoever asked
             self._over(request, ours(error))
@@ -222,17 +234,12 @@ class Agent(PollingThread):
         self._flying.append(request)
         self._settle(request, state)
 
-    def _look(self, request: Read, now: float) -> bool:
+    def _look(self, request: Read) -> bool:
         """Return whether ``request`` is over."""
         try:
             state = self._nixl.check_xfer_state(request.handle)
         except Exception as error:  # noqa: BLE001 - NIXL's own; handed to whoever asked
             self._over(request, ours(error))
-            return True
-        if state == "PROC" and now > request.due:
-            self._give_up(
-                request.peer, BrokenError("the connection to the peer was given up after a deadline"), request
-            )
             return True
         return self._settle(request, state)
 
@@ -251,24 +258,25 @@ class Agent(PollingThread):
                 log.debug("a transfer's handle could not be released: %s", refused)
 
     def _over(self, request: Read, error: KVConnectError | None) -> None:
+        self._release(request)
+        on_over, request.on_over, request.owner = request.on_over, _nothing, None
         if request in self._flying:
             self._flying.remove(request)
-        self._release(request)
-        on_over, request.on_over = request.on_over, _nothing
+            self._forget_if_unused(request.peer)
         try:
             on_over(error)
         except Exception:  # one pipe's mistake must not end the thread of all
             log.exception("what follows a transfer failed")
 
-    def under_way(self) -> bool:
-        """Whether requests are."""
-        return bool(self._flying)
+    def under_way(self) -> float:
+        """When the youngest request began; 0 if there is none."""
+        return max((request.begun for request in self._flying), default=0.0)
 
     def look(self) -> bool:
         """See which requests are over; return whether any is."""
-        now, news = time.monotonic(), False
+        news = False
         for request in list(self._flying):
-            news |= request in self._flying and self._look(request, now)
+            news |= request in self._flying and self._look(request)
         return news
 
     def progress(self) -> None:
@@ -293,6 +301,7 @@ class Agent(PollingThread):
         cls._lock = threading.Lock()
         for agent in cls._agents.values():
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(agent))
+        cls._inherited = cls._inherited or bool(cls._agents)
         cls._agents = {}
 
 
@@ -302,16 +311,10 @@ class Peer:
 
     agent: Agent
     name: str
-    life: int
-
-    def check(self) -> None:
-        """Raise `BrokenError` if the connection was given up since."""
-        if not self.agent._knows(self):  # noqa: SLF001 - one small room
-            raise BrokenError("the connection to the peer was given up after a deadline")
 
     def leave(self) -> None:
         """Say that this pipe needs it no more."""
-        self.agent.soon(lambda: self.agent._leave(self))  # noqa: SLF001 - one small room
+        self.agent.soon(lambda: self.agent._leave(self.name))  # noqa: SLF001 - one small room
 
 
 def _nothing(_: KVConnectError | None) -> None:

@@ -185,7 +185,7 @@ class NixlBlocks:
             return failure
 
     def peer_name(self) -> str:
-        """Return the other end's agent; raise `BrokenError` if it is unknown or was given up."""
+        """Return the other end's agent; raise `BrokenError` if it is unknown."""
         return self._meeting.check()
 
     def met(self) -> None:

@@ -103,10 +103,9 @@ class Meeting:
             self._end.met()
 
     def check(self) -> str:
-        """Return the name of the other end's agent; raise `BrokenError` if it is unknown or was given up."""
+        """Return the name of the other end's agent; raise `BrokenError` if it is unknown."""
         if self.target is None:
             raise BrokenError("the other end has not said where its memory is")
-        self.target.peer.check()
         return self.target.peer.name
 
     def end(self) -> None:

@@ -36,7 +36,7 @@ class End(Protocol):
         """Call the other end; failures are in the future."""
 
     def peer_name(self) -> str:
-        """Return the other end's agent; raise `BrokenError` if it was given up."""
+        """Return the other end's agent; raise `BrokenError` if it is unknown."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ class Pull:
         self._more = True
         self._over = self._reported = False
         self._asked: dict[int, _Portion] = {}
+        #: Portions that are read into staging memory; given up, they may end late without harm.
+        self._reading: dict[int, _Portion] = {}
 
     # -- from outside ----------------------------------------------------------------
 
@@ -107,9 +109,12 @@ class Pull:
             self.error = self.error or error
             self._more = False
             asked, self._asked = list(self._asked.values()), {}
+            reading, self._reading = list(self._reading.values()), {}
             confirming = self._over
         for portion in asked:
             self._portion_over(portion, None)
+        for _ in reading:
+            self._part_over(None)  # its slot comes back when it has landed
         if confirming:
             self._report()
         else:
@@ -128,7 +133,12 @@ class Pull:
         local = whole(portion.slot.tensor[: portion.nbytes])
         remote = local.copy()
         remote[0, 0] = address
-        self._read(local, remote, lambda failure: self._landed(portion, failure))
+        with self._lock:
+            self._reading[number] = portion
+        try:
+            self._read(local, remote, lambda failure: self._landed(portion, failure))
+        except KVConnectError as refused:
+            self._landed(portion, refused)
 
     # -- parts -----------------------------------------------------------------------
 
@@ -199,9 +209,15 @@ class Pull:
             raise BrokenError("a transfer went on that was not begun")
         peer, shared = self._end.peer_name(), self._end.shared
         places = (shared.place, local), (plan.place, remote)
-        shared.agent.read(Read(peer, *places, self._end.timeout_s, on_over))
+        shared.agent.read(Read(peer, *places, on_over, shared))
 
     def _landed(self, portion: _Portion, failure: KVConnectError | None) -> None:
+        with self._lock:
+            given_up = self._reading.pop(portion.number, None) is None
+        if given_up:
+            if portion.slot is not None:
+                self._end.shared.landing.give(portion.slot)
+            return
         self._end.tell("nixl.taken", {"transfer": self.number, "portion": portion.number})
         if failure is not None or self.error is not None:
             self._portion_over(portion, failure)

@@ -31,7 +31,9 @@ T = TypeVar("T")
 _SPIN_ROUNDS: Final = 32
 #: The pauses while transfers are under way grow from the first to the second.
 _FIRST_PAUSE_S, _PAUSE_S = 20e-6, 100e-6
-#: While peers may read but are not known to.
+#: What takes longer is waited for more patiently: its peer hangs.
+_HOT_S: Final = 10.0
+#: For those, and while peers may read but are not known to.
 _COOL_PAUSE_S: Final = 5e-3
 #: How long making an agent, or a call on its thread, may take.
 _CALL_S: Final = 60.0
@@ -52,8 +54,8 @@ class PollingThread(ABC):
         self._thread.start()
 
     @abstractmethod
-    def under_way(self) -> bool:
-        """Return whether there is anything to `look` at. On the thread."""
+    def under_way(self) -> float:
+        """Return when the youngest of what there is to `look` at began; 0 if nothing is. On the thread."""
 
     @abstractmethod
     def look(self) -> bool:
@@ -143,9 +145,10 @@ class PollingThread(ABC):
         """Return how long to sleep; ``None`` until somebody wants something."""
         now = time.monotonic()
         pauses = [due - now for due, _, _ in self._later[:1]]
-        if self.under_way() or any(hot > now for hot in self._watches.values()):
+        youngest = self.under_way()
+        if youngest + _HOT_S > now or any(hot > now for hot in self._watches.values()):
             pauses.append(min(_FIRST_PAUSE_S * 1.1 ** min(quiet, 100), _PAUSE_S))
-        elif self._watches:
+        elif self._watches or youngest:
             pauses.append(_COOL_PAUSE_S)
         return max(0.0, min(pauses)) if pauses else None
 
