@@ -42,7 +42,7 @@ class NcclOptions:
 
     max_ctas: int = 16
     multiprocessors: int = 16
-    slot_bytes: int = 24 << 20
+    slot_bytes: int = 28 << 20
     companion: Backend = Backend("auto")
 
     def __post_init__(self) -> None:

@@ -61,8 +61,12 @@ class Wire(Protocol):
         """Begin to enqueue the wire's part; only when settled."""
         ...
 
+    def mark(self) -> None:
+        """Note where the wire's part ends in its stream; once settled, before the next `launch`."""
+        ...
+
     def conclude(self, move: Move) -> Callable[[], bool]:
-        """Enqueue what comes after the wire, once settled; what is returned tells when the device has done it."""
+        """Enqueue what comes after the part marked first; what is returned tells when the device has done it."""
         ...
 
     def abort(self) -> None:
@@ -167,29 +171,29 @@ class Line(ABC):
         wire = self._wire
         if wire is None or not wire.settled():
             return self._retire()
-        moved = False
-        if self._launched is not None:
-            move, chunk = self._launched
-            self._launched = None
-            self._running.append((wire.conclude(self._current(move, chunk)), chunk))
-            moved = True
-        moved |= self._retire()
+        settled, self._launched = self._launched, None
+        if settled is not None:
+            wire.mark()
+        moved = self._retire() or settled is not None
         self._order(wire.slot_bytes)
-        if self._due:
+        # The next one first: what comes after this one is enqueued while NCCL brings that one on its way.
+        launches = bool(self._due)
+        if launches:
             self._launch(wire)
-            moved = True
-        return moved
+        if settled is not None:
+            self._running.append((wire.conclude(self._current(*settled)), settled[1]))
+        if launches and self._due:
+            wire.prepare(self._due[0][0])
+            self._prepared = True
+        return moved or launches
 
     def _launch(self, wire: Wire) -> None:
         move, chunk = self._due.popleft()
         if not self._prepared:
             wire.prepare(move)
+        self._prepared = False
         wire.launch(move)
         self._launched = move, chunk
-        # While NCCL brings this one on its way, the next slot is filled.
-        self._prepared = bool(self._due)
-        if self._due:
-            wire.prepare(self._due[0][0])
 
     def _retire(self) -> bool:
         moved = False

@@ -80,11 +80,11 @@ class Loop:
             for line in list(self._active.values()):
                 moved |= self._step(line)
                 del line
-            pause = SHORTEST_S if moved else min(LONGEST_S, pause * _GROWTH)
+            pause = 0.0 if moved else min(LONGEST_S, max(SHORTEST_S, pause * _GROWTH))
 
     def _take(self, pause: float | None) -> list[tuple[Stepped, Callable[[], object]]]:
         with self._changed:
-            if not self._posted:
+            if not self._posted and pause != 0.0:
                 self._changed.wait(pause)
             posted, self._posted = self._posted, []
             return posted

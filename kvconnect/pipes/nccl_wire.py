@@ -159,6 +159,7 @@ class SendWire(_Wire):
         super().__init__(setting, name, rank=1)
         self._filled: deque[_Slot] = deque()
         self._sent: _Slot | None = None
+        self._marked: deque[Any] = deque()
 
     def _lay_out(self, copies: Copier, memory: PagedMemory) -> Table:
         return copies.table(Paged.of(memory), Packed(memory.layout))
@@ -184,13 +185,18 @@ class SendWire(_Wire):
             self._stream.wait_event(slot.full)
             self._communicator.send(slot.address, move.nbytes, self._stream.ptr)
 
-    def conclude(self, move: Move) -> Callable[[], bool]:
+    def mark(self) -> None:
         """Free the slot after the send."""
         slot, self._sent = self._sent, None
         if slot is None:
             raise BrokenError("nothing was sent")
         with driver.errors("send a chunk"):
-            event = slot.free = self._event(self._stream)
+            slot.free = self._event(self._stream)
+        self._marked.append(slot.free)
+
+    def conclude(self, move: Move) -> Callable[[], bool]:
+        """Nothing comes after the wire here."""
+        event = self._marked.popleft()
         return lambda: _event_is_over(event)
 
 
@@ -200,6 +206,7 @@ class RecvWire(_Wire):
     def __init__(self, setting: Setting, name: bytes) -> None:
         super().__init__(setting, name, rank=0)
         self._received: _Slot | None = None
+        self._marked: deque[tuple[_Slot, Any]] = deque()
 
     def _lay_out(self, copies: Copier, memory: PagedMemory) -> Table:
         return copies.table(Packed(memory.layout), Paged.of(memory))
@@ -216,13 +223,18 @@ class RecvWire(_Wire):
                 self._stream.wait_event(slot.free)
             self._communicator.recv(slot.address, move.nbytes, self._stream.ptr)
 
-    def conclude(self, move: Move) -> Callable[[], bool]:
-        """Scatter the slot after the receive."""
+    def mark(self) -> None:
+        """Note when the slot is full."""
         slot, self._received = self._received, None
         if slot is None:
             raise BrokenError("nothing was received")
+        with driver.errors("receive a chunk"):
+            self._marked.append((slot, self._event(self._stream)))
+
+    def conclude(self, move: Move) -> Callable[[], bool]:
+        """Scatter the slot after the receive."""
+        slot, full = self._marked.popleft()
         with driver.errors("scatter blocks"):
-            full = self._event(self._stream)
             if move.ids is None:
                 event = full
             else:

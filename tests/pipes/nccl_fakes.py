@@ -38,7 +38,7 @@ class FakeWire:
         self.memory, self.line, self.slot_bytes, self.receives = memory, line, slot_bytes, receives
         self.prepared, self.results = deque(), deque()
         self.sizes = []
-        self.launched = None
+        self.launched, self.marked = None, deque()
         self.looks = 0
         self.aborted = False
 
@@ -63,9 +63,12 @@ class FakeWire:
             self.line.flying.append(data)
             self.line.sent.set()
 
-    def conclude(self, move):
-        assert move.nbytes == self.launched.nbytes
+    def mark(self):
+        self.marked.append(self.launched)
         self.launched = None
+
+    def conclude(self, move):
+        assert move.nbytes == self.marked.popleft().nbytes
         if not self.receives:
             return lambda: True
         done = []

@@ -58,6 +58,9 @@ class Wire:
     def launch(self, move):
         self.notes.append(("launch", move.nbytes // MB))
 
+    def mark(self):
+        self.notes.append(("mark", None))
+
     def conclude(self, move):
         self.notes.append(("conclude", None if move.ids is None else list(move.ids)))
         return lambda: self.done
@@ -183,8 +186,10 @@ def test_a_sender_fills_the_next_slot_while_a_chunk_is_brought_on_its_way(told):
         ("prepare", 4),
         ("launch", 4),
         ("prepare", 8),
-        ("conclude", [0, 1]),
+        ("mark", None),
         ("launch", 8),
+        ("conclude", [0, 1]),
+        ("mark", None),
         ("conclude", [2, 3, 4, 5]),
     ]
     with pytest.raises(HandshakeError, match="transfer 1, which is not running"):

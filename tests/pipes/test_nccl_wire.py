@@ -16,7 +16,7 @@ from kvconnect.cuda import driver, nccl
 from kvconnect.cuda.tiles import FROM, NBYTES, TO, table
 from kvconnect.errors import BrokenError, HandshakeError
 from kvconnect.pipes import nccl_wire
-from kvconnect.pipes.nccl_lines import Move
+from kvconnect.pipes.nccl_lines import Move, Pace, Sender
 from kvconnect.pipes.nccl_wire import RecvWire, SendWire, Setting
 from kvconnect.pipes.turns import Turns
 from kvconnect.testing.layouts import naive_stream, noisy_memory, separate_layers
@@ -177,31 +177,14 @@ def ends(device, meetings):
 
 
 def drive(device, sender, receiver, chunks):
-    """Do as the lines do, with the device at its own pace; return what tells that a chunk is in place."""
-    halves = [(sender, [a for a, _ in chunks]), (receiver, [b for _, b in chunks])]
-    done, at = [], {sender: 0, receiver: 0}
-    launched = dict.fromkeys(at)
-    prepared = dict.fromkeys(at, 0)
+    """Have two lines do the chunks, with the device at its own pace."""
+    lines = [Sender(None, LIMIT_S, []) for _ in range(2)]
+    for line, wire, side in zip(lines, (sender, receiver), zip(*chunks, strict=True), strict=True):
+        line._due.extend((move, None) for move in side)
+        line.wired(wire)
     for _ in range(40_000):
         device.run(3)
-        for wire, moves in halves:
-            if not wire.settled():
-                continue
-            if launched[wire] is not None:
-                done.append(wire.conclude(launched[wire]))
-                launched[wire] = None
-            if at[wire] < len(moves):
-                for i in range(prepared[wire], min(at[wire] + 2, len(moves))):
-                    if i == at[wire]:
-                        wire.prepare(moves[i])
-                        prepared[wire] = i + 1
-                launched[wire] = moves[at[wire]]
-                wire.launch(moves[at[wire]])
-                at[wire] += 1
-                if at[wire] < len(moves) and prepared[wire] == at[wire]:
-                    wire.prepare(moves[at[wire]])
-                    prepared[wire] += 1
-        if len(done) == 2 * len(chunks) and all(over() for over in done):
+        if {line.step(0.0) for line in lines} == {Pace.IDLE}:
             return
     raise AssertionError("it never ended")
 
