@@ -23,7 +23,7 @@ from kvconnect.pipes.companion import join
 from kvconnect.pipes.nixl_agent import Agent, Peer, Read
 from kvconnect.pipes.nixl_blocks import NixlBlocks, check_device
 from kvconnect.pipes.nixl_place import Place, Registration, card, read_card
-from kvconnect.pipes.nixl_staging import PORTION_BYTES, stager_for, whole
+from kvconnect.pipes.nixl_staging import PORTION_BYTES, STAGERS, stager_for, whole
 from kvconnect.pipes.staged import StagedTensors, Staging
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class NixlPipe(Pipe):
 
     name: ClassVar[str] = "nixl"
     # Not zero_copy: what is staged is copied twice, so that `tcp` is nearer where both carry the memory.
-    traits: ClassVar[Traits] = Traits(devices=frozenset({"cpu", "cuda"}), reach=Reach.NETWORK, one_sided=True)
+    traits: ClassVar[Traits] = Traits(devices=frozenset(STAGERS), reach=Reach.NETWORK, one_sided=True)
 
     def __init__(self, spec: PipeSpec) -> None:
         """Start the process's agent, if it is the first, and meet the other end.
@@ -87,7 +87,7 @@ class NixlPipe(Pipe):
         self._options = parse_options(NixlOptions, spec.options, "pipe")
         self._device, self.timeout_s = spec.device, spec.timeout_s
         stager_for(spec.device)
-        self._agent = Agent.shared(self._options.backends)
+        self._agent = Agent.shared(self._options.backends, Place.of(spec.device))
         self._state = threading.Lock()
         self._closed = False
         self._blocks: NixlBlocks | None = None

@@ -73,7 +73,7 @@ class Agent(PollingThread):
     _agents: ClassVar[dict[tuple[Any, ...], Agent]] = {}
     _inherited: ClassVar[bool] = False
 
-    def __init__(self, backends: Sequence[Backend]) -> None:
+    def __init__(self, backends: Sequence[Backend], place: Place) -> None:
         self.pid = os.getpid()
         self.name = f"kvconnect-{self.pid}-{secrets.token_hex(8)}"
         self._flying: list[Read] = []
@@ -83,14 +83,18 @@ class Agent(PollingThread):
         self._nixl: Any = None
         super().__init__("kvconnect-nixl")
         try:
-            self.call(lambda: self._make(backends))
+            self.call(lambda: self._make(backends, place))
         except BaseException:
             self.stop()
             raise
 
     @classmethod
-    def shared(cls, backends: Sequence[Backend]) -> Agent:
+    def shared(cls, backends: Sequence[Backend], place: Place) -> Agent:
         """Return this process's agent for these backends; the first call makes it (half a second).
+
+        Args:
+            backends: of NIXL, with their parameters.
+            place: the kind of memory that it is wanted for; CUDA has to be there when it is made.
 
         Raises:
             ConfigError: NIXL has no such backend, or it does not take these parameters.
@@ -104,7 +108,7 @@ class Agent(PollingThread):
         with cls._lock:
             agent = cls._agents.get(key)
             if agent is None:
-                agent = cls._agents[key] = cls(backends)
+                agent = cls._agents[key] = cls(backends, place)
             return agent
 
     @classmethod
@@ -156,9 +160,10 @@ class Agent(PollingThread):
 
     # -- on the agent's thread ------------------------------------------------------------
 
-    def _make(self, backends: Sequence[Backend]) -> None:
+    def _make(self, backends: Sequence[Backend], place: Place) -> None:
         from nixl._api import nixl_agent, nixl_agent_config  # type: ignore[import-untyped]
 
+        place.enter()
         self._nixl = nixl_agent(self.name, nixl_agent_config(enable_prog_thread=False, backends=[]))
         for backend in backends:
             if backend.name not in self._nixl.get_plugin_list():
@@ -174,6 +179,7 @@ class Agent(PollingThread):
         key = (place, iov.tobytes())
         found = self._registered.get(key)
         if found is None:
+            place.enter()
             rows = [(int(address), int(nbytes), place.device, "") for address, nbytes in iov]
             descriptors = self._nixl.register_memory(rows, place.kind)
             metadata = self._nixl.get_partial_agent_metadata(descriptors, inc_conn_info=True)
@@ -220,6 +226,7 @@ class Agent(PollingThread):
             if not self._peers[request.peer]:
                 raise BrokenError("the pipe was closed")
             (mine, local), (theirs, remote) = request.local, request.remote
+            mine.enter()
             request.handle = self._nixl.initialize_xfer(
                 "READ",
                 self._nixl.get_xfer_descs(mine.rows(local), mine.kind),

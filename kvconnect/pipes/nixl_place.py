@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from kvconnect.errors import BrokenError
 from kvconnect.paging import IoVec
@@ -25,6 +26,11 @@ class Place:
         """Read a device such as ``"cpu"`` or ``"cuda:1"``."""
         name, _, number = device.partition(":")
         return cls("DRAM", 0) if name == "cpu" else cls("VRAM", int(number or 0))
+
+    def enter(self) -> None:
+        """Make a CUDA device the calling thread's: UCX takes its memory and its context for granted."""
+        if self.kind == "VRAM":
+            torch.cuda.set_device(self.device)
 
     def rows(self, iov: IoVec) -> npt.NDArray[np.uint64]:
         """Return pieces as NIXL's rows of address, length and device."""

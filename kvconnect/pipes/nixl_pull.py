@@ -68,6 +68,16 @@ class _Portion:
     slot: Slot | None = None
 
 
+@dataclass
+class _State:
+    """How far a pull is: parts under way, whether more are to begin, whether none will, whether that was told."""
+
+    flying: int = 0
+    more: bool = True
+    over: bool = False
+    reported: bool = False
+
+
 class Pull:
     """A read under way. It calls ``on_over`` once, after the last access to local blocks."""
 
@@ -79,9 +89,7 @@ class Pull:
         self._end, self._on_over = end, on_over
         self._lock = threading.Lock()
         self._parts: Iterator[Callable[[], None]] = iter(())
-        self._flying = 0
-        self._more = True
-        self._over = self._reported = False
+        self._state = _State()
         self._asked: dict[int, _Portion] = {}
         #: Portions that are read into staging memory; given up, they may end late without harm.
         self._reading: dict[int, _Portion] = {}
@@ -107,10 +115,10 @@ class Pull:
         """Give up: over once nothing of it touches local memory any more."""
         with self._lock:
             self.error = self.error or error
-            self._more = False
+            self._state.more = False
             asked, self._asked = list(self._asked.values()), {}
             reading, self._reading = list(self._reading.values()), {}
-            confirming = self._over
+            confirming = self._state.over
         for portion in asked:
             self._portion_over(portion, None)
         for _ in reading:
@@ -168,13 +176,13 @@ class Pull:
         """Begin parts up to `DEPTH`."""
         while True:
             with self._lock:
-                if not self._more or self._flying >= DEPTH:
+                if not self._state.more or self._state.flying >= DEPTH:
                     break
                 part = next(self._parts, None)
                 if part is None:
-                    self._more = False
+                    self._state.more = False
                     break
-                self._flying += 1
+                self._state.flying += 1
             try:
                 part()
             except Exception as error:  # noqa: BLE001 - whatever it is, this transfer ends with it
@@ -243,7 +251,7 @@ class Pull:
 
     def _part_over(self, error: KVConnectError | None) -> None:
         with self._lock:
-            self._flying -= 1
+            self._state.flying -= 1
             self.stamp = time.monotonic()
         if error is not None:
             self.fail(error)
@@ -251,9 +259,9 @@ class Pull:
 
     def _finish_if_over(self) -> None:
         with self._lock:
-            if self._over or self._more or self._flying:
+            if self._state.over or self._state.more or self._state.flying:
                 return
-            self._over = True
+            self._state.over = True
         # The bytes count only if the peer still vouches for its blocks now that they are here.
         answer = self._end.tell("nixl.end", {"transfer": self.number})
         if self.error is not None:
@@ -269,6 +277,6 @@ class Pull:
 
     def _report(self) -> None:
         with self._lock:
-            first, self._reported = not self._reported, True
+            first, self._state.reported = not self._state.reported, True
         if first:
             self._on_over(self)

@@ -92,7 +92,7 @@ def _cuda_stager(device: str) -> Stager:
     return CudaStager(device)
 
 
-#: How to make a device's stager, by kind of device.
+#: How to make a device's stager, by kind of device. The pipe carries what is here.
 STAGERS: dict[str, Callable[[str], Stager]] = {"cpu": lambda _: HostStager(), "cuda": _cuda_stager}
 
 
