@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from kvconnect.errors import BrokenError, ClosedError, HandshakeError, KVConnectError, LoadError
 from kvconnect.paging import BlockIds
 from kvconnect.pipes.base import Message
-from kvconnect.pipes.nccl_plan import WINDOW_BYTES, Chunk, Key, Plan, Source, counts, cut, read_row
+from kvconnect.pipes.nccl_plan import WINDOW_SLOTS, Chunk, Key, Plan, Source, counts, cut, read_row
 
 log = logging.getLogger(__name__)
 
@@ -317,7 +317,7 @@ class Receiver(Line):
         asks = [arrival.ask for arrival in self._new if arrival.ask is not None]
         self._new.clear()
         rows: list[list[int]] = []
-        while self._bytes < WINDOW_BYTES and (chunk := self._plan.next()) is not None:
+        while self._bytes < WINDOW_SLOTS * slot_bytes and (chunk := self._plan.next()) is not None:
             arrival = self._arrivals[chunk.key]
             arrival.under_way += 1
             self._bytes += chunk.nbytes

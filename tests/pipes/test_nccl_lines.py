@@ -11,7 +11,7 @@ import pytest
 from kvconnect.errors import BrokenError, HandshakeError, LoadError
 from kvconnect.pipes.flows import Kind
 from kvconnect.pipes.nccl_lines import LOOK_S, Arrival, Pace, Receiver, Sender
-from kvconnect.pipes.nccl_plan import WINDOW_BYTES
+from kvconnect.pipes.nccl_plan import WINDOW_SLOTS
 
 MB = 1 << 20
 SLOT = 24 * MB
@@ -137,7 +137,7 @@ def test_no_more_than_a_window_is_ordered_ahead(told):
     line.add(arrival(1, 1000))
     run(line)
     ordered = sum(row[4] for order in told.orders() for row in order["rows"]) * 2 * MB
-    assert WINDOW_BYTES <= ordered < WINDOW_BYTES + SLOT
+    assert WINDOW_SLOTS * SLOT <= ordered < (WINDOW_SLOTS + 1) * SLOT
     wire.done = True
     run(line, 1000)
     assert sum(row[4] for order in told.orders() for row in order["rows"]) == 1000
