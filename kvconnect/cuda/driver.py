@@ -18,8 +18,8 @@ from kvconnect.errors import BrokenError, ConfigError, UnavailableBackendError
 
 T = TypeVar("T")
 
-#: ``CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE``
-_LEGACY_IPC_CAPABLE = 10
+#: Of the driver's ``CU_POINTER_ATTRIBUTE_…``.
+_LEGACY_IPC_CAPABLE, _RANGE_START, _RANGE_SIZE = 10, 11, 12
 _INSTALL = "pip install 'kvconnect[cuda13]' (or [cuda12], to match torch.version.cuda)"
 
 
@@ -105,21 +105,25 @@ def _libcuda() -> ctypes.CDLL:
 
 
 def allocation(address: int) -> tuple[int, int]:
-    """Return base address and bytes of the allocation that ``address`` lies in.
+    """Return base address and bytes of the allocation that ``address`` lies in, on whichever device.
 
     Raises:
-        BrokenError: it is not device memory of this process.
+        BrokenError: it is not device memory that this process has or has mapped.
 
     """
-    base, size = ctypes.c_uint64(), ctypes.c_size_t()
-    code = _libcuda().cuMemGetAddressRange_v2(ctypes.byref(base), ctypes.byref(size), ctypes.c_uint64(address))
-    if code != 0:
-        raise BrokenError(f"CUDA does not know the memory at {address:#x} (error {code})")
-    return base.value, size.value
+    base, size = _attribute(address, _RANGE_START), _attribute(address, _RANGE_SIZE)
+    if base is None or size is None:
+        raise BrokenError(f"CUDA does not know the memory at {address:#x}")
+    return base, size
 
 
 def is_exportable(address: int) -> bool:
     """Whether the memory at ``address`` can be opened by other processes (``cudaMalloc``, not a pool)."""
-    answer = ctypes.c_ulonglong()
-    code = _libcuda().cuPointerGetAttribute(ctypes.byref(answer), _LEGACY_IPC_CAPABLE, ctypes.c_uint64(address))
-    return code == 0 and bool(answer.value)
+    return bool(_attribute(address, _LEGACY_IPC_CAPABLE))
+
+
+def _attribute(address: int, which: int) -> int | None:
+    """Ask the driver about a pointer; needs no context, unlike ``cuMemGetAddressRange``."""
+    answer = ctypes.c_uint64()
+    code = _libcuda().cuPointerGetAttribute(ctypes.byref(answer), which, ctypes.c_uint64(address))
+    return answer.value if code == 0 else None

@@ -85,7 +85,8 @@ class CudaIpcBlocks:
         self._peer, self._device = peer, driver.index(local.device)
         self._copier, self._lanes = copier(self._device), lanes(self._device)
         here = driver.uuid(self._device) == peer_uuid
-        self.multiprocessors = self._copier.multiprocessors if here else multiprocessors
+        # Two of the kernel's blocks fit on a multiprocessor, and its own memory is worth it.
+        self.multiprocessors = 2 * self._copier.multiprocessors if here else multiprocessors
         self._lock = threading.Lock()
         self._mapped: ipc.Mapped | None = None
         self._pull: Direction | None = None
