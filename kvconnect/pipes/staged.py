@@ -53,7 +53,7 @@ _SLOT: Final = b"S"
 _PART = struct.Struct("<IQQ")
 _ACK = struct.Struct("<I")
 #: Tensors up to here travel with their header: cheaper than a slot, a fetch and an acknowledgement.
-INLINE_BYTES: Final = 16 << 10
+INLINE_BYTES: Final = 64 << 10
 
 
 class Staging(Protocol):

@@ -14,7 +14,7 @@ from kvconnect.pipes.staged import INLINE_BYTES, StagedTensors
 from kvconnect.testing import pipe_laws
 from kvconnect.testing.peers import LIMIT_S, open_pair, spawn
 
-SLOT = 64 << 10
+SLOT = 128 << 10
 
 
 class _Heap:
