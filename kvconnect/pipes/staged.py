@@ -52,8 +52,9 @@ _SLOT: Final = b"S"
 # number of the slot, bytes in it, their address in the sender's memory
 _PART = struct.Struct("<IQQ")
 _ACK = struct.Struct("<I")
-#: Tensors up to here travel with their header: cheaper than a slot, a fetch and an acknowledgement.
-INLINE_BYTES: Final = 64 << 10
+#: Tensors up to here travel with their header: cheaper than a slot, a fetch and an acknowledgement,
+#: and small enough for a host pipe to take them before they are received.
+INLINE_BYTES: Final = 32 << 10
 
 
 class Staging(Protocol):
