@@ -46,9 +46,10 @@ def test_a_descriptor_that_cannot_be_watched_is_not_remembered(loop: Reactor) ->
 
 
 def test_edges_are_told_once_and_levels_as_long_as_they_last(loop: Reactor) -> None:
-    counts = {}
+    counts, ends = {}, []
     for events in (reactor.READ, reactor.READ | reactor.EDGE):
         reading, writing = os.pipe()
+        ends += [reading, writing]  # open until the end: a number used anew could get an event of the old one
         os.write(writing, b"x")
         seen = []
         loop.watch(reading, events, seen.append)
@@ -57,6 +58,6 @@ def test_edges_are_told_once_and_levels_as_long_as_they_last(loop: Reactor) -> N
         assert done.wait(LIMIT_S)
         loop.unwatch(reading)
         counts[events] = len(seen)
-        os.close(reading)
-        os.close(writing)
+    for end in ends:
+        os.close(end)
     assert counts[reactor.READ | reactor.EDGE] == 1 < counts[reactor.READ]
