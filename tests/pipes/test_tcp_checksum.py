@@ -89,7 +89,10 @@ class Between:
             to.shutdown(socket.SHUT_WR)
         except OSError:
             with suppress(OSError):  # the other way did so
-                of.shutdown(socket.SHUT_RDWR)
+                of.shutdown(socket.SHUT_WR)
+                # A sender whose window is full would not hear of the end: nothing of it arrives any more.
+                while of.recv(65536):
+                    pass
 
     def close(self) -> None:
         self._open.close()
