@@ -59,6 +59,7 @@ class Lender:
             "hello": self._hello,
             "match": self._match,
             "claim": self._claim,
+            "hold": self._hold,
             "renew": self._renew,
             "release": self._release,
             "abandon": self._abandon,
@@ -220,25 +221,35 @@ class Lender:
         self._on_ended()
         return {"gone": gone}
 
-    def _release(self, body: Body) -> Mapping[str, Any]:
-        grant, taker = fields.text(body, "grant"), fields.text(body, "taker")
-        part = fields.number(body, "part", self._me.num_parts)
-        generation = fields.number(body, "generation", _MAX_GENERATION)
-        read = fields.text(body, "blocks")
+    def _hold(self, body: Body) -> Mapping[str, Any]:
+        """Promise a worker that what it is about to read stays as it is, for one lease from now."""
         with self._lock:
             self._ledger.expire(self._clock())
-            entry = self._ledger.get(fields.text(body, "entry"))
-            # Who read other blocks than the entry's (a ticket that was tampered with)
-            # has read nothing that anybody vouched for.
-            honest = entry is not None and digest_of(entry.blocks) == read
-            # The claim may have been overtaken: it comes from another process.
-            if honest and self._try_claim(body, grant, taker):
-                answer = self._ledger.release(grant, part, generation)
-            else:
-                answer = "stale"
+            held = self._vouch(body) is not None
+        return {"answer": "ok", "lease_ms": int(self._me.lease_s * 1000)} if held else {"answer": "stale"}
+
+    def _release(self, body: Body) -> Mapping[str, Any]:
+        part = fields.number(body, "part", self._me.num_parts)
+        with self._lock:
+            self._ledger.expire(self._clock())
+            entry = self._vouch(body)
+            answer = "stale" if entry is None else self._ledger.release(body["grant"], part, entry.generation)
             self._counts["stale"] += answer == "stale"
         self._on_ended()
         return {"answer": answer}
+
+    def _vouch(self, body: Body) -> Entry | None:
+        """Return the entry that ``body`` reads, now claimed by its grant; called under the lock.
+
+        ``None`` if nobody vouches for what is read: the claim cannot be had, or other blocks
+        are read than the entry's (a ticket that was tampered with). The worker's word may
+        overtake its scheduler's claim: they are different processes.
+        """
+        grant, taker, read = fields.text(body, "grant"), fields.text(body, "taker"), fields.text(body, "blocks")
+        entry = self._ledger.get(fields.text(body, "entry"))
+        if entry is None or digest_of(entry.blocks) != read or not self._try_claim(body, grant, taker):
+            return None
+        return entry
 
     def _abandon(self, body: Body) -> Mapping[str, Any]:
         with self._lock:

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 _LET_GO_S = 5.0
 _CLOSE_S = 5.0
 #: Of each of the four crews, at most. A peer that hangs holds one of them.
+_MAX_LEASE_MS = 1 << 31
 _THREADS = 4
 
 
@@ -56,6 +57,8 @@ class _Read:
     #: Both under the mover's lock: given up; its pipe was asked for the blocks.
     stopped: KVConnectError | None = None
     moving: bool = False
+    #: Until when the owner has promised to leave the blocks as they are, a time of `time.monotonic`.
+    vouched_until: float = 0.0
 
     def enter(self, over: str) -> None:
         """Note how long the phase took that is over; the next one begins."""
@@ -117,6 +120,9 @@ class Mover(WorkerEnd):
 
     def release(self, claim: Claim) -> Future[dict[str, Any]]:
         """Tell the owner that this worker's part has been read; the answer says ``ok`` or ``stale``."""
+        return self._tell("release", claim)
+
+    def _tell(self, op: str, claim: Claim) -> Future[dict[str, Any]]:
         body = {
             "grant": claim.grant,
             "entry": claim.data["entry"],
@@ -125,7 +131,7 @@ class Mover(WorkerEnd):
             "part": self._rank,
             "blocks": digest_of(claim.blocks),
         }
-        return self._client.call(claim.data["at"], "release", body, self._options.release_timeout_s)
+        return self._client.call(claim.data["at"], op, body, self._options.release_timeout_s)
 
     def stats(self) -> dict[str, int]:
         """Counters since the start."""
@@ -212,6 +218,7 @@ class Mover(WorkerEnd):
             return
         read.link, read.transfer.via = link, link.name
         pipe = link.pipe
+        self._hold(read)
 
         def move() -> None:
             with self._lock:
@@ -236,19 +243,46 @@ class Mover(WorkerEnd):
         if not self._starting.submit(move, lane=link):
             self._finish(read, ClosedError("the buffer was closed"))
 
+    def _hold(self, read: _Read) -> None:
+        """Have the owner promise, while the blocks move, that they stay as they are: saves asking afterwards."""
+        if not read.release:
+            return
+        asked = time.monotonic()
+
+        def held(answer: Future[dict[str, Any]]) -> None:
+            try:
+                if answer.result().get("answer") == "ok":
+                    # From before the question: the owner counts from when it heard it.
+                    read.vouched_until = asked + fields.number(answer.result(), "lease_ms", _MAX_LEASE_MS) / 1000
+            except KVConnectError as error:
+                logger.debug("nobody vouches for a load yet: %s", error)
+
+        self._tell("hold", read.claim).add_done_callback(held)
+
     def _moving(self, read: _Read, inner: Transfer) -> None:
         read.inner = inner
         if read.stopped is not None:
             inner.cancel()
 
         def over(_: Transfer) -> None:
-            self._client.soon(lambda: self._moved(read, inner))
+            if inner.error is None and read.stopped is None and time.monotonic() < read.vouched_until:
+                # Whichever thread this is: one change of threads less before the engine may go on.
+                self._note_moved(read)
+                self._finish(read, None)
+                self.release(read.claim)  # its answer changes nothing
+            else:
+                self._client.soon(lambda: self._moved(read, inner))
 
         inner.add_done_callback(over)
 
+    def _note_moved(self, read: _Read) -> None:
+        read.enter("move")
+        with self._lock:
+            self._counts["microseconds_on_wire"] += int(read.transfer.phases["move"] * 1e6)
+
     def _moved(self, read: _Read, inner: Transfer) -> None:
         error, link = inner.error, read.link
-        read.enter("move")
+        self._note_moved(read)
         if isinstance(error, (BrokenError, ClosedError)) and link is not None:
             self._links.drop(link)
             if read.stopped is None and read.tries == 1:
@@ -260,8 +294,6 @@ class Mover(WorkerEnd):
         if read.stopped is not None or error is not None:
             self._finish(read, read.stopped or error)
         elif read.release:
-            with self._lock:
-                self._counts["microseconds_on_wire"] += int(read.transfer.phases["move"] * 1e6)
             self._confirm(read)
         else:
             self._finish(read, None)

@@ -416,6 +416,8 @@ def test_a_confirmation_whose_connection_broke_is_asked_for_again_once(pair, mon
     real, asked, failures = client.call, [], 1
 
     def call(endpoint, op, body, timeout_s):
+        if op == "hold":  # without a promise beforehand, the owner is asked afterwards
+            return Future()
         if op == "release":
             asked.append(op)
             if len(asked) <= failures:
@@ -432,6 +434,48 @@ def test_a_confirmation_whose_connection_broke_is_asked_for_again_once(pair, mon
     with pytest.raises(LoadError, match="connection was closed"):
         d.read(claimed(p, d, 2)).wait(8)
     assert len(asked) == 2
+
+
+def test_within_a_promised_lease_a_load_waits_for_no_confirmation(pair, monkeypatch):
+    p, d = pair
+    client = d.workers[0]._client
+    real, told = client.call, []
+
+    def call(endpoint, op, body, timeout_s):
+        answer = real(endpoint, op, body, timeout_s)
+        if op == "hold":  # at once: the real promise might come after so short a load
+            answer = Future()
+            answer.set_result({"answer": "ok", "lease_ms": 9000})
+        if op != "release":
+            return answer
+        told.append(answer)
+        return Future()
+
+    monkeypatch.setattr(client, "call", call)
+    d.read(claimed(p, d, 1)).wait(8)
+    assert told[0].result(8) == {"answer": "ok"}
+    eventually(p.freed)
+
+
+@pytest.mark.parametrize("promise", [{"answer": "ok", "lease_ms": 0}, {"answer": "stale"}, {}, {"lease_ms": 9000}])
+def test_without_a_promise_that_holds_till_the_end_the_owner_is_asked_what_was_read(pair, monkeypatch, promise):
+    p, d = pair
+    client = d.workers[0]._client
+    real = client.call
+
+    def call(endpoint, op, body, timeout_s):
+        answer = Future()
+        if op == "hold":
+            answer.set_result(promise)
+        elif op == "release":
+            answer.set_result({"answer": "stale"})
+        else:
+            return real(endpoint, op, body, timeout_s)
+        return answer
+
+    monkeypatch.setattr(client, "call", call)
+    with pytest.raises(LoadError, match="lease"):
+        d.read(claimed(p, d, 1)).wait(8)
 
 
 class OwnTime(ThreeMethods):
