@@ -45,7 +45,8 @@ class NixlOptions:
         mode: ``"runs"`` reads blocks straight into place, neighbours in one piece;
             ``"staged"`` has the peer gather them, and reads and scatters whole portions;
             ``"auto"`` takes whichever proves quicker.
-        portion_bytes: what a block transfer reads in one go; another has its turn after it.
+        portion_bytes: what a block transfer reads in one go, another has its turn after it;
+            0 chooses by device. Either end has six such slots for reading and as many for serving.
         slot_bytes: of each of four slots that large tensors go through.
         companion: the host pipe beside it, ``"auto"`` or a name with options; the options of
             ``"auto"`` are those of ``tcp`` (``{"name": "auto", "bind_host": "10.0.0.1"}``).
@@ -54,7 +55,7 @@ class NixlOptions:
 
     backends: tuple[Backend, ...] = (Backend("UCX"),)
     mode: Literal["auto", "runs", "staged"] = "auto"
-    portion_bytes: int = PORTION_BYTES
+    portion_bytes: int = 0
     slot_bytes: int = 4 << 20
     companion: Backend = Backend("auto")
 
@@ -63,7 +64,8 @@ class NixlOptions:
         if not self.backends:
             raise ConfigError("pipe.backends must name at least one backend")
         for name in ("portion_bytes", "slot_bytes"):
-            if not 1 << 16 <= getattr(self, name) <= 1 << 30:
+            value = getattr(self, name)
+            if not (1 << 16 <= value <= 1 << 30 or (name == "portion_bytes" and value == 0)):
                 raise ConfigError(f"pipe.{name} must be 65536 to {1 << 30}, got {getattr(self, name)}")
 
 
@@ -145,7 +147,7 @@ class NixlPipe(Pipe):
                 remote,
                 channel,
                 mode=None if self._options.mode == "auto" else self._options.mode,
-                portion_bytes=self._options.portion_bytes,
+                portion_bytes=self._options.portion_bytes or PORTION_BYTES[local.device.partition(":")[0]],
                 timeout_s=self.timeout_s,
             )
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 from kvconnect.errors import BrokenError, KVConnectError, LoadError
 from kvconnect.paging import BlockIds, IoVec, Pieces, spans
@@ -17,10 +17,7 @@ from kvconnect.pipes.flows import pack
 from kvconnect.pipes.nixl_agent import Read
 from kvconnect.pipes.nixl_choice import Mode
 from kvconnect.pipes.nixl_place import Place
-from kvconnect.pipes.nixl_staging import Blocks, Slot, StagedMemory, failed, portions, whole
-
-#: Parts of one transfer under way at once, so that gather, wire and scatter overlap.
-DEPTH: Final = 3
+from kvconnect.pipes.nixl_staging import DEPTH, Blocks, Slot, StagedMemory, failed, portions, whole
 
 OnOver = Callable[["Pull"], None]
 
@@ -174,9 +171,10 @@ class Pull:
 
     def _advance(self) -> None:
         """Begin parts up to `DEPTH`."""
+        depth = DEPTH[self._end.shared.kind]
         while True:
             with self._lock:
-                if not self._state.more or self._state.flying >= DEPTH:
+                if not self._state.more or self._state.flying >= depth:
                     break
                 part = next(self._parts, None)
                 if part is None:

@@ -24,8 +24,11 @@ from kvconnect.pipes import vectored
 from kvconnect.pipes.nixl_agent import Agent
 from kvconnect.pipes.nixl_place import Place, Registration
 
-#: Bytes of a portion: what is gathered, read and scattered in one go.
-PORTION_BYTES: Final = 8 << 20
+#: Bytes of a portion, by kind of device: what is gathered, read and scattered in one go. A
+#: portion costs a round trip of the hosts, in which a GPU's link moves far more than a CPU's.
+PORTION_BYTES: Final = {"cpu": 8 << 20, "cuda": 32 << 20}
+#: Portions of one transfer under way at once, so that gather, wire and scatter overlap.
+DEPTH: Final = {"cpu": 3, "cuda": 6}
 #: Slots of a pool, shared by all pipes of a process that use the same memory.
 SLOTS: Final = 6
 
@@ -176,6 +179,7 @@ class StagedMemory:
     def __init__(self, agent: Agent, memory: PagedMemory, portion_bytes: int) -> None:
         self.agent, self.memory = agent, memory
         self.place = Place.of(memory.device)
+        self.kind = torch.device(memory.device).type
         self.stager = stager_for(memory.device)
         slot_bytes = max(portion_bytes, *(block_bytes(memory.layout) or [1]))
         #: Where this end gathers for peers, and where what it reads arrives: apart, so that
