@@ -36,7 +36,7 @@ class KVProbe:
         for block in range(1, self._num_blocks()):
             digest = hashlib.blake2b(digest_size=16)
             for part in self._parts(block):
-                digest.update(part.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+                digest.update(part.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
             found[str(block)] = digest.hexdigest()
         return found
 

@@ -40,7 +40,8 @@ class Plan:
     With ``multi`` the connector is the only child of a MultiConnector.
     ``extra_config`` goes under ``kv_connector_extra_config`` of each. With ``tiny``
     the last consumer's KV cache has `TINY_BLOCKS` blocks, so that it preempts. Engines of several
-    workers are to be ``patient`` where cores are few, see `tests/vllm/patient`.
+    workers are to be ``patient`` where cores are few, see `tests/vllm/patient`. Producers run on the
+    first of ``devices``, all others on the second: CUDA devices, or ``None`` for the CPU.
     """
 
     connector: str
@@ -54,6 +55,7 @@ class Plan:
     variant: model.Variant = "llama"
     tiny: bool = True
     patient: bool = False
+    devices: tuple[int | None, int | None] = (None, None)
     lease_s: float = 8.0
     extra_config: Mapping[str, Any] = field(default_factory=dict)
     arguments: tuple[str, ...] = ()
@@ -233,6 +235,7 @@ class Fleet:
             options,
             self._folder,
             kv_transfer=transfer if role else None,
+            device=self.plan.devices[0 if role == "kv_producer" else 1],
             env={"VLLM_LOGGING_CONFIG_PATH": str(logging), "VLLM_SERVER_DEV_MODE": "1"} | self._patience(),
             extra=("--worker-extension-cls", "kvconnect.demo.probe.KVProbe", *more),
         )
