@@ -18,7 +18,7 @@ import msgpack
 
 from kvconnect.config import Backend, parse_options
 from kvconnect.errors import BrokenError, BusyError, ClosedError, ConfigError, DeadlineError, KVConnectError
-from kvconnect.pipes.base import Channel, Pipe, PipeSpec, Reach, Traits, Transfer, Verdict
+from kvconnect.pipes.base import YES, Channel, Pipe, PipeSpec, Reach, Traits, Transfer, Verdict
 from kvconnect.pipes.companion import join
 from kvconnect.pipes.nixl_agent import Agent, Peer, Read
 from kvconnect.pipes.nixl_blocks import NixlBlocks, check_device
@@ -172,6 +172,15 @@ class NixlPipe(Pipe):
         if importlib.util.find_spec("nixl") is None:
             return Verdict(False, "NIXL is not installed", "pip install 'kvconnect[nixl]'")
         return Agent.usable()
+
+    @classmethod
+    def accepts(cls, memory: PagedMemory) -> Verdict:
+        """Say whether blocks of ``memory`` can be gathered and scattered here: on CUDA that takes CuPy."""
+        try:
+            stager_for(memory.device)
+        except KVConnectError as error:
+            return Verdict(False, str(error))
+        return YES
 
 
 class NixlMedium:

@@ -19,7 +19,7 @@ from kvconnect.pipes.base import PipeSpec
 from kvconnect.pipes.nixl import NixlPipe
 from kvconnect.pipes.nixl_choice import AGAIN, TRIAL_BYTES, Costs
 from kvconnect.pipes.nixl_staging import pair as pair_pieces
-from kvconnect.pipes.nixl_staging import portions
+from kvconnect.pipes.nixl_staging import STAGERS, portions
 from kvconnect.testing.block_laws import attach
 from kvconnect.testing.layouts import naive_stream, noisy_memory, random_ids, separate_layers
 from kvconnect.testing.peers import LIMIT_S, open_pair
@@ -300,3 +300,16 @@ def test_availability_imports_nothing_and_says_what_to_install(monkeypatch):
         verdict = NixlPipe.availability()
     assert not verdict
     assert "kvconnect[nixl]" in verdict.cure
+
+
+def test_memory_that_cannot_be_gathered_here_is_refused_before_any_pipe_is_opened(monkeypatch) -> None:
+    memory = noisy_memory(separate_layers(1, 2, 1, 64), 1)
+    assert NixlPipe.accepts(memory)
+
+    def missing(_: str) -> None:
+        raise UnavailableBackendError("package", "cupy", "it is not installed")
+
+    monkeypatch.setitem(STAGERS, "cpu", missing)
+    verdict = NixlPipe.accepts(memory)
+    assert not verdict
+    assert "cupy" in verdict.reason
