@@ -18,8 +18,8 @@ from kvconnect.errors import BrokenError, ConfigError, UnavailableBackendError
 from kvconnect.pipes.base import PipeSpec
 from kvconnect.pipes.nixl import NixlPipe
 from kvconnect.pipes.nixl_choice import AGAIN, TRIAL_BYTES, Costs
-from kvconnect.pipes.nixl_staging import pair as pair_pieces
 from kvconnect.pipes.nixl_staging import STAGERS, portions
+from kvconnect.pipes.nixl_staging import pair as pair_pieces
 from kvconnect.testing.block_laws import attach
 from kvconnect.testing.layouts import naive_stream, noisy_memory, random_ids, separate_layers
 from kvconnect.testing.peers import LIMIT_S, open_pair
