@@ -3,12 +3,17 @@
 CuPy has a binding, but its configuration offers neither ``blocking = 0`` nor a limit of
 CTAs. Without the first, a peer that dies while a communicator is being made holds the
 thread for ever; without the second, one communicator takes most of a gigabyte.
-So every call here returns at once, and `Communicator.settled` tells when it took effect.
+
+A communicator that does not block has a price: NCCL starts a thread for each of its
+calls. So the ranks meet over one that does not, and connect over it; then it is split
+into one that blocks and shares its connections. A send on that is a few microseconds
+of the caller's own thread, for nothing is left to wait for.
 """
 
 from __future__ import annotations
 
 import ctypes
+import enum
 import functools
 import importlib.util
 import logging
@@ -25,6 +30,8 @@ log = logging.getLogger(__name__)
 SONAME = "libnccl.so.2"
 #: Bytes of what names a communicator to all its ranks.
 ID_BYTES = 128
+#: What the ranks try the wire with.
+TRIAL_BYTES = 16
 #: The first version with the configuration declared here.
 MIN_VERSION = 21800
 _CURE = "install a CUDA build of torch, or nvidia-nccl-cu13 (-cu12)"
@@ -63,19 +70,19 @@ class Config(ctypes.Structure):
     )
 
     @classmethod
-    def narrow(cls, max_ctas: int) -> Config:
-        """Return a configuration that never blocks and uses at most ``max_ctas`` CTAs."""
+    def narrow(cls, max_ctas: int, *, blocking: bool) -> Config:
+        """Return a configuration of at most ``max_ctas`` CTAs, whose connections and end are its children's, too."""
         return cls(
             size=ctypes.sizeof(cls),
             magic=_MAGIC,
             version=MIN_VERSION,
-            blocking=0,
+            blocking=int(blocking),
             # Clusters would keep CTAs of a kernel waiting for neighbouring multiprocessors.
             cga_cluster_size=0,
             min_ctas=1,
             max_ctas=max_ctas,
             net_name=None,
-            split_share=_UNDEFINED,
+            split_share=1,
             reserved=_UNDEFINED,
         )
 
@@ -114,19 +121,31 @@ def unique_id() -> bytes:
     return ctypes.string_at(ctypes.addressof(made), ID_BYTES)
 
 
-class Communicator:
-    """One of two ranks, on the device that is current. For one thread at a time, but for `abort`.
+class _Stage(enum.Enum):
+    """What is being waited for."""
 
-    Nothing may be called but `settled` and `abort` until the call before has settled.
+    MEETING = "the other rank"
+    TRYING = "the connections"
+    SPLITTING = "the communicator that blocks"
+    READY = "nothing"
+
+
+class Communicator:
+    """From one rank to another, on the device that is current. For one thread at a time.
+
+    Nothing may be called but `settled` and `abort` before it has settled.
     """
 
-    def __init__(self, name: bytes, rank: int, max_ctas: int) -> None:
+    def __init__(self, name: bytes, *, sends: bool, max_ctas: int, address: int, stream: int) -> None:
         """Start to meet the other rank; `settled` tells when it has come.
 
         Args:
             name: from `unique_id`, the same for both.
-            rank: 0 or 1.
+            sends: whether this rank is the one that sends; the other one receives.
             max_ctas: the most CTAs, and so multiprocessors, that a send or receive occupies.
+            address: `TRIAL_BYTES` on the device, which the trial reads or writes; free once settled, in
+                the order of ``stream``.
+            stream: a ``cudaStream_t`` for it.
 
         Raises:
             HandshakeError: ``name`` is none.
@@ -136,16 +155,20 @@ class Communicator:
         if len(name) != ID_BYTES:
             raise HandshakeError(f"the name of a communicator has {ID_BYTES} bytes, not {len(name)}")
         self._nccl = _library()
-        self._peer = 1 - rank
-        self._comm = ctypes.c_void_p()
-        config = Config.narrow(max_ctas)
+        self._sends, self._rank, self._max_ctas = sends, int(sends), max_ctas
+        self._trial = address, stream
+        # The one that does not block, and its child; NCCL's own threads write the latter.
+        self._comm, self._direct = ctypes.c_void_p(), ctypes.c_void_p()
+        self._stage = _Stage.MEETING
+        config = Config.narrow(max_ctas, blocking=False)
         named = UniqueId.from_buffer_copy(name)
-        code = self._nccl.calls.ncclCommInitRankConfig(ctypes.byref(self._comm), 2, named, rank, ctypes.byref(config))
-        log.debug("rank %d: communicator %#x begun, code %d", rank, self._comm.value or 0, code)
+        init = self._nccl.calls.ncclCommInitRankConfig
+        code = init(ctypes.byref(self._comm), 2, named, self._rank, ctypes.byref(config))
+        log.debug("rank %d: communicator %#x begun, code %d", self._rank, self._comm.value or 0, code)
         self._started(code, "make a communicator")
 
     def settled(self) -> bool:
-        """Whether the last call has taken effect: the ranks have met, or the copy is in its stream.
+        """Whether the ranks have met and are connected: `move` may be called. Goes on with that, if not.
 
         Raises:
             BrokenError: it failed, or something went wrong since.
@@ -153,37 +176,64 @@ class Communicator:
         """
         if self._comm.value is None:
             raise BrokenError("the communicator was given up")
-        state = ctypes.c_int()
-        code = self._nccl.quick.ncclCommGetAsyncError(self._comm, ctypes.byref(state))
-        self._check(code, "look after a communicator")
-        if state.value == _IN_PROGRESS:
+        if self._stage is _Stage.READY:
+            return self._look(self._direct)
+        if not self._look(self._comm):
             return False
-        self._check(state.value, "go on")
-        return True
+        if self._stage is _Stage.MEETING:
+            self._stage = _Stage.TRYING
+            # What connects would block, were it left to the first call that means it.
+            self._started(self._enqueue(self._comm, self._trial[0], TRIAL_BYTES, self._trial[1]), "connect")
+        elif self._stage is _Stage.TRYING:
+            self._stage = _Stage.SPLITTING
+            config = Config.narrow(self._max_ctas, blocking=True)
+            split = self._nccl.calls.ncclCommSplit
+            code = split(self._comm, 0, self._rank, ctypes.byref(self._direct), ctypes.byref(config))
+            self._started(code, "split a communicator")
+        else:
+            if self._direct.value is None:
+                raise BrokenError("NCCL made no communicator of a split")
+            log.debug("rank %d: communicator %#x ready", self._rank, self._direct.value)
+            self._stage = _Stage.READY
+            return True
+        return False
 
-    def send(self, address: int, nbytes: int, stream: int) -> None:
-        """Begin to enqueue on ``stream`` (``cudaStream_t``): send ``nbytes`` at ``address`` to the other rank."""
-        code = self._nccl.quick.ncclSend(address, nbytes, _UINT8, self._peer, self._comm, stream)
-        self._started(code, "send")
-
-    def recv(self, address: int, nbytes: int, stream: int) -> None:
-        """Begin to enqueue on ``stream``: receive ``nbytes`` to ``address`` from the other rank."""
-        code = self._nccl.quick.ncclRecv(address, nbytes, _UINT8, self._peer, self._comm, stream)
-        self._started(code, "receive")
+    def move(self, address: int, nbytes: int, stream: int) -> None:
+        """Enqueue on ``stream`` (``cudaStream_t``): send ``nbytes`` at ``address``, or receive them there."""
+        if self._stage is not _Stage.READY:
+            raise BrokenError(f"the communicator still waits for {self._stage.value}")
+        code = self._enqueue(self._direct, address, nbytes, stream)
+        _check(code, "send" if self._sends else "receive", self._direct)
 
     def abort(self) -> None:
         """End it, and with it whatever waits for the other rank on the device. May take half a second. Idempotent."""
         comm, self._comm = self._comm, ctypes.c_void_p()
         if comm.value is not None:
-            code = self._nccl.calls.ncclCommAbort(comm)
-            log.debug("communicator %#x aborted, code %d", comm.value or 0, code)
+            self._end(self._direct)
+            self._end(comm)
+            # It may have come while its parent's end waited for what made it.
+            self._end(self._direct)
+
+    def _end(self, comm: ctypes.c_void_p) -> None:
+        if comm.value is not None:
+            ended, comm.value = ctypes.c_void_p(comm.value), None
+            code = self._nccl.calls.ncclCommAbort(ended)
+            log.debug("communicator %#x aborted, code %d", ended.value or 0, code)
+
+    def _enqueue(self, comm: ctypes.c_void_p, address: int, nbytes: int, stream: int) -> int:
+        call = self._nccl.quick.ncclSend if self._sends else self._nccl.quick.ncclRecv
+        return int(call(address, nbytes, _UINT8, 1 - self._rank, comm, stream))
+
+    def _look(self, comm: ctypes.c_void_p) -> bool:
+        state = ctypes.c_int()
+        _check(self._nccl.quick.ncclCommGetAsyncError(comm, ctypes.byref(state)), "look after a communicator", comm)
+        if state.value == _IN_PROGRESS:
+            return False
+        _check(state.value, "go on", comm)
+        return True
 
     def _started(self, code: int, doing: str) -> None:
         if code != _IN_PROGRESS:
-            self._check(code, doing)
-
-    def _check(self, code: int, doing: str) -> None:
-        if code != _SUCCESS:
             _check(code, doing, self._comm)
 
 
@@ -231,6 +281,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         "ncclGetUniqueId": [pointer],
         "ncclCommInitRankConfig": [pointer, number, UniqueId, number, pointer],
         "ncclCommGetAsyncError": [pointer, pointer],
+        "ncclCommSplit": [pointer, number, number, pointer, pointer],
         "ncclCommAbort": [pointer],
         "ncclSend": [pointer, size, number, number, pointer, pointer],
         "ncclRecv": [pointer, size, number, number, pointer, pointer],

@@ -11,7 +11,7 @@ on one could wait for each other. Messages (`Channel`), handled without blocking
 A direction that fails (a dead peer, a deadline) ends the whole block path, at both ends:
 NCCL cannot take back what was enqueued, so the communicators are aborted, and whoever
 opened the pipe opens another. A transfer that is cancelled harms nothing: what was
-ordered of it runs to its end in the staging memory.
+ordered of it runs to its end, and only then is it over.
 """
 
 from __future__ import annotations

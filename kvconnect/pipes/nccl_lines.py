@@ -50,23 +50,16 @@ class Wire(Protocol):
     slot_bytes: int
 
     def settled(self) -> bool:
-        """Whether the other end has been met and what `launch` began is in its stream."""
+        """Whether the other end has been met, so that `launch` may be called."""
         ...
 
-    def prepare(self, move: Move) -> None:
-        """Enqueue what comes before the wire, for the next `launch`; raise `HandshakeError` if it is too large."""
-        ...
+    def launch(self, move: Move) -> Callable[[], bool]:
+        """Enqueue a chunk behind those before it; what is returned tells when the device has done it.
 
-    def launch(self, move: Move) -> None:
-        """Begin to enqueue the wire's part; only when settled."""
-        ...
+        Raises:
+            HandshakeError: it is too large.
 
-    def mark(self) -> None:
-        """Note where the wire's part ends in its stream; once settled, before the next `launch`."""
-        ...
-
-    def conclude(self, move: Move) -> Callable[[], bool]:
-        """Enqueue what comes after the part marked first; what is returned tells when the device has done it."""
+        """
         ...
 
     def abort(self) -> None:
@@ -116,8 +109,6 @@ class Line(ABC):
         self._tell, self._timeout_s = tell, timeout_s
         self._wire: Wire | None = None
         self._due: deque[tuple[Move, Chunk | None]] = deque()
-        self._launched: tuple[Move, Chunk | None] | None = None
-        self._prepared = False
         self._running: deque[tuple[Callable[[], bool], Chunk | None]] = deque()
         self._stamp: float | None = None
         self._asked = 0.0
@@ -169,31 +160,16 @@ class Line(ABC):
 
     def _work(self) -> bool:
         wire = self._wire
+        # What went wrong shows where it is asked, so also while nothing is to be launched.
         if wire is None or not wire.settled():
-            return self._retire()
-        settled, self._launched = self._launched, None
-        if settled is not None:
-            wire.mark()
-        moved = self._retire() or settled is not None
+            return False
+        moved = self._retire()
         self._order(wire.slot_bytes)
-        # The next one first: what comes after this one is enqueued while NCCL brings that one on its way.
-        launches = bool(self._due)
-        if launches:
-            self._launch(wire)
-        if settled is not None:
-            self._running.append((wire.conclude(self._current(*settled)), settled[1]))
-        if launches and self._due:
-            wire.prepare(self._due[0][0])
-            self._prepared = True
-        return moved or launches
-
-    def _launch(self, wire: Wire) -> None:
+        if not self._due:
+            return moved
         move, chunk = self._due.popleft()
-        if not self._prepared:
-            wire.prepare(move)
-        self._prepared = False
-        wire.launch(move)
-        self._launched = move, chunk
+        self._running.append((wire.launch(self._current(move, chunk)), chunk))
+        return True
 
     def _retire(self) -> bool:
         moved = False
@@ -223,7 +199,7 @@ class Line(ABC):
         self._tell.call(op, body).add_done_callback(heard)
 
     def _busy(self) -> bool:
-        return bool(self._due or self._running or self._launched)
+        return bool(self._due or self._running)
 
     def _current(self, move: Move, chunk: Chunk | None) -> Move:
         return move
@@ -292,7 +268,7 @@ class Receiver(Line):
             self._meet()
 
     def stop(self, key: Key) -> bool:
-        """Give a transfer up: what is on its way goes no further than the staging memory."""
+        """Give a transfer up: no more of it is ordered, and what was not launched goes into staging memory only."""
         arrival = self._arrivals.get(key)
         if arrival is None:
             return False

@@ -2,7 +2,8 @@
 
 Blocks → gather → slot → send ⇒ receive → slot → scatter → blocks. The wire has one stream
 and the copies have another; events order them, so that a slot is filled (or emptied)
-while the other is on the wire, without the host in between.
+while the other is on the wire. The host enqueues as many chunks as it likes ahead; between
+two of them it has no part.
 """
 
 from __future__ import annotations
@@ -60,14 +61,12 @@ class _Slot:
     def __init__(self, address: int) -> None:
         self.address = address
         self.free: Any = None
-        #: Of a sender: its contents are in place.
-        self.full: Any = None
 
 
 class _Wire:
     """What both directions share. Made on a thread that may wait, then used by one other; the device is current."""
 
-    def __init__(self, setting: Setting, name: bytes, rank: int) -> None:
+    def __init__(self, setting: Setting, name: bytes, *, sends: bool) -> None:
         """Start to meet the other end.
 
         Raises:
@@ -91,7 +90,14 @@ class _Wire:
             self._slots = [_Slot(address) for address in _staging(setting.device).take(size, SLOTS)]
             self._size = size
             try:
-                self._communicator = nccl.Communicator(name, rank, setting.max_ctas)
+                # Nothing is filled or received before the trial is over.
+                self._communicator = nccl.Communicator(
+                    name,
+                    sends=sends,
+                    max_ctas=setting.max_ctas,
+                    address=self._slots[0].address,
+                    stream=self._stream.ptr,
+                )
             except BaseException:
                 self._give_back()
                 raise
@@ -156,47 +162,25 @@ class SendWire(_Wire):
     """Gathers blocks into slots and sends these."""
 
     def __init__(self, setting: Setting, name: bytes) -> None:
-        super().__init__(setting, name, rank=1)
-        self._filled: deque[_Slot] = deque()
-        self._sent: _Slot | None = None
-        self._marked: deque[Any] = deque()
+        super().__init__(setting, name, sends=True)
 
     def _lay_out(self, copies: Copier, memory: PagedMemory) -> Table:
         return copies.table(Paged.of(memory), Packed(memory.layout))
 
-    def prepare(self, move: Move) -> None:
-        """Gather into the next slot, once what it held has been sent."""
+    def launch(self, move: Move) -> Callable[[], bool]:
+        """Gather into the next slot, once what it held has been sent, and send it."""
         self._check(move)
-        slot = self._next_slot()
-        ids = move.ids or []
+        slot, ids = self._next_slot(), move.ids or []
         part = Part(move.group, ids, range(len(ids)), to_shift=slot.address)
-        with driver.errors("gather blocks"):
+        with driver.errors("send a chunk"):
             if slot.free is not None:
                 self._copies.wait_event(slot.free)
             kept = self._copier.launch(self._table, part, self._copies, self._multiprocessors)
-            slot.full = self._event(self._copies)
-            self._keep(slot.full, kept)
-        self._filled.append(slot)
-
-    def launch(self, move: Move) -> None:
-        """Send the slot that was filled first."""
-        slot = self._sent = self._filled.popleft()
-        with driver.errors("send a chunk"):
-            self._stream.wait_event(slot.full)
-            self._communicator.send(slot.address, move.nbytes, self._stream.ptr)
-
-    def mark(self) -> None:
-        """Free the slot after the send."""
-        slot, self._sent = self._sent, None
-        if slot is None:
-            raise BrokenError("nothing was sent")
-        with driver.errors("send a chunk"):
-            slot.free = self._event(self._stream)
-        self._marked.append(slot.free)
-
-    def conclude(self, move: Move) -> Callable[[], bool]:
-        """Nothing comes after the wire here."""
-        event = self._marked.popleft()
+            full = self._event(self._copies)
+            self._keep(full, kept)
+            self._stream.wait_event(full)
+            self._communicator.move(slot.address, move.nbytes, self._stream.ptr)
+            event = slot.free = self._event(self._stream)
         return lambda: _event_is_over(event)
 
 
@@ -204,46 +188,27 @@ class RecvWire(_Wire):
     """Receives into slots and scatters these to blocks."""
 
     def __init__(self, setting: Setting, name: bytes) -> None:
-        super().__init__(setting, name, rank=0)
-        self._received: _Slot | None = None
-        self._marked: deque[tuple[_Slot, Any]] = deque()
+        super().__init__(setting, name, sends=False)
 
     def _lay_out(self, copies: Copier, memory: PagedMemory) -> Table:
         return copies.table(Packed(memory.layout), Paged.of(memory))
 
-    def prepare(self, move: Move) -> None:
-        """Nothing comes before the wire here."""
+    def launch(self, move: Move) -> Callable[[], bool]:
+        """Receive into the next slot, once what it held has been scattered, and scatter it."""
         self._check(move)
-
-    def launch(self, move: Move) -> None:
-        """Receive into the next slot, once what it held has been scattered."""
-        slot = self._received = self._next_slot()
+        slot = self._next_slot()
         with driver.errors("receive a chunk"):
             if slot.free is not None:
                 self._stream.wait_event(slot.free)
-            self._communicator.recv(slot.address, move.nbytes, self._stream.ptr)
-
-    def mark(self) -> None:
-        """Note when the slot is full."""
-        slot, self._received = self._received, None
-        if slot is None:
-            raise BrokenError("nothing was received")
-        with driver.errors("receive a chunk"):
-            self._marked.append((slot, self._event(self._stream)))
-
-    def conclude(self, move: Move) -> Callable[[], bool]:
-        """Scatter the slot after the receive."""
-        slot, full = self._marked.popleft()
-        with driver.errors("scatter blocks"):
-            if move.ids is None:
-                event = full
-            else:
+            self._communicator.move(slot.address, move.nbytes, self._stream.ptr)
+            event = full = self._event(self._stream)
+            if move.ids is not None:
                 self._copies.wait_event(full)
                 part = Part(move.group, range(len(move.ids)), move.ids, from_shift=slot.address)
                 kept = self._copier.launch(self._table, part, self._copies, self._multiprocessors)
                 event = self._event(self._copies)
                 self._keep(event, (kept, full))
-            slot.free = event
+        slot.free = event
         return lambda: _event_is_over(event)
 
 

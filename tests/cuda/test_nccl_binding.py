@@ -25,9 +25,9 @@ typedef struct {
 } ncclConfig_t;
 /* What a newer library has: it copies as much as the caller says. */
 typedef struct { ncclConfig_t known; int trafficClass; const char *commName; } newer;
-struct comm { int rank, looks, failed, maxCTAs; char name[128]; };
+struct comm { int rank, looks, failed, maxCTAs, blocking, tried; struct comm **child; char name[128]; };
 
-int aborted = 0;
+int aborted = 0, children = 0, late = 0;
 struct { const void *address; size_t count; int type, peer; void *stream; int sends; } last;
 
 int ncclGetVersion(int *version) { *version = VERSION; return 0; }
@@ -37,7 +37,7 @@ int ncclCommInitRankConfig(struct comm **out, int ranks, ncclUniqueId id, int ra
   newer config = {{0}, INT_MIN, NULL};
   memcpy(&config, given, given->size < sizeof config ? given->size : sizeof config);
   if (ranks != 2 || config.known.magic != 0xcafebeef || config.known.version != 21800) return 4;
-  if (config.known.blocking != 0 || config.known.netName || config.known.splitShare != INT_MIN) return 5;
+  if (config.known.blocking != 0 || config.known.netName || config.known.splitShare != 1) return 5;
   if (config.known.minCTAs > config.known.maxCTAs || config.trafficClass != INT_MIN) return 5;
   struct comm *comm = calloc(1, sizeof *comm);
   comm->rank = rank; comm->looks = 2; comm->maxCTAs = config.known.maxCTAs;
@@ -45,20 +45,40 @@ int ncclCommInitRankConfig(struct comm **out, int ranks, ncclUniqueId id, int ra
   *out = comm;
   return 7;
 }
+int ncclCommSplit(struct comm *parent, int color, int key, struct comm **out, ncclConfig_t *given)
+{
+  if (parent->blocking || parent->looks > 0 || color != 0 || key != parent->rank || *out) return 4;
+  if (given->blocking != 1 || given->splitShare != 1 || given->maxCTAs != parent->maxCTAs) return 5;
+  parent->child = out; parent->looks = 2;
+  return 7;
+}
+static void born(struct comm *parent)
+{
+  struct comm *comm = calloc(1, sizeof *comm);
+  comm->rank = parent->rank; comm->blocking = 1; comm->tried = parent->tried;
+  *parent->child = comm; parent->child = NULL; children++;
+}
 int ncclCommGetAsyncError(struct comm *comm, int *state)
 {
   *state = comm->failed ? 6 : comm->looks > 0 ? 7 : 0;
+  if (!*state && comm->child) born(comm);
   comm->looks--;
   return 0;
 }
-int ncclCommAbort(struct comm *comm) { free(comm); aborted++; return 0; }
+int ncclCommAbort(struct comm *comm)
+{
+  if (comm->child && late) born(comm);
+  free(comm); aborted++;
+  return 0;
+}
 static int op(const void *address, size_t count, int type, int peer, struct comm *comm, void *stream, int sends)
 {
   if (comm->looks > 0) return 4;
   last.address = address; last.count = count; last.type = type; last.peer = peer; last.stream = stream;
   last.sends = sends;
-  comm->looks = 1;
   if (count == 13) comm->failed = 1;
+  if (comm->blocking) return comm->tried ? 0 : 3;
+  comm->looks = 1; comm->tried = 1;
   return 7;
 }
 int ncclSend(const void *a, size_t n, int t, int p, struct comm *c, void *s) { return op(a, n, t, p, c, s, 1); }
@@ -96,6 +116,10 @@ def compiled(tmp_path, monkeypatch):
     nccl._library.cache_clear()
 
 
+def make(name: bytes, *, sends: bool = False, max_ctas: int = 8) -> nccl.Communicator:
+    return nccl.Communicator(name, sends=sends, max_ctas=max_ctas, address=512, stream=9)
+
+
 def settle(communicator: nccl.Communicator) -> int:
     """Return how many looks it took."""
     looks = 1
@@ -122,48 +146,61 @@ def test_the_configuration_has_the_layout_of_nccl_2_18():
     assert ctypes.sizeof(nccl.UniqueId) == nccl.ID_BYTES == 128
 
 
-def test_a_communicator_settles_after_each_call_and_copies_what_it_is_told(compiled):
+def test_ranks_meet_and_connect_without_blocking_and_then_move_at_once(compiled):
     library = compiled(22809)
     assert nccl.version() == 22809
     name = nccl.unique_id()
     assert name == bytes(range(128))  # zero bytes are part of it
-    communicator = nccl.Communicator(name, 1, 8)
-    assert settle(communicator) == 3
-    communicator.send(1 << 40, 5 << 30, 77)
-    assert settle(communicator) == 2
+    communicator = make(name, sends=True, max_ctas=8)
+    assert settle(communicator) > 5  # it meets, connects and splits, and none of these is waited for
+    last = Last.in_dll(library, "last")
+    assert (last.address, last.count, last.stream, last.sends) == (512, nccl.TRIAL_BYTES, 9, 1)
+    communicator.move(1 << 40, 5 << 30, 77)
+    assert settle(communicator) == 1
     last = Last.in_dll(library, "last")
     assert (last.address, last.count, last.type, last.peer, last.stream) == (1 << 40, 5 << 30, 1, 0, 77)
     assert last.sends
-    communicator.recv(3, 4, 78)
+
+
+def test_the_other_rank_receives(compiled):
+    library = compiled(22809)
+    communicator = make(nccl.unique_id(), sends=False)
     settle(communicator)
+    communicator.move(3, 4, 78)
     last = Last.in_dll(library, "last")
-    assert (last.address, last.count, last.stream, last.sends) == (3, 4, 78, 0)
+    assert (last.address, last.count, last.stream, last.peer, last.sends) == (3, 4, 78, 1, 0)
 
 
 def test_what_fails_later_is_raised_by_the_next_look(compiled):
     compiled(22809)
-    communicator = nccl.Communicator(nccl.unique_id(), 0, 8)
+    communicator = make(nccl.unique_id())
     settle(communicator)
-    communicator.send(1, 13, 0)
+    communicator.move(1, 13, 0)
     with pytest.raises(BrokenError, match=r"NCCL failed to go on: remote process exited \(error 6; peer went away\)"):
         settle(communicator)
 
 
 def test_what_nccl_refuses_at_once_is_raised_at_once(compiled):
     compiled(22809)
-    communicator = nccl.Communicator(nccl.unique_id(), 0, 8)
-    with pytest.raises(BrokenError, match="NCCL failed to send: invalid argument"):
-        communicator.send(1, 1, 0)  # the ranks have not met
+    communicator = make(nccl.unique_id())
+    with pytest.raises(BrokenError, match="still waits for the other rank"):
+        communicator.move(1, 1, 0)
     with pytest.raises(BrokenError, match="make a communicator"):
-        nccl.Communicator(nccl.unique_id(), 0, 0)  # no CTA at all
+        make(nccl.unique_id(), max_ctas=0)  # no CTA at all
 
 
-def test_an_aborted_communicator_is_gone(compiled):
+@pytest.mark.parametrize("looks", range(12))
+def test_an_aborted_communicator_leaves_nothing_however_far_it_was(compiled, looks):
     library = compiled(22809)
-    communicator = nccl.Communicator(nccl.unique_id(), 0, 8)
+    late = ctypes.c_int.in_dll(library, "late")
+    late.value = 1  # NCCL's threads make the child while the parent's end waits for them
+    communicator = make(nccl.unique_id())
+    for _ in range(looks):
+        communicator.settled()
     communicator.abort()
     communicator.abort()
-    assert ctypes.c_int.in_dll(library, "aborted").value == 1
+    children = ctypes.c_int.in_dll(library, "children").value
+    assert ctypes.c_int.in_dll(library, "aborted").value == 1 + children
     with pytest.raises(BrokenError, match="given up"):
         communicator.settled()
 
@@ -171,7 +208,7 @@ def test_an_aborted_communicator_is_gone(compiled):
 def test_a_name_of_another_length_is_refused(compiled):
     compiled(22809)
     with pytest.raises(HandshakeError, match="128 bytes, not 5"):
-        nccl.Communicator(b"short", 0, 8)
+        make(b"short")
 
 
 def test_an_old_library_is_refused_by_its_version(compiled, monkeypatch):

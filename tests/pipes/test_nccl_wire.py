@@ -88,15 +88,18 @@ class Communicator:
     line: ClassVar[deque]
     device: ClassVar[Device]
 
-    def __init__(self, name, rank, max_ctas):
+    def __init__(self, name, *, sends, max_ctas, address, stream):
         assert (name, max_ctas) == (b"name", 7)
-        self.rank, self.looks, self.aborted = rank, 2, False
+        assert address % 256 == 0
+        assert stream == len(self.device.streams)
+        self.move = self._send if sends else self._recv
+        self.looks, self.aborted = 2, False
 
     def settled(self):
         self.looks -= 1
         return self.looks < 0
 
-    def send(self, address, nbytes, stream):
+    def _send(self, address, nbytes, stream):
         def op():
             if not sent:
                 sent.append(True)
@@ -106,7 +109,7 @@ class Communicator:
         sent, taken = [], []
         self._enqueue(op, stream)
 
-    def recv(self, address, nbytes, stream):
+    def _recv(self, address, nbytes, stream):
         def op():
             if self.line:
                 start, length, taken = self.line.popleft()
@@ -119,8 +122,7 @@ class Communicator:
         self._enqueue(op, stream)
 
     def _enqueue(self, op, stream):
-        assert self.looks < 0, "the call before has not settled"
-        self.looks = 2
+        assert self.looks < 0, "the ranks have not met"
         next(s for s in self.device.streams if s.ptr == stream).ops.append(op)
 
     def abort(self):
@@ -215,17 +217,16 @@ def test_a_chunk_that_nobody_wants_any_more_leaves_the_blocks_alone(device, ends
 def test_a_chunk_larger_than_a_slot_is_refused(ends):
     for wire in ends[:2]:
         with pytest.raises(HandshakeError, match="does not fit a slot of 16384"):
-            wire.prepare(Move(0, [1], SLOT + 1))
+            wire.launch(Move(0, [1], SLOT + 1))
 
 
 def test_an_aborted_wire_gives_its_slots_back_when_its_streams_are_empty(device, ends):
     sender, _, _, _ = ends
     while not sender.settled():
         pass
-    move = Move(0, [1], 3 * 2 * 128)
-    sender.prepare(move)
-    sender.launch(move)  # and nobody receives
+    over = sender.launch(Move(0, [1], 3 * 2 * 128))  # and nobody receives
     device.run(100)
+    assert not over()
     assert not sender.at_rest()
     sender.abort()
     assert sender._aborted.wait(LIMIT_S)
