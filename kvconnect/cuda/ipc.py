@@ -94,6 +94,7 @@ class Mapped:
 
     def _open(self, handle: bytes, address: int, offset: int, mine: bool) -> int:  # noqa: FBT001 - a row, spread
         if mine:
+            _let_reach(self._device, address)
             return address + offset  # a process cannot open its own handles, and need not
         base = _imports.acquire(self._device, handle)
         self._handles.append(handle)
@@ -122,6 +123,20 @@ def _checked(exported: Mapping[str, Any], count: int) -> list[tuple[bytes, int, 
             case _:
                 raise HandshakeError("a memory handle of the peer is malformed")
     return found
+
+
+def _let_reach(device: int, address: int) -> None:
+    """Let ``device`` use memory of this process that may be on another one; opening a handle does so by itself."""
+    runtime = driver.cupy().cuda.runtime
+    with driver.errors("reach memory of another device"), driver.use(device):
+        owner = int(runtime.pointerGetAttributes(address).device)
+        if owner == device:
+            return
+        try:
+            runtime.deviceEnablePeerAccess(owner)
+        except runtime.CUDARuntimeError as error:
+            if "PeerAccessAlreadyEnabled" not in str(error):
+                raise
 
 
 class _Imports:
