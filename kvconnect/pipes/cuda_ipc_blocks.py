@@ -42,16 +42,17 @@ class _Copy:
 
 @dataclass(frozen=True)
 class Direction:
-    """Copies one way: the tables of both pools and, by group, whether a copy engine does it faster."""
+    """Copies one way: the tables of both pools, by group what a copy engine does faster, and bytes a second."""
 
     table: Table
     by_engine: tuple[UInt64Array | None, ...]
+    rate: float
 
     @classmethod
     def of(cls, table: Table, costs: Costs) -> Direction:
         """Decide for each group by the length of what is contiguous within a block."""
         found = [runs(t) if len(t) and costs.engine_is_faster(run_bytes(t)) else None for t in table.tiles]
-        return cls(table, tuple(found))
+        return cls(table, tuple(found), costs.kernel_rate)
 
 
 class CudaIpcBlocks:
@@ -208,10 +209,15 @@ class CudaIpcBlocks:
                 self._running -= 1
             self._unmap_if_idle()
 
-        self._lanes.start(lambda stream: self._enqueue(copy, stream), over)
+        direction = self._direction(copy)
+        expected_s = copy.transfer.nbytes / direction.rate if direction else 0.0
+        self._lanes.start(lambda stream: self._enqueue(copy, stream), over, expected_s)
+
+    def _direction(self, copy: _Copy) -> Direction | None:
+        return self._pull if copy.pull else self._push
 
     def _enqueue(self, copy: _Copy, stream: Any) -> object:
-        direction = self._pull if copy.pull else self._push
+        direction = self._direction(copy)
         if direction is None:
             raise ClosedError("the peer's memory is not mapped")
         kept = []
