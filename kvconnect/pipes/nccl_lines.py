@@ -50,7 +50,7 @@ class Wire(Protocol):
     slot_bytes: int
 
     def settled(self) -> bool:
-        """Whether the other end has been met, so that `launch` may be called."""
+        """Whether the other end has been met, so that `launch` may be called; goes on with that, if not."""
         ...
 
     def launch(self, move: Move) -> Callable[[], bool]:
@@ -108,6 +108,8 @@ class Line(ABC):
     def __init__(self, tell: Tell, timeout_s: float) -> None:
         self._tell, self._timeout_s = tell, timeout_s
         self._wire: Wire | None = None
+        #: Whether the ends have met over the wire.
+        self._met = False
         self._due: deque[tuple[Move, Chunk | None]] = deque()
         self._running: deque[tuple[Callable[[], bool], Chunk | None]] = deque()
         self._stamp: float | None = None
@@ -163,6 +165,7 @@ class Line(ABC):
         # What went wrong shows where it is asked, so also while nothing is to be launched.
         if wire is None or not wire.settled():
             return False
+        self._met = True
         moved = self._retire()
         self._order(wire.slot_bytes)
         if not self._due:
@@ -199,7 +202,8 @@ class Line(ABC):
         self._tell.call(op, body).add_done_callback(heard)
 
     def _busy(self) -> bool:
-        return bool(self._due or self._running)
+        # The ends meet by looking, so an end that has nothing to do looks, too.
+        return bool(self._due or self._running or (self._wire is not None and not self._met))
 
     def _current(self, move: Move, chunk: Chunk | None) -> Move:
         return move
@@ -248,7 +252,7 @@ class Receiver(Line):
         self._plan = Plan()
         self._new: list[Arrival] = []
         self._arrivals: dict[Key, Arrival] = {}
-        self._met = False
+        self._called = False
         self._ordered = 0
         self._bytes = 0
         self._drops: list[list[int]] = []
@@ -263,8 +267,8 @@ class Receiver(Line):
             return
         self._arrivals[arrival.key] = arrival
         self._new.append(arrival)
-        if not self._met:
-            self._met = True
+        if not self._called:
+            self._called = True
             self._meet()
 
     def stop(self, key: Key) -> bool:

@@ -26,6 +26,8 @@ class FakeLine:
 
     def __init__(self):
         self.joined = 0
+        #: How often either end has looked: they meet by that.
+        self.looks = [0, 0]
         self.flying: deque[torch.Tensor] = deque()
         self.dead = False
         #: Nothing arrives while it is set.
@@ -37,14 +39,13 @@ class FakeWire:
     def __init__(self, memory, line, slot_bytes, receives):
         self.memory, self.line, self.slot_bytes, self.receives = memory, line, slot_bytes, receives
         self.sizes = []
-        self.looks = 0
         self.aborted = False
 
     def settled(self):
         if self.line.dead:
             raise BrokenError("the communicator failed")
-        self.looks += 1
-        return self.line.joined == 2 and self.looks > 2  # the ends take a few looks to meet
+        self.line.looks[self.receives] += 1
+        return self.line.joined == 2 and min(self.line.looks) > 2
 
     def launch(self, move):
         assert move.nbytes <= self.slot_bytes
