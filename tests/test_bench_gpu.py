@@ -185,6 +185,9 @@ def test_memory_is_held_against_bytes():
     assert rows.of_memory("cuda_ipc", 10 << 20, 1, goal).met is True
     assert rows.of_memory("cuda_ipc", 100 << 20, 1, goal).met is False
     assert rows.of_memory("raw NCCL", 100 << 20, 1, None).met is None
+    more = rows.of_memory("nccl", 100 << 20, 1, goal, first=False)
+    assert more.case == "GPU memory beside the pool, one more peer"
+    assert {entrant.contender for entrant, _ in cases.memory()}.isdisjoint(e.contender for e, _ in cases.more_memory())
 
 
 # -- cases --------------------------------------------------------------------------

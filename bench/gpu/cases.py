@@ -219,6 +219,11 @@ def same_gpu(blocks: int) -> Case:
     return Case(f"same GPU {title(blocks)}, default", blocks, entrants, goals, compared, repeats=5)
 
 
+def more_memory() -> tuple[tuple[Entrant, Goal | None], ...]:
+    """Return whose GPU memory is looked at once more, for a second peer of the same process."""
+    return tuple((pipe(name, BLOCKWISE), Goal(name, "bytes", MEMORY_LIMIT_BYTES)) for name in PIPES)
+
+
 def memory() -> tuple[tuple[Entrant, Goal | None], ...]:
     """Return whose GPU memory is looked at, and whether it has a goal."""
     ours = [pipe(name, LAYERWISE) for name in PIPES]

@@ -92,10 +92,13 @@ def of_case(measured: Measured, goals: Sequence[Goal], compared: Mapping[str, Se
     return found
 
 
-def of_memory(backend: str, used_bytes: int, moved_bytes: int, goal: Goal | None) -> Row:
-    """Return the row of the GPU memory that a contender took beside the pool; ``piece_bytes`` is what it moved."""
+def of_memory(backend: str, used_bytes: int, moved_bytes: int, goal: Goal | None, *, first: bool = True) -> Row:
+    """Return the row of the GPU memory that a contender took beside the pool; ``piece_bytes`` is what it moved.
+
+    The first peer of a process also pays for what is there once, such as a library's kernels.
+    """
     return Row(
-        case="GPU memory beside the pool, first peer",
+        case=f"GPU memory beside the pool, {'first' if first else 'one more'} peer",
         backend=backend,
         bytes=used_bytes,
         piece_bytes=moved_bytes,

@@ -75,8 +75,8 @@ class Runner:
         try:
             self._start()
             if self._memory:
-                for entrant, goal in cases.memory():
-                    self._attempt(entrant, cases.MEMORY_CASE, lambda e=entrant, g=goal: self._weigh(e, g))  # type: ignore[misc]
+                self._weigh_all(cases.memory(), first=True)
+                self._weigh_all(cases.more_memory(), first=False)
             for case in self._cases:
                 if self._late():
                     self.book.left_out[case.name] = _OVER
@@ -222,14 +222,19 @@ class Runner:
                 self._attempt(entrant, f"{case.name}: multiprocessors", lambda e=entrant: look(e))  # type: ignore[misc]
         return found
 
-    def _weigh(self, entrant: Entrant, goal: rows.Goal | None) -> None:
+    def _weigh_all(self, entrants: Iterable[tuple[Entrant, rows.Goal | None]], *, first: bool) -> None:
+        for entrant, goal in entrants:
+            self._attempt(entrant, cases.MEMORY_CASE, lambda e=entrant, g=goal: self._weigh(e, g, first=first))  # type: ignore[misc]
+
+    def _weigh(self, entrant: Entrant, goal: rows.Goal | None, *, first: bool) -> None:
         """Look at the GPU's free memory before a contender is opened and after its first transfer."""
         pair = self._pairs[entrant.pair]
         free = pair.free()
         self._connect(entrant)
         self._move(entrant, [self._select(entrant, cases.MEMORY_BLOCKS)])
         used = pair.used(free)
-        self.book.rows.append(rows.of_memory(entrant.label, used, cases.MEMORY_BLOCKS * BLOCK_BYTES, goal))
+        moved = cases.MEMORY_BLOCKS * BLOCK_BYTES
+        self.book.rows.append(rows.of_memory(entrant.label, used, moved, goal, first=first))
 
 
 def select(only: str | None) -> tuple[list[Case], bool]:
