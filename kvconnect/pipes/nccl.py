@@ -32,7 +32,10 @@ class NcclOptions:
     """Options of this pipe.
 
     Args:
-        max_ctas: the most CTAs, and so multiprocessors, that a send or receive occupies.
+        max_ctas: the most CTAs that a send or receive may occupy, of a multiprocessor each. NCCL
+            takes half as many for chunks of these sizes, and buffers for all: on H200 22 MB at
+            the receiving and 13 MB at the sending end for each, per direction that is used.
+            Rates there: 132 GB/s with 8, 246 with 16, 287 with 32.
         multiprocessors: the most that a gather or scatter occupies beside it.
         slot_bytes: the largest chunk. Each direction that is used has two such slots on each
             GPU; they are larger where a block is. The smaller of two ends' counts.
