@@ -47,12 +47,12 @@ class Far:
         self.ends.pop(end).close()
         return {}
 
-    def attach(self, end: str) -> dict[str, Any]:
+    def attach(self, end: str, scope: str) -> dict[str, Any]:
         """Attach a pipe to the pool."""
         pipe_end = self.ends[end]
         if not isinstance(pipe_end, PipeEnd):
             raise TypeError(f"{end} is not a pipe")
-        pipe_end.pipe.attach(self.pool.memory, layout(), Scoped(self.channel, end))
+        pipe_end.pipe.attach(self.pool.memory, layout(), Scoped(self.channel, scope))
         return {}
 
     def recv(self, end: str, nbytes: int, count: int, *, into: bool) -> dict[str, Any]:

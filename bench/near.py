@@ -38,6 +38,7 @@ class Near:
         self._ends: dict[str, End] = {}
         self._pool: Pool | None = None
         self._attached: set[str] = set()
+        self._openings = 0
         self._source = torch.empty(LARGEST_BYTES, dtype=torch.uint8)
         fill(self._source, np.random.default_rng(1))
         self._copy = torch.zeros(LARGEST_BYTES, dtype=torch.uint8)
@@ -67,8 +68,11 @@ class Near:
             raise TypeError(f"{key} is not a pipe")
         if key not in self._attached:
             # Both sides must have their handlers up before either asks: attach returns without asking.
-            end.pipe.attach(self.pool.memory, layout(), Scoped(self._channel, key))
-            self.link.ask("attach", end=key)
+            # A scope of its own for each opening: ends that were closed still answer on theirs.
+            self._openings += 1
+            scope = f"{key} {self._openings}"
+            end.pipe.attach(self.pool.memory, layout(), Scoped(self._channel, scope))
+            self.link.ask("attach", end=key, scope=scope)
             self._attached.add(key)
         return end.pipe
 
