@@ -40,6 +40,7 @@ class Lending:
         self._lock = threading.Lock()
         self._running: set[int] = set()
         self._slots: dict[tuple[int, int], Slot | None] = {}
+        self._telling = threading.Lock()
         self._told_memory = False
 
     def on_begin(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -101,10 +102,12 @@ class Lending:
             return False
         body: dict[str, Any] = {"transfer": key[0], "portion": key[1], "address": slot.address}
         registration = shared.serving.registration
-        if not self._told_memory and registration is not None:
-            self._told_memory = True
-            body["memory"] = card(shared.agent.name, shared.place, registration)
-        self._end.tell("nixl.gathered", body)
+        # Several threads gather: none may tell of a portion before the memory that it lies in was told of.
+        with self._telling:
+            if not self._told_memory and registration is not None:
+                self._told_memory = True
+                body["memory"] = card(shared.agent.name, shared.place, registration)
+            self._end.tell("nixl.gathered", body)
         return False
 
     def _refuse(self, key: tuple[int, int], error: Exception) -> None:
