@@ -94,6 +94,17 @@ def check_shapes(local: PagedLayout, remote: PagedLayout) -> None:
             raise HandshakeError(f"layers [name, group, bytes a block] differ: ours {mine}, theirs {other}")
 
 
+def check_counts(layout: PagedLayout, blocks: BlockIds) -> None:
+    """Raise `HandshakeError` if a peer asks for more blocks of a group than it has, as ids that repeat.
+
+    Each id costs memory before it is looked at.
+    """
+    for group, ids in enumerate(blocks):
+        limit = max((layer.num_blocks for layer in layout.in_group(group)), default=len(ids))
+        if len(ids) > limit:
+            raise HandshakeError(f"{len(ids)} blocks of group {group} asked for, this memory has {limit}")
+
+
 def check_pair(local: PagedLayout, local_blocks: BlockIds, remote: PagedLayout, remote_blocks: BlockIds) -> int:
     """Check that two selections of blocks can be copied onto each other; return their bytes.
 

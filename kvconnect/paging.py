@@ -122,6 +122,10 @@ class PagedLayout:
         """What must agree between two peers: ``[layer name, group, bytes a block]`` per layer."""
         return [[layer.name, layer.group, layer.block_bytes] for layer in self.layers]
 
+    def block_bytes(self) -> list[int]:
+        """Bytes of one block of each group; 0 where a group has no layer here."""
+        return [sum(layer.block_bytes for layer in self.in_group(group)) for group in range(self.num_groups)]
+
     def nbytes(self, blocks: BlockIds) -> int:
         """Length of the canonical stream of ``blocks``, in bytes."""
         return sum(len(ids) * layer.block_bytes for group, ids in enumerate(blocks) for layer in self.in_group(group))

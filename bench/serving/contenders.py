@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def pair(contender: Contender, model: str, folder: Path, *, graphs: bool) -> lis
     for number, (name, role) in enumerate((("P", "kv_producer"), ("D", "kv_consumer"))):
         if name == "P" and not contender.hands_over:
             continue
-        servers.append(_engine(contender, replace(options), name, role, number, folder))
+        servers.append(_engine(contender, options, name, role, number, folder))
     return servers
 
 

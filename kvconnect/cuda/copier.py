@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvconnect.cuda import driver
-from kvconnect.cuda.tiles import NBYTES, Side, UInt64Array, is_aligned, table
+from kvconnect.cuda.tiles import Side, UInt64Array, is_aligned, table
 
 #: A tile of 32 KiB in three stages saturates NVLink from 16 multiprocessors and leaves
 #: each of them more than half of its shared memory (`docs/benchmarks.md`).
@@ -34,10 +34,6 @@ class Table:
     tiles: tuple[UInt64Array, ...]
     on_device: tuple[Any, ...]
     aligned: tuple[bool, ...]
-
-    def block_bytes(self, group: int) -> int:
-        """Bytes of one block of ``group``."""
-        return int(self.tiles[group][:, NBYTES].sum())
 
 
 @dataclass(frozen=True)

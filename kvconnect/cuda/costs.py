@@ -46,11 +46,7 @@ class Costs:
 
 def run_bytes(tiles: UInt64Array) -> int:
     """Return the mean length of what is contiguous on both sides within a block, 0 if it is empty."""
-    if not len(tiles):
-        return 0
-    ends = tiles[:-1, NBYTES]
-    follows = (tiles[1:, FROM] == tiles[:-1, FROM] + ends) & (tiles[1:, TO] == tiles[:-1, TO] + ends)
-    return int(tiles[:, NBYTES].sum()) // (len(tiles) - int(follows.sum()))
+    return int(tiles[:, NBYTES].sum()) // len(runs(tiles)) if len(tiles) else 0
 
 
 def runs(tiles: UInt64Array) -> UInt64Array:

@@ -12,10 +12,11 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from kvconnect.errors import BrokenError, ConfigError, UnavailableBackendError
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 #: Of the driver's ``CU_POINTER_ATTRIBUTE_…``.
@@ -23,10 +24,10 @@ _LEGACY_IPC_CAPABLE, _RANGE_START, _RANGE_SIZE = 10, 11, 12
 _INSTALL = "pip install 'kvconnect[cuda13]' (or [cuda12], to match torch.version.cuda)"
 
 
-def per_process(make: Callable[[int], T]) -> Callable[[int], T]:
-    """Make something once for each device, and anew in a process that was forked: CUDA does not survive a fork."""
-    made = functools.cache(lambda _, device: make(device))
-    return functools.wraps(make)(lambda device: made(os.getpid(), device))
+def per_process(make: Callable[P, T]) -> Callable[P, T]:
+    """Make something once (for each device), and anew in a process that was forked: CUDA does not survive a fork."""
+    made = functools.cache(lambda _, *args, **kwargs: make(*args, **kwargs))
+    return functools.wraps(make)(lambda *args, **kwargs: made(os.getpid(), *args, **kwargs))
 
 
 def missing() -> tuple[str, str] | None:

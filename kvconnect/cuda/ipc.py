@@ -57,11 +57,11 @@ def describe(addresses: Sequence[int], device: int) -> dict[str, Any]:
         for address in addresses:
             start, _ = driver.allocation(address)
             regions.append([bytes(module.cuda.runtime.ipcGetMemHandle(start)), start, address - start])
-    return {"process": _process(0), "regions": regions}
+    return {"process": _process(), "regions": regions}
 
 
 @driver.per_process
-def _process(device: int) -> str:  # noqa: ARG001 - `per_process` counts by device
+def _process() -> str:
     """Name this process: a number would not do, containers count theirs alike."""
     return secrets.token_hex(8)
 
@@ -114,7 +114,7 @@ def _checked(exported: Mapping[str, Any], count: int) -> list[tuple[bytes, int, 
     regions = exported.get("regions")
     if not isinstance(regions, list) or len(regions) != count or count > _MAX_REGIONS:
         raise HandshakeError("the peer's memory handles do not fit its layout")
-    mine = exported.get("process") == _process(0)
+    mine = exported.get("process") == _process()
     found = []
     for region in regions:
         match region:

@@ -139,7 +139,7 @@ class _Lane:
 
 
 def _await(work: _Started) -> None:
-    """Return once the work's event is over."""
+    """Return once the work's event is over. It has nothing to wait on but its interrupt: see the module."""
     early = work.look_at - time.monotonic()
     if early > 0:
         time.sleep(early)

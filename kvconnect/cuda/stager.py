@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -39,33 +38,17 @@ class CudaStager:
 
     def gather(self, memory: PagedMemory, blocks: BlockIds, out: Tensor) -> None:
         """Copy the canonical stream of ``blocks`` into ``out``, uint8 of that size."""
-        table = self._tables_of(memory)[0]
-        at = out.data_ptr()
-
-        def enqueue(stream: Any) -> object:
-            kept, start = [], at
-            for group, ids in enumerate(blocks):
-                part = Part(group, ids, range(len(ids)), to_shift=start)
-                kept.append(self._copier.launch(table, part, stream, _MULTIPROCESSORS))
-                start += table.block_bytes(group) * len(ids)
-            return kept
-
-        self._run(enqueue)
+        parts = [
+            Part(group, ids, range(len(ids)), to_shift=start) for group, ids, start in _places(memory, blocks, out)
+        ]
+        self._run(self._tables_of(memory)[0], parts)
 
     def scatter(self, src: Tensor, memory: PagedMemory, blocks: BlockIds) -> None:
         """Copy the canonical stream ``src`` into ``blocks``."""
-        table = self._tables_of(memory)[1]
-        at = src.data_ptr()
-
-        def enqueue(stream: Any) -> object:
-            kept, start = [], at
-            for group, ids in enumerate(blocks):
-                part = Part(group, range(len(ids)), ids, from_shift=start)
-                kept.append(self._copier.launch(table, part, stream, _MULTIPROCESSORS))
-                start += table.block_bytes(group) * len(ids)
-            return kept
-
-        self._run(enqueue)
+        parts = [
+            Part(group, range(len(ids)), ids, from_shift=start) for group, ids, start in _places(memory, blocks, src)
+        ]
+        self._run(self._tables_of(memory)[1], parts)
 
     def copy(self, src: Tensor, out: Tensor) -> None:
         """Copy ``src`` to ``out``, uint8 of one size, ordered after the caller's current stream."""
@@ -84,13 +67,21 @@ class CudaStager:
                 self._tables[memory] = found
             return found
 
-    def _run(self, enqueue: Callable[[Any], object]) -> None:
+    def _run(self, table: Table, parts: Sequence[Part]) -> None:
         with driver.errors("gather or scatter blocks"), driver.use(self._index):
             cuda = driver.cupy().cuda
             if not hasattr(self._mine, "stream"):
                 self._mine.stream = cuda.Stream(non_blocking=True, priority=-1)
                 self._mine.event = cuda.Event(block=True, disable_timing=True)
-            kept = enqueue(self._mine.stream)
+            kept = [self._copier.launch(table, part, self._mine.stream, _MULTIPROCESSORS) for part in parts]
             self._mine.event.record(self._mine.stream)
             self._mine.event.synchronize()
         del kept
+
+
+def _places(memory: PagedMemory, blocks: BlockIds, packed: Tensor) -> Iterator[tuple[int, Sequence[int], int]]:
+    """Return each group, its ids, and where its part of the canonical stream begins in ``packed``."""
+    start = packed.data_ptr()
+    for group, ids in enumerate(blocks):
+        yield group, ids, start
+        start += memory.layout.nbytes([*[()] * group, ids])

@@ -38,7 +38,7 @@ from kvconnect.pipes.base import Channel, Message, Transfer
 from kvconnect.pipes.flows import Kind, count, pack, unpack
 from kvconnect.pipes.nccl_lines import Arrival, Line, Receiver, Sender, Wire, ending
 from kvconnect.pipes.nccl_loop import Loop
-from kvconnect.pipes.nccl_plan import Key, block_bytes, slot_bytes
+from kvconnect.pipes.nccl_plan import Key, slot_bytes
 from kvconnect.pipes.turns import Turns
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class NcclBlocks:
         self._writes: dict[int, Transfer] = {}
         self._arriving = 0
         self._met = False
-        sizes = block_bytes(local.layout)
+        sizes = local.layout.block_bytes()
         self._into = Receiver(self, timeout_s, sizes, self._meet)
         self._out = Sender(self, timeout_s, sizes, self._released)
         handlers: dict[str, Callable[[dict[str, Any]], Message]] = {

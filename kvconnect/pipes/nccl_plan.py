@@ -43,14 +43,9 @@ class Chunk:
         return [int(kind), number, self.group, self.start, self.count]
 
 
-def block_bytes(layout: PagedLayout) -> list[int]:
-    """Bytes of one block of each group; 0 where a group has no layer here."""
-    return [sum(layer.block_bytes for layer in layout.in_group(group)) for group in range(layout.num_groups)]
-
-
 def slot_bytes(layout: PagedLayout, ours: int, theirs: int) -> int:
     """Return how large a chunk may be between two ends that wish for these sizes: a block at least."""
-    return max(min(ours, theirs), max(block_bytes(layout), default=0), 1)
+    return max(min(ours, theirs), max(layout.block_bytes(), default=0), 1)
 
 
 def counts(blocks: BlockIds) -> list[int]:

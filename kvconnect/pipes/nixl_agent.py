@@ -172,7 +172,7 @@ class Agent(PollingThread):
             parameters = {key: str(value) for key, value in backend.options.items()}
             try:
                 self._nixl.create_backend(backend.name, parameters)
-            except Exception as error:
+            except Exception as error:  # NIXL's own errors and its plugins' have no base in common
                 raise ConfigError(f"pipe.backends: NIXL cannot make {backend.name!r}: {error}") from error
 
     def _register(self, place: Place, iov: IoVec, owner: object) -> Registration:

@@ -244,7 +244,7 @@ class NixlBlocks:
         self.check()
         theirs, ours, asked = unpack(body.get("from")), unpack(body.get("into")), count(body, "transfer")
         nbytes = paged.check_pair(self._local.layout, ours, self._remote, theirs)
-        _check_counts(self._local.layout, ours)
+        paged.check_counts(self._local.layout, ours)
         if nbytes != body.get("nbytes"):
             raise HandshakeError(f"these blocks have {nbytes} bytes here, {body.get('nbytes')} at the other end")
         with self._lock:
@@ -341,14 +341,6 @@ class NixlBlocks:
         for write in writes:
             write.check_time(now)
         return bool(pulls or writes)
-
-
-def _check_counts(layout: PagedLayout, blocks: BlockIds) -> None:
-    """Raise `HandshakeError` if more blocks are asked for than there are, as ids that repeat: each costs memory."""
-    for group, ids in enumerate(blocks):
-        limit = max((layer.num_blocks for layer in layout.in_group(group)), default=len(ids))
-        if len(ids) > limit:
-            raise HandshakeError(f"{len(ids)} blocks of group {group} asked for, this memory has {limit}")
 
 
 def _cancelled() -> KVConnectError:

@@ -181,7 +181,7 @@ class StagedMemory:
         self.place = Place.of(memory.device)
         self.kind = torch.device(memory.device).type
         self.stager = stager_for(memory.device)
-        slot_bytes = max(portion_bytes, *(block_bytes(memory.layout) or [1]))
+        slot_bytes = max(portion_bytes, *(memory.layout.block_bytes() or [1]))
         #: Where this end gathers for peers, and where what it reads arrives: apart, so that
         #: two processes that read from each other cannot wait for each other's slots.
         self.serving = SlotPool(agent, self.stager, self.place, slot_bytes)
@@ -229,11 +229,6 @@ class _Open:
     memories: ClassVar[dict[tuple[str, int, int], StagedMemory]] = {}
 
 
-def block_bytes(layout: PagedLayout) -> list[int]:
-    """Return the bytes of one block of each group."""
-    return [sum(layer.block_bytes for layer in layout.in_group(group)) for group in range(layout.num_groups)]
-
-
 def portions(
     layout: PagedLayout, remote: BlockIds, local: BlockIds, portion_bytes: int
 ) -> Iterator[tuple[Blocks, Blocks]]:
@@ -244,7 +239,7 @@ def portions(
         or one block if that is larger.
 
     """
-    for group, size in enumerate(block_bytes(layout)):
+    for group, size in enumerate(layout.block_bytes()):
         theirs, mine = (list(ids[group]) if group < len(ids) else [] for ids in (remote, local))
         step = max(1, portion_bytes // size) if size else len(theirs)
         for start in range(0, len(theirs) if size else 0, step):

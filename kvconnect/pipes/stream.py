@@ -165,7 +165,7 @@ class BlockStream:
         """
         blocks = unpack(body.get("groups"))
         self._local.layout.check(blocks)
-        _check_counts(self._local.layout, blocks)
+        paged.check_counts(self._local.layout, blocks)
         nbytes = self._local.layout.nbytes(blocks)
         if body.get("nbytes") != nbytes:
             raise HandshakeError(f"these blocks have {nbytes} bytes here, {body.get('nbytes')} at the other end")
@@ -267,14 +267,6 @@ class BlockStream:
         if any(now - flow.stamp > LISTEN_S for flow in flows):
             self._receiver.listen()
         return bool(flows)
-
-
-def _check_counts(layout: PagedLayout, blocks: BlockIds) -> None:
-    """Raise `HandshakeError` if more blocks of a group are asked for than it has, as ids that repeat."""
-    for group, ids in enumerate(blocks):
-        limit = max((layer.num_blocks for layer in layout.in_group(group)), default=len(ids))
-        if len(ids) > limit:
-            raise HandshakeError(f"{len(ids)} blocks of group {group} asked for, this memory has {limit}")
 
 
 def _cancelled() -> KVConnectError:

@@ -9,7 +9,7 @@ from typing import Final, Protocol
 import numpy as np
 
 from kvconnect.errors import BrokenError
-from kvconnect.paging import IoVec
+from kvconnect.paging import IoVec, Pieces
 from kvconnect.pipes import tcp_checksum, vectored
 from kvconnect.pipes.tcp_checksum import SEAL_BYTES
 from kvconnect.pipes.tcp_frames import FRAME_BYTES, Frame, pack_data, unpack
@@ -23,10 +23,8 @@ class Cursor:
     """A stream of pieces that is taken from its front, part by part."""
 
     def __init__(self, iov: IoVec) -> None:
-        self._iov = iov
-        # Once, not for each chunk: a large transfer has many thousand pieces.
-        self._ends = np.cumsum(iov[:, 1], dtype=np.uint64)
-        self.nbytes = int(self._ends[-1]) if len(iov) else 0
+        self._pieces = Pieces(iov)
+        self.nbytes = self._pieces.nbytes
         self.offset = 0
 
     @property
@@ -36,20 +34,8 @@ class Cursor:
 
     def take(self, count: int) -> IoVec:
         """Return the next ``count`` bytes' pieces, as an array of the caller's own."""
-        start, stop = self.offset, self.offset + count
-        # np.uint64, not int: numpy would convert the whole array to find a common type.
-        first = int(self._ends.searchsorted(np.uint64(start), side="right"))
-        last = int(self._ends.searchsorted(np.uint64(stop), side="left"))
-        out = self._iov[first : last + 1].copy()
-        before = int(self._ends[first - 1]) if first else 0
-        if start > before:
-            out[0, 0] += np.uint64(start - before)
-            out[0, 1] -= np.uint64(start - before)
-        over = int(self._ends[last]) - stop
-        if over:
-            out[-1, 1] -= np.uint64(over)
-        self.offset = stop
-        return out
+        start, self.offset = self.offset, self.offset + count
+        return self._pieces.cut(start, self.offset)
 
 
 class Outgoing:

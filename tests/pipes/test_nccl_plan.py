@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvconnect.errors import HandshakeError
 from kvconnect.pipes.flows import Kind
-from kvconnect.pipes.nccl_plan import FIRST_BYTES, Plan, block_bytes, cut, read_row, slot_bytes
+from kvconnect.pipes.nccl_plan import FIRST_BYTES, Plan, cut, read_row, slot_bytes
 from kvconnect.testing.layouts import separate_layers
 
 MB = 1 << 20
@@ -71,6 +71,6 @@ def test_a_chunk_that_makes_no_sense_is_refused(row):
 
 def test_a_slot_holds_a_block_and_is_no_larger_than_either_end_wishes():
     layout = separate_layers(2, 8, 2, 100)
-    assert block_bytes(layout) == [400]
+    assert layout.block_bytes() == [400]
     assert slot_bytes(layout, 5000, 3000) == 3000
     assert slot_bytes(layout, 100, 3000) == 400
