@@ -38,7 +38,7 @@ from kvconnect.testing.layouts import noisy_memory, random_ids, regions, separat
 from kvconnect.testing.peers import LIMIT_S, spawn
 from kvconnect.testing.processes import ProcessPeer
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(150)]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(75)]
 
 LAYERS, PIECE = 32, 32 << 10
 #: Blocks of one transfer: 1 GiB in pieces of 32 KiB, keys and values of 32 layers.
