@@ -238,6 +238,8 @@ class Threads:
         self.senders = Turns("kvconnect-blocks-send", THREADS)
         self.receivers = Turns("kvconnect-blocks-recv", THREADS)
         self.listeners = Turns("kvconnect-blocks-listen", 1)
+        # With the clock, not when a transfer first rests: how many threads there are shall not depend on load.
+        self.listeners.start()
         self._watched: set[Clocked] = set()
         self._changed = threading.Condition()
         threading.Thread(target=self._keep_time, name="kvconnect-blocks-clock", daemon=True).start()

@@ -53,9 +53,13 @@ class Turns:
             if self._closed:
                 raise ClosedError("these turns were closed")
             self._queue.append(step)
-            if not self._threads:
-                self._start()
+            self._start()
             self._ready.notify()
+
+    def start(self) -> None:
+        """Start the threads now, not with the first step."""
+        with self._ready:
+            self._start()
 
     def close(self) -> None:
         """Finish the steps in progress, drop the others, end the threads. Idempotent."""
@@ -69,7 +73,7 @@ class Turns:
                 thread.join()
 
     def _start(self) -> None:
-        for name in self._names:
+        for name in self._names[len(self._threads) :]:
             thread = threading.Thread(target=self._run, name=name, daemon=True)
             self._threads.append(thread)
             thread.start()

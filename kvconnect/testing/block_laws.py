@@ -197,13 +197,14 @@ def many_pipes_are_served_by_a_fixed_set_of_threads(
     try:
         warm = 8
         pairs.extend(_served(pipe_class, options, target, source) for _ in range(warm))
-        few = threading.active_count()
+        few = set(threading.enumerate())
         pairs.extend(_served(pipe_class, options, target, source) for _ in range(pipes - warm))
         transfers = [pair.here.read_blocks([[0, 1]], [[2, 3]]) for pair in pairs]
         for transfer in transfers:
             transfer.wait(LIMIT_S)
-        many = _settled_threads(few)
-        assert many <= few, f"{few} threads for {warm} pipes, {many} for {pipes}"
+        many = _settled_threads(len(few))
+        more = sorted(thread.name for thread in set(threading.enumerate()) - few)
+        assert many <= len(few), f"{len(few)} threads for {warm} pipes, {many} for {pipes}; new ones: {more}"
         assert naive_stream(target, [[2, 3]]).equal(naive_stream(source, [[0, 1]]))
     finally:
         for pair in pairs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from concurrent.futures import Future
 from typing import ClassVar
@@ -178,6 +179,22 @@ def test_a_channel_that_raises_ends_the_transfer() -> None:
         with pytest.raises(BrokenError, match="the channel is gone"):
             start([[0]], [[0]]).wait(LIMIT_S)
     pair.close()
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_transfer_that_rests_finds_its_thread_started() -> None:
+    """How many threads there are must not depend on how long something took."""
+    pid = os.fork()
+    if pid == 0:  # here nothing has been moved yet
+        pair = open_pair(ThreeMethodPipe)
+        attach(pair, noisy_memory(layout(), 1), noisy_memory(layout(), 2)).here.read_blocks([[0]], [[0]]).wait(LIMIT_S)
+        before = threading.enumerate()
+        on: list[threading.Thread] = []
+        listened = threading.Event()
+        Threads.current().listeners.add(lambda: bool(on.append(threading.current_thread()) or listened.set()))
+        os._exit(0 if listened.wait(LIMIT_S) and on[0] in before else 1)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 class BadWatch:
