@@ -186,8 +186,7 @@ def test_a_transfer_that_rests_finds_its_thread_started() -> None:
     """How many threads there are must not depend on how long something took."""
     pid = os.fork()
     if pid == 0:  # here nothing has been moved yet
-        pair = open_pair(ThreeMethodPipe)
-        attach(pair, noisy_memory(layout(), 1), noisy_memory(layout(), 2)).here.read_blocks([[0]], [[0]]).wait(LIMIT_S)
+        Threads.current()
         before = threading.enumerate()
         on: list[threading.Thread] = []
         listened = threading.Event()
