@@ -94,6 +94,11 @@ class Link:
     retry_at: float = 0.0
     waiting: list[Then] = field(default_factory=list)
 
+    @property
+    def immediate(self) -> bool:
+        """Whether its pipe is open and only enqueues what is to be read."""
+        return self.pipe is not None and self.pipe.traits.immediate
+
 
 class Links:
     """Pipes that this worker asked for, by owner."""
@@ -105,6 +110,11 @@ class Links:
         self._peers = Peers(station.me, station.client, self._options.connect_timeout_s)
         self._links: dict[tuple[str, str], Link] = {}
         self._told: Recent[str] = Recent()
+
+    def at_hand(self, at: str, incarnation: str) -> Link | None:
+        """Return the link to an owner if its pipe is open and may be asked by any thread there and then."""
+        link = self._links.get((at, incarnation))
+        return link if link is not None and link.immediate else None
 
     # -- on the client's thread -----------------------------------------------------
 
