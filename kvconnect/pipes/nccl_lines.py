@@ -1,4 +1,4 @@
-"""The two ends of one direction of an NCCL pipe, as state machines that one thread steps.
+"""The two ends of one direction of an NCCL pipe, as state machines that one thread at a time steps.
 
 The end that receives orders chunk after chunk (`kvconnect.pipes.nccl_plan`), and both
 enqueue them in that order; nothing here waits. What a device does is behind `Wire`, what
@@ -45,7 +45,7 @@ class Move:
 
 
 class Wire(Protocol):
-    """One direction on this end's device. Called by one thread; never blocks. Raises `BrokenError`."""
+    """One direction on this end's device. Called by one thread at a time; never blocks. Raises `BrokenError`."""
 
     slot_bytes: int
 
@@ -103,7 +103,7 @@ class Pace(enum.Enum):
 
 
 class Line(ABC):
-    """One end of a direction. All methods belong to one thread; `ended` may be waited for."""
+    """One end of a direction. All methods belong to one thread at a time; `ended` may be waited for."""
 
     def __init__(self, tell: Tell, timeout_s: float) -> None:
         self._tell, self._timeout_s = tell, timeout_s
@@ -124,6 +124,11 @@ class Line(ABC):
         if self.error is not None:
             wire.abort()
             self.ended.clear()
+
+    def start(self) -> None:
+        """Launch a chunk, if one waits; tell nobody that anything is over. Raises as `step` does."""
+        if self.error is None and self._wire is not None and self._met:
+            self._launch(self._wire)
 
     def step(self, now: float) -> Pace:
         """Do what can be done; raise a `KVConnectError` if the line cannot go on."""
@@ -166,10 +171,13 @@ class Line(ABC):
         if wire is None or not wire.settled():
             return False
         self._met = True
-        moved = self._retire()
+        return self._retire() | self._launch(wire)
+
+    def _launch(self, wire: Wire) -> bool:
+        """Enqueue the next chunk, if there is one: one at a time, so that other lines get theirs."""
         self._order(wire.slot_bytes)
         if not self._due:
-            return moved
+            return False
         move, chunk = self._due.popleft()
         self._running.append((wire.launch(self._current(move, chunk)), chunk))
         return True

@@ -3,6 +3,9 @@
 NCCL and events have to be asked how far they are; nothing signals it. So while
 anything is under way the thread looks again after a pause on its condition, short
 while something moved lately and longer else; while nothing is it waits for a call.
+
+Waking a thread takes longer than to start a chunk. So whoever brings work has it started
+there and then, if the thread is not at it; what comes of it is for the thread to hear.
 """
 
 from __future__ import annotations
@@ -12,7 +15,8 @@ import ctypes
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from kvconnect.cuda import driver
@@ -33,7 +37,11 @@ _SET_TIMER_SLACK = 29
 
 
 class Stepped(Protocol):
-    """What the loop steps."""
+    """What the loop steps. Its methods are called by one thread at a time."""
+
+    def start(self) -> None:
+        """Start what can be started now; nothing ends by it."""
+        ...
 
     def step(self, now: float) -> Pace:
         """Do what can be done."""
@@ -47,12 +55,15 @@ class Stepped(Protocol):
 class Loop:
     """Steps whatever has been posted to, until it is idle."""
 
-    def __init__(self, name: str, begin: Callable[[], object] = lambda: None) -> None:
-        """Have a thread called ``name``, which calls ``begin`` first."""
-        self._begin = begin
-        self._changed = threading.Condition()
-        self._posted: list[tuple[Stepped, Callable[[], object]]] = []
+    def __init__(self, name: str, place: Place | None = None) -> None:
+        """Have a thread called ``name``, and work in ``place``."""
+        self._place = place or Place()
+        #: Held by whoever is at the lines.
+        self._turn = threading.Lock()
+        self._posted: deque[tuple[Stepped, Callable[[], object]]] = deque()
         self._active: dict[int, Stepped] = {}
+        self._changed = threading.Condition()
+        self._stirred = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -61,40 +72,55 @@ class Loop:
         return threading.current_thread() is self._thread
 
     def post(self, line: Stepped, call: Callable[[], object]) -> None:
-        """Make ``call`` on the thread, then step ``line`` until it is idle. Any thread."""
+        """Make ``call``, start what it brought, then step ``line`` until it is idle. Any thread.
+
+        The call is made by this thread or by the loop's, in the order in which calls were posted.
+        """
+        self._posted.append((line, call))
+        if self._turn.acquire(blocking=False):
+            try:
+                with contextlib.suppress(KVConnectError), self._place.visited():
+                    self._take()
+            finally:
+                self._turn.release()
         with self._changed:
-            self._posted.append((line, call))
+            self._stirred = True
             self._changed.notify()
 
     def _run(self) -> None:
         _sleep_precisely()
         try:
-            self._begin()
+            self._place.inhabit()
         except Exception:  # what lines do then fails, and they say so
             log.exception("the thread is not prepared")
         pause, stirred = 0.0, time.monotonic()
         while True:
-            calls = self._take(pause if self._active else None)
-            for line, call in calls:
-                self._active[id(line)] = line
-                self._guard(line, call)
-            moved = bool(calls)
-            del calls  # no line lives on because the thread waits
-            for line in list(self._active.values()):
-                moved |= self._step(line)
-                del line
+            self._rest(pause if self._active else None)
+            with self._turn:
+                moved = self._take()
+                for line in list(self._active.values()):
+                    moved |= self._step(line)
+                    del line  # no line lives on because the thread waits
             now = time.monotonic()
             if moved:
                 pause, stirred = 0.0, now
             else:
                 pause = SHORTEST_S if now - stirred < LATELY_S else min(LONGEST_S, max(SHORTEST_S, pause * _GROWTH))
 
-    def _take(self, pause: float | None) -> list[tuple[Stepped, Callable[[], object]]]:
+    def _rest(self, pause: float | None) -> None:
         with self._changed:
-            if not self._posted and pause != 0.0:
+            if not self._stirred and pause != 0.0:
                 self._changed.wait(pause)
-            posted, self._posted = self._posted, []
-            return posted
+            self._stirred = False
+
+    def _take(self) -> bool:
+        moved = bool(self._posted)
+        while self._posted:
+            line, call = self._posted.popleft()
+            self._active[id(line)] = line
+            self._guard(line, call)
+            self._guard(line, line.start)
+        return moved
 
     def _step(self, line: Stepped) -> bool:
         pace = Pace.MOVED
@@ -129,6 +155,48 @@ def _sleep_precisely() -> None:
         ctypes.CDLL(None).prctl(_SET_TIMER_SLACK, 1, 0, 0, 0)
 
 
+class Place:
+    """Where the work of a loop is done: anywhere."""
+
+    def inhabit(self) -> None:
+        """Make this thread, the loop's own, fit for the work for good."""
+
+    @contextlib.contextmanager
+    def visited(self) -> Iterator[None]:
+        """Make this thread, somebody else's, fit for the work for a while; raise `KVConnectError` if it cannot be."""
+        yield
+
+
+class OnDevice(Place):
+    """On one GPU."""
+
+    def __init__(self, device: int) -> None:
+        self._device, self._context = device, 0
+
+    def inhabit(self) -> None:
+        """See `Place.inhabit`."""
+        bind(self._device)
+        with driver.errors("use the device"):
+            self._context = driver.cupy().cuda.driver.ctxGetCurrent()
+
+    @contextlib.contextmanager
+    def visited(self) -> Iterator[None]:
+        """See `Place.visited`. Neither needs nor makes a context on the device that the thread counted as its own."""
+        if not self._context:
+            raise BrokenError("the device is not prepared yet")
+        calls = driver.cupy().cuda.driver
+        with driver.errors("use the device"):
+            before = calls.ctxGetCurrent()
+            if before == self._context:
+                yield
+                return
+            calls.ctxSetCurrent(self._context)
+            try:
+                yield
+            finally:
+                calls.ctxSetCurrent(before)
+
+
 def bind(device: int) -> None:
     """Make ``device`` this thread's for good: a guard that sets another one back would make a context there."""
     with driver.errors("use the device"):
@@ -138,7 +206,7 @@ def bind(device: int) -> None:
 @driver.per_process
 def loop(device: int) -> Loop:
     """Return this process's loop for ``device``."""
-    return Loop(f"kvconnect-nccl{device}", lambda: bind(device))
+    return Loop(f"kvconnect-nccl{device}", OnDevice(device))
 
 
 @driver.per_process

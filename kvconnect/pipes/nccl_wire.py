@@ -64,7 +64,7 @@ class _Slot:
 
 
 class _Wire:
-    """What both directions share. Made on a thread that may wait, then used by one other; the device is current."""
+    """What both directions share. Made on a thread that may wait, then used by one at a time; the device is current."""
 
     def __init__(self, setting: Setting, name: bytes, *, sends: bool) -> None:
         """Start to meet the other end.

@@ -122,6 +122,24 @@ def test_a_transfer_is_over_once_the_device_has_done_its_last_chunk(told):
     assert line.step(0.0) is Pace.IDLE
 
 
+def test_whoever_brings_work_launches_a_chunk_of_it_and_ends_nothing(told):
+    over, wire = [], Wire()
+    line = receiver(told, wire)
+    line.add(arrival(1, 14, over.append))
+    line.start()
+    assert not told.said, "the ends have not met"
+    line.step(0.0)
+    line.add(arrival(2, 14, over.append))
+    line.start()
+    assert [size for size, _ in wire.notes] == [4, 8]
+    assert not over
+    run(line)
+    assert over == [None, None]
+    line.fail(BrokenError("gone"))
+    line.start()
+    assert len(wire.notes) == 6
+
+
 def test_no_more_than_a_window_is_ordered_ahead(told):
     wire = Wire()
     wire.done = False

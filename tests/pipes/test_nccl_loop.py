@@ -1,11 +1,13 @@
-"""How often the loop looks: often while things move, seldom while they do not, never while nothing is under way."""
+"""The loop: who works, and how often it looks: often while things move, never while nothing is under way."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
+from kvconnect.errors import BrokenError
 from kvconnect.pipes.nccl_lines import Pace
-from kvconnect.pipes.nccl_loop import LATELY_S, LONGEST_S, SHORTEST_S, Loop
+from kvconnect.pipes.nccl_loop import LATELY_S, LONGEST_S, SHORTEST_S, Loop, Place
 from kvconnect.testing.peers import LIMIT_S
 
 
@@ -14,7 +16,10 @@ class Line:
 
     def __init__(self):
         self.looks, self.over, self.idle = 0, False, threading.Event()
-        self.failed = []
+        self.failed, self.started = [], []
+
+    def start(self):
+        self.started.append(threading.current_thread().name)
 
     def step(self, now):
         self.looks += 1
@@ -39,3 +44,67 @@ def test_what_waits_for_long_is_looked_at_seldom_and_what_is_over_not_at_all():
     threading.Event().wait(0.1)
     assert line.looks == looks
     assert not line.failed
+
+
+def test_work_is_started_by_the_thread_that_brings_it():
+    loop, line = Loop("kvconnect-test-loop"), Line()
+    line.over = True
+    mine, called = threading.current_thread().name, []
+    for _ in range(50):
+        line.idle.clear()
+        loop.post(line, lambda: called.append(threading.current_thread().name))
+        assert line.idle.wait(LIMIT_S)
+        threading.Event().wait(0.002)
+    assert len(called) == len(line.started) == 50
+    assert called.count(mine) > 25, "the loop's thread is at it now and then, not always"
+
+
+def test_what_comes_while_another_thread_is_at_it_is_done_by_that_one_and_in_order():
+    loop, line = Loop("kvconnect-test-loop"), Line()
+    entered, go_on, done, order = threading.Event(), threading.Event(), threading.Event(), []
+
+    def first():
+        loop.post(line, lambda: order.append("posted within"))
+        entered.set()
+        go_on.wait(LIMIT_S)
+        order.append("first")
+
+    thread = threading.Thread(target=lambda: loop.post(line, first))
+    thread.start()
+    assert entered.wait(LIMIT_S)
+    loop.post(line, lambda: order.append("second"))  # returns, though the first still runs
+    loop.post(line, done.set)
+    assert not order
+    go_on.set()
+    assert done.wait(LIMIT_S)
+    thread.join(LIMIT_S)
+    assert order == ["first", "posted within", "second"]
+
+
+def test_a_thread_that_cannot_work_there_leaves_it_to_the_loop():
+    class Elsewhere(Place):
+        @contextlib.contextmanager
+        def visited(self):
+            raise BrokenError("no way in")
+            yield
+
+    loop, line, called = Loop("kvconnect-test-loop", Elsewhere()), Line(), []
+    line.over = True
+    loop.post(line, lambda: called.append(threading.current_thread().name))
+    assert line.idle.wait(LIMIT_S)
+    assert called == line.started == ["kvconnect-test-loop"]
+
+
+def test_what_cannot_be_started_ends_the_line_and_not_the_loop():
+    loop, line, other = Loop("kvconnect-test-loop"), Line(), Line()
+    line.over = other.over = True
+
+    def fail():
+        raise RuntimeError("no")
+
+    line.start = fail
+    loop.post(line, lambda: None)
+    loop.post(other, lambda: None)
+    assert other.idle.wait(LIMIT_S)
+    assert line.idle.wait(LIMIT_S)
+    assert [type(error) for error in line.failed] == [BrokenError]
