@@ -91,7 +91,7 @@ def check_shapes(local: PagedLayout, remote: PagedLayout) -> None:
         raise HandshakeError(f"numbers of layers differ: ours {len(ours)}, theirs {len(theirs)}")
     for mine, other in zip(ours, theirs, strict=True):
         if mine != other:
-            raise HandshakeError(f"layers [name, group, bytes a block] differ: ours {mine}, theirs {other}")
+            raise HandshakeError(f"layers [name, group, bytes a block, order] differ: ours {mine}, theirs {other}")
 
 
 def check_counts(layout: PagedLayout, blocks: BlockIds) -> None:

@@ -55,6 +55,8 @@ class LayerLayout:
     num_blocks: int
     piece_bytes: int
     inner: tuple[tuple[int, int], ...] = ()
+    #: What a block's bytes mean, in their order: equal on peers that may exchange them, otherwise opaque.
+    order: str = ""
 
     @property
     def block_bytes(self) -> int:
@@ -119,8 +121,8 @@ class PagedLayout:
         return tuple(layer for layer in self.layers if layer.group == group)
 
     def shape(self) -> list[list[Any]]:
-        """What must agree between two peers: ``[layer name, group, bytes a block]`` per layer."""
-        return [[layer.name, layer.group, layer.block_bytes] for layer in self.layers]
+        """What must agree between two peers: ``[layer name, group, bytes a block, order]`` per layer."""
+        return [[layer.name, layer.group, layer.block_bytes, layer.order] for layer in self.layers]
 
     def block_bytes(self) -> list[int]:
         """Bytes of one block of each group; 0 where a group has no layer here."""
@@ -181,6 +183,7 @@ class PagedLayout:
                     x.num_blocks,
                     x.piece_bytes,
                     [list(pair) for pair in x.inner],
+                    x.order,
                 ]
                 for x in self.layers
             ],
@@ -193,9 +196,9 @@ class PagedLayout:
             layers = tuple(
                 LayerLayout(
                     str(name), int(group), int(region), int(offset), int(stride), int(count), int(piece),
-                    tuple((int(c), int(s)) for c, s in inner),
+                    tuple((int(c), int(s)) for c, s in inner), str(order),
                 )
-                for name, group, region, offset, stride, count, piece, inner in data["layers"]
+                for name, group, region, offset, stride, count, piece, inner, order in data["layers"]
             )  # fmt: skip
             layout = cls(layers, tuple(int(n) for n in data["regions"]))
             _check_sizes(layout)
@@ -257,9 +260,10 @@ def layer_from_strides(
     """Describe one registered KV tensor: a value, whatever vLLM generation it comes from.
 
     Within a block, pieces follow each other in *memory* order, so that a page that is
-    one contiguous run is one piece. Two engines can exchange blocks only if that order
-    is the same on both (the fingerprint's ``block_layout`` says so); the order of
-    layers and blocks may differ.
+    one contiguous run is one piece. `LayerLayout.order` says which dimensions these
+    bytes run through: K and V apart or side by side, heads before tokens or after them.
+    Only where it is the same on both sides can blocks be exchanged; where layers and
+    blocks lie may differ.
 
     Args:
         name, group, region: which layer it is, its KV-cache group, the region that holds it.
@@ -277,14 +281,22 @@ def layer_from_strides(
     count, rest = divmod(size, num_blocks)
     if rest or count == 0:
         raise HandshakeError(f"layer {name!r} has {size} blocks, the engine's pool has {num_blocks}")
+    # A dimension of one entry has no place in memory: MLA's latent cache is the same with and without its one head.
+    # The first one is that of a block's kernel blocks, whether there are several or not.
+    axes = [(count, stride), *(dim for dim in dims if dim[0] > 1)]
+    order = sorted(range(count == 1, len(axes)), key=lambda axis: -axes[axis][1])
     piece = view.itemsize
     runs: list[tuple[int, int]] = []
-    for n, step in sorted(((n, step) for n, step in (*dims, (count, stride)) if n > 1), key=lambda dim: dim[1]):
+    for n, step in (axes[axis] for axis in reversed(order)):
         if step == piece and not runs:
             piece *= n
         else:
             runs.append((n, step))
-    return LayerLayout(name, group, region, view.offset, stride * count, num_blocks, piece, tuple(reversed(runs)))
+    sizes = "x".join(str(axes[axis][0]) for axis in order)
+    return LayerLayout(
+        name, group, region, view.offset, stride * count, num_blocks, piece, tuple(reversed(runs)),
+        f"{sizes} of {view.itemsize} B, dimensions {order}",
+    )  # fmt: skip
 
 
 def place(layout: PagedLayout, bases: npt.NDArray[np.uint64], blocks: BlockIds) -> IoVec:

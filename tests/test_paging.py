@@ -250,9 +250,9 @@ def test_a_layout_that_leaves_its_region_is_refused(layer: LayerLayout) -> None:
         {"layers": [["l"]], "regions": [1]},
         {"layers": [], "regions": ["x"]},
         {"layers": [], "regions": [float("inf")]},
-        {"layers": [["l", 0, 0, 0, 8, 1 << 60, 8, []]], "regions": [1 << 63]},
-        {"layers": [["l", 1 << 40, 0, 0, 8, 1, 8, []]], "regions": [8]},
-        {"layers": [["l", 0, 0, 0, 1 << 63, 1, 8, []]], "regions": [8]},
+        {"layers": [["l", 0, 0, 0, 8, 1 << 60, 8, [], ""]], "regions": [1 << 63]},
+        {"layers": [["l", 1 << 40, 0, 0, 8, 1, 8, [], ""]], "regions": [8]},
+        {"layers": [["l", 0, 0, 0, 1 << 63, 1, 8, [], ""]], "regions": [8]},
     ],
 )
 def test_a_malformed_layout_from_a_peer_is_refused(data: dict[str, object]) -> None:

@@ -120,5 +120,5 @@ def check_shapes(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
         b = other[index] if index < len(other) else "(absent)"
         if a != b:
             raise HandshakeError(
-                f"memory layout differs at layer {index}: ours {a}, theirs {b} ([name, group, bytes a block])"
+                f"memory layout differs at layer {index}: ours {a}, theirs {b} ([name, group, bytes a block, order])"
             )

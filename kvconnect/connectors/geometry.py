@@ -29,11 +29,12 @@ def paged_memory(caches: Mapping[str, torch.Tensor], groups: Sequence[Group], nu
         num_blocks: blocks of the engine's pool.
 
     Raises:
-        HandshakeError: a tensor is of a shape that cannot be addressed by block.
+        HandshakeError: a tensor is of a shape that cannot be addressed by block, or they lie on several devices.
 
     """
     regions: dict[int, tuple[int, int]] = {}
     layers: list[paging.LayerLayout] = []
+    owned: dict[str, torch.Tensor] = {}
     for number, group in enumerate(groups):
         seen: set[tuple[int, tuple[int, ...]]] = set()
         for name in group.layers:
@@ -42,11 +43,15 @@ def paged_memory(caches: Mapping[str, torch.Tensor], groups: Sequence[Group], nu
                 continue
             seen.add(alias)
             layers.append(_layer(name, number, tensor, regions, num_blocks))
+            owned[name] = tensor
     if not layers:
         raise HandshakeError(f"none of the {len(caches)} registered KV caches belongs to a group that is handed over")
     layout = PagedLayout(tuple(layers), tuple(size for _, size in regions.values()))
-    device = str(next(iter(caches.values())).device)
-    return PagedMemory(layout, list(regions), device, owner=dict(caches))
+    # Caches of other groups may be no tensors at all (recurrent state), or elsewhere.
+    devices = sorted({str(tensor.device) for tensor in owned.values()})
+    if len(devices) > 1:
+        raise HandshakeError(f"the KV caches that are handed over lie on several devices: {', '.join(devices)}")
+    return PagedMemory(layout, list(regions), devices[0], owner=owned)
 
 
 def _layer(
