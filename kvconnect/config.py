@@ -33,7 +33,9 @@ class Config:
     """Everything under ``kv_connector_extra_config``. All keys are optional.
 
     Args:
-        pipe: transport: ``"auto"``, a registered name, or ``{"name": …, option: …}``.
+        pipe: transport: ``"auto"``, a registered name, or ``{"name": …, option: …}``. The options of
+            ``"auto"`` are ``measure`` (false: of equally near pipes the first that opens is taken) and
+            ``options``, of the pipes that it may take: ``{"tcp": {"bind_host": …}}``.
         buffer: lookup buffer, likewise.
         bind_host: address that this engine's control and data servers listen on.
         advertise_host: address that peers are told, if it differs (NAT).
@@ -149,6 +151,7 @@ def _convert(path: str, value: Any, kind: Any) -> Any:
         if value not in typing.get_args(kind):
             raise ConfigError(f"{path} must be one of {', '.join(map(repr, typing.get_args(kind)))}, got {value!r}")
         return value
+    kind = typing.get_origin(kind) or kind  # what a mapping holds is its owner's to check
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
@@ -156,4 +159,4 @@ def _convert(path: str, value: Any, kind: Any) -> Any:
     return value
 
 
-_NOUN = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+_NOUN = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", Mapping: "an object"}

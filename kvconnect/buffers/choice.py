@@ -1,24 +1,71 @@
-"""Which pipe joins two workers."""
+"""Which pipes join two workers, the best first."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from kvconnect import registry
 from kvconnect.buffers import fields
-from kvconnect.errors import ConfigError, HandshakeError, UnavailableBackendError
+from kvconnect.config import PATH, Backend, parse_options
+from kvconnect.errors import ConfigError, HandshakeError, UnavailableBackendError, UnknownBackendError
 from kvconnect.paging import PagedMemory
 from kvconnect.pipes.base import Pipe, Verdict
 
 logger = logging.getLogger(__name__)
 
+_MAX_REASON = 400
 _LIST = "choose another pipe: python -m kvconnect list"
+
+
+@dataclass(frozen=True)
+class AutoOptions:
+    """Options of ``"pipe": {"name": "auto", …}``.
+
+    Args:
+        measure: where several pipes are equally near, have the first large load tell which is the
+            fastest; otherwise the first that can be opened is taken.
+        options: of the pipes that may be taken, by name: ``{"tcp": {"bind_host": "10.0.0.1"}}``.
+
+    """
+
+    measure: bool = True
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, pipe: Backend) -> AutoOptions:
+        """Read the options of the configured pipe; whoever names one wants no other.
+
+        Raises:
+            ConfigError: an unknown key or a wrong type; `UnknownBackendError` if it is a pipe's name.
+
+        """
+        if pipe.name != "auto":
+            return cls(options={pipe.name: pipe.options})
+        auto = parse_options(cls, pipe.options, f"{PATH}.pipe")
+        for name, options in auto.options.items():
+            if name not in registry.pipes():
+                raise UnknownBackendError("pipe", name, registry.pipes())
+            if not isinstance(options, Mapping):
+                raise ConfigError(f"{PATH}.pipe.options.{name} must be an object, got {options!r}")
+        return auto
+
+
+class Candidate(NamedTuple):
+    """A pipe that joins two workers."""
+
+    name: str
+    cls: type[Pipe]
 
 
 def describe_pipes(wanted: str, memory: PagedMemory) -> dict[str, dict[str, Any]]:
     """Describe the pipe ``wanted`` – or every one that can be had, if ``"auto"`` – for ``memory``.
+
+    Returns:
+        ``pipes``, the descriptors by name, and ``refused``, why others that are for such memory cannot
+        carry it: two fields of `WorkerEnd.describe`'s answer.
 
     Raises:
         UnknownBackendError, UnavailableBackendError: the pipe asked for cannot be had, or none can
@@ -30,8 +77,8 @@ def describe_pipes(wanted: str, memory: PagedMemory) -> dict[str, dict[str, Any]
         verdict = _carries(cls, memory)
         if not verdict:
             raise UnavailableBackendError("pipe", wanted, verdict.reason, verdict.cure or _LIST)
-        return {wanted: dict(cls.descriptor(memory.device))}
-    found = {}
+        return {"pipes": {wanted: dict(cls.descriptor(memory.device))}, "refused": {}}
+    found, refused = {}, {}
     for name in registry.pipes():
         try:
             cls = registry.pipe(name)
@@ -41,11 +88,12 @@ def describe_pipes(wanted: str, memory: PagedMemory) -> dict[str, dict[str, Any]
         if verdict:
             found[name] = dict(cls.descriptor(memory.device))
         elif _kind(memory) in cls.traits.devices:
-            logger.warning("pipe %s is passed over: %s", name, verdict.reason)
+            refused[name] = _told(verdict)
+            logger.warning("pipe %s is passed over: %s", name, refused[name])
     if not found:
         reason = f"no pipe that is installed and can run here carries {_kind(memory)} memory"
         raise UnavailableBackendError("pipe", "auto", reason, _LIST)
-    return found
+    return {"pipes": found, "refused": refused}
 
 
 def _carries(cls: type[Pipe], memory: PagedMemory) -> Verdict:
@@ -63,15 +111,16 @@ def _kind(memory: PagedMemory) -> str:
     return memory.device.partition(":")[0]
 
 
-def choose_pipe(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str, type[Pipe], dict[str, str]]:
-    """Choose the nearest pipe that both workers have and that joins them.
+def choose_pipe(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[list[Candidate], dict[str, str]]:
+    """Find the pipes that both workers have and that join them.
 
     Args:
         ours: `WorkerEnd.describe`'s answer here.
         theirs: the peer's.
 
     Returns:
-        its name, its class, and why each other one was passed over.
+        those pipes, the nearest first and of equally near ones that with the fewest copies; and why each
+        other one does not join them.
 
     Raises:
         HandshakeError: there is none; says why for each.
@@ -80,19 +129,32 @@ def choose_pipe(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str
     mine, other = fields.mapping(ours, "pipes"), fields.mapping(theirs, "pipes")
     shared = mine.keys() & other.keys()
     passed = dict.fromkeys({*mine, *other} - shared, "only one side has it")
-    best: tuple[str, type[Pipe]] | None = None
-    for name, cls in sorted(((name, registry.pipe(name)) for name in shared), key=_nearness):
-        verdict = _reaches(cls, fields.mapping(mine, name), fields.mapping(other, name))
-        if not verdict:
-            passed[name] = verdict.reason
-        elif best is None:
-            best = (name, cls)
+    passed |= _refused(theirs, "the peer") | _refused(ours, "this engine")
+    found = []
+    for candidate in sorted((Candidate(name, registry.pipe(name)) for name in shared), key=_nearness):
+        name = candidate.name
+        verdict = _reaches(candidate.cls, fields.mapping(mine, name), fields.mapping(other, name))
+        if verdict:
+            found.append(candidate)
         else:
-            passed[name] = f"{best[0]} is nearer"
-    if best is None:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(passed.items()))
-        raise HandshakeError(f"no pipe joins the two engines ({reasons or 'neither has any'})")
-    return *best, passed
+            passed[name] = _told(verdict)
+    if not found:
+        raise HandshakeError(f"no pipe joins the two engines ({told(passed) or 'neither has any'})")
+    return found, passed
+
+
+def _refused(worker: Mapping[str, Any], who: str) -> dict[str, str]:
+    refused = fields.mapping(worker, "refused") if "refused" in worker else {}
+    return {str(name): f"{who} cannot use it, {str(reason)[:_MAX_REASON]}" for name, reason in refused.items()}
+
+
+def told(passed: Mapping[str, str]) -> str:
+    """Say why pipes were passed over, in one line."""
+    return "; ".join(f"{name}: {reason}" for name, reason in sorted(passed.items()))
+
+
+def _told(verdict: Verdict) -> str:
+    return f"{verdict.reason} ({verdict.cure})" if verdict.cure else verdict.reason
 
 
 def _reaches(cls: type[Pipe], ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Verdict:
@@ -102,6 +164,6 @@ def _reaches(cls: type[Pipe], ours: Mapping[str, Any], theirs: Mapping[str, Any]
         return Verdict(False, f"cannot be told: {type(error).__name__}: {error}")
 
 
-def _nearness(item: tuple[str, type[Pipe]]) -> tuple[int, bool, bool, str]:
-    name, cls = item
-    return int(cls.traits.reach), not cls.traits.zero_copy, not cls.traits.one_sided, name
+def _nearness(candidate: Candidate) -> tuple[int, bool, bool, str]:
+    traits = candidate.cls.traits
+    return int(traits.reach), not traits.zero_copy, not traits.one_sided, candidate.name

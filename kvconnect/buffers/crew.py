@@ -7,6 +7,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from typing import TypeVar
+
+from kvconnect.errors import ClosedError
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +58,22 @@ class Crew:
             else:
                 self._changed.notify()
             return True
+
+    def call(self, call: Callable[[], T], lane: Hashable = None) -> Future[T]:
+        """Have ``call`` made; the future has its outcome, or `ClosedError` if the crew was closed."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                result = call()
+            except Exception as error:  # noqa: BLE001 - it is whoever waits for the outcome that must hear of it
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        if not self.submit(run, lane):
+            future.set_exception(ClosedError("the buffer was closed"))
+        return future
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Make what was submitted and end the threads, within ``timeout_s``.

@@ -1,83 +1,39 @@
-"""Open pipes between workers: those that this one asked for.
+"""Links to peers' workers: the pipe, or for a while the pipes, that this worker reads each over.
 
-The asking worker names the pipe, opens its end on a thread that may block, and
-swaps `PipeSpec.exchange`'s message with the peer's control server; the peer opens
-and attaches the serving end. Readers of a peer that is just being met wait on one
-opening.
+The nearest pipe that can be opened is taken. Where others are as near, they are measured
+against it (`kvconnect.buffers.trial`). One that fails before it has moved anything is
+passed over for a while. Readers of a peer that is just being met wait on one opening.
 """
 
 from __future__ import annotations
 
 import logging
-import secrets
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvconnect.buffers import fields
-from kvconnect.buffers.base import EndSettings
-from kvconnect.buffers.channels import Channels, Side
-from kvconnect.buffers.choice import choose_pipe
+from kvconnect.buffers.choice import AutoOptions, Candidate, choose_pipe, told
 from kvconnect.buffers.crew import Crew
+from kvconnect.buffers.experience import Experience
 from kvconnect.buffers.hello import Hello, check_shapes
+from kvconnect.buffers.lines import Line, Lines
 from kvconnect.buffers.peers import RETRY_S, Peer, Peers, worker_of
 from kvconnect.buffers.recent import Recent
-from kvconnect.control import ControlClient, wait_for
-from kvconnect.errors import BrokenError, ClosedError, KVConnectError
-from kvconnect.paging import PagedLayout, PagedMemory
-from kvconnect.pipes.base import Message, Pipe, PipeSpec
+from kvconnect.buffers.station import Station, foreign
+from kvconnect.buffers.trial import Outcome, Setting, Trial
+from kvconnect.errors import BrokenError, ClosedError, HandshakeError, KVConnectError, LoadError
+from kvconnect.pipes.base import Pipe
 
 logger = logging.getLogger(__name__)
 
-#: Given to an exchange or a reply beyond its own deadline, so that the error is the deadline's.
-_SLACK_S = 1.0
 #: From here on, failures whose time is over are forgotten.
 _MAX_LINKS = 1024
+#: Of the time that a load has, for each pipe that is measured.
+_TRIAL_SHARE = 1 / 20
 
 Then = Callable[["Link | KVConnectError"], None]
-
-
-@dataclass(frozen=True)
-class Station:
-    """One worker: what both ends of its pipes are opened with.
-
-    Args:
-        settings: of its engine.
-        me: its engine's hello.
-        worker: its own description (`WorkerEnd.describe`).
-        memory: its paged memory.
-        client: for asking peers; its thread owns `Links`.
-        channels: of all its pipes.
-
-    """
-
-    settings: EndSettings
-    me: Hello
-    worker: Mapping[str, Any]
-    memory: PagedMemory
-    client: ControlClient
-    channels: Channels
-
-    def open(self, cls: type[Pipe], name: str, side: Side, exchange: Callable[[Message], Message]) -> Pipe:
-        """Open one end; options belong to the pipe that the configuration names."""
-        chosen = self.settings.pipe
-        options = chosen.options if chosen.name == name else {}
-        spec = PipeSpec(side, exchange, self.memory.device, self.settings.options.transfer_timeout_s, options)
-        pipe = cls.open(spec)
-        if "timeout_s" not in vars(pipe) and cls.timeout_s is Pipe.timeout_s:
-            # Its author may have thought of the three methods only.
-            pipe.timeout_s = spec.timeout_s
-        return pipe
-
-
-def foreign(error: Exception) -> KVConnectError:
-    """Return a pipe's error, or whatever a third party's pipe raised, as one of ours."""
-    if isinstance(error, KVConnectError):
-        return error
-    broken = BrokenError(f"the pipe failed: {type(error).__name__}: {error}")
-    broken.__cause__ = error
-    return broken
 
 
 @dataclass(eq=False)
@@ -86,10 +42,17 @@ class Link:
 
     at: str
     incarnation: str
-    pipe: Pipe | None = None
+    #: What to read over; None until it is open.
+    pipe: Pipe | Trial | None = None
     name: str = ""
-    id: str = ""
-    endpoint: str = ""
+    #: All that was opened for it, ended ones included.
+    lines: list[Line] = field(default_factory=list)
+    #: Pipes that join it; those of them not taken that could be tried; and why each that is not taken is not.
+    found: Sequence[Candidate] = ()
+    spare: list[Candidate] = field(default_factory=list)
+    passed: dict[str, str] = field(default_factory=dict)
+    #: Whether a read has succeeded.
+    proved: bool = False
     failure: KVConnectError | None = None
     retry_at: float = 0.0
     waiting: list[Then] = field(default_factory=list)
@@ -103,12 +66,24 @@ class Link:
 class Links:
     """Pipes that this worker asked for, by owner."""
 
-    def __init__(self, station: Station, crew: Crew, ending: Crew) -> None:
-        """Join ``station`` to its counterparts; pipes are opened on ``crew`` and aborted on ``ending``."""
-        self._station, self._crew, self._ending = station, crew, ending
-        self._client, self._channels, self._options = station.client, station.channels, station.settings.options
-        self._peers = Peers(station.me, station.client, self._options.connect_timeout_s)
+    def __init__(self, station: Station, crew: Crew, opening: Crew, ending: Crew) -> None:
+        """Join ``station`` to its counterparts.
+
+        What waits for pipes runs on ``crew``; they are opened on ``opening`` and aborted on ``ending``.
+
+        Raises:
+            ConfigError: a wrong option of the pipe ``"auto"``.
+
+        """
+        self._station, self._crew, self._client = station, crew, station.client
+        options = station.settings.options
+        self._auto = AutoOptions.of(station.settings.pipe)
+        self._limit_s = options.transfer_timeout_s * _TRIAL_SHARE
+        self._peers = Peers(station.me, station.client, options.connect_timeout_s)
+        self._lines = Lines(station, opening, ending)
         self._links: dict[tuple[str, str], Link] = {}
+        self._experience = Experience()
+        self._trials = threading.Lock()
         self._told: Recent[str] = Recent()
 
     def at_hand(self, at: str, incarnation: str) -> Link | None:
@@ -157,23 +132,35 @@ class Links:
             if link.failure is not None and not link.waiting and link.retry_at <= now:
                 del self._links[key]
 
+    def failed(self, link: Link, error: KVConnectError, *, retried: bool) -> bool:
+        """Give a link up if ``error`` says so, that of a read; return whether to `get` another and read again.
+
+        A broken pipe may have been dead for long, so it is opened anew once. One that has
+        never worked gives way to the next, whatever the error.
+        """
+        if self._links.get((link.at, link.incarnation)) is not link:
+            return not retried  # another read has seen to it
+        broken = isinstance(error, (BrokenError, ClosedError))
+        unfit = not link.proved and not isinstance(error, (LoadError, HandshakeError))
+        if unfit and link.spare:
+            self._pass_over(link, link.name, f"it failed: {error}")
+        if broken or (unfit and link.spare):
+            self.drop(link)
+        return (broken and not retried) or (unfit and bool(link.spare))
+
     def drop(self, link: Link) -> None:
-        """Forget a link and end its pipe; the next `get` opens another."""
+        """Forget a link and end its pipes; the next `get` opens another."""
         if self._links.get((link.at, link.incarnation)) is link:
             del self._links[link.at, link.incarnation]
         pipe, link.pipe = link.pipe, None
-        if pipe is not None:
-            self._channels.close(link.id, "asks")
-            self._ending.submit(pipe.abort)
-            self._tell_closed(link)
-
-    def _tell_closed(self, link: Link) -> None:
-        if link.endpoint:
-            self._client.call(link.endpoint, "pipe.close", {"pipe": link.id}, self._options.release_timeout_s)
+        if isinstance(pipe, Trial):
+            pipe.end()
+        for line in link.lines:
+            self._lines.end(line)
 
     def lost(self, pipe: str) -> None:
         """The other end of a pipe is gone."""
-        for link in [link for link in self._links.values() if link.id == pipe]:
+        for link in [link for link in self._links.values() if any(line.id == pipe for line in link.lines)]:
             self.drop(link)
 
     def drop_all(self) -> None:
@@ -181,21 +168,32 @@ class Links:
         for link in list(self._links.values()):
             self.drop(link)
 
+    def _settle(self, link: Link, outcome: Outcome) -> None:
+        """A trial is over: one line is left."""
+        for name, reason in outcome.failures.items():
+            self._pass_over(link, name, reason)
+        self._experience.measure(link.at, outcome.rates)
+        if link.pipe is None:
+            return  # it was dropped meanwhile
+        if outcome.best is None or outcome.best.ended:
+            self.drop(link)
+            return
+        link.pipe = outcome.best.pipe
+        self._take(link, outcome.best.name)
+        self._say(link, f"; measured in {outcome.seconds:.3g} s")
+
     # -- on the crew: may block -------------------------------------------------------
 
     def _open(self, link: Link, hello: Hello) -> None:
         try:
-            pipe = self._join(link, hello)
+            line = self._join(link, hello)
         except Exception as error:  # noqa: BLE001 - a third party's pipe may raise anything; the readers must hear of it
             failure = foreign(error)
-            self._complain(f"no pipe to {link.at}: {failure}")
-            self._channels.close(link.id, "asks")
-            self._tell_closed(link)  # or its end waits for ours, and our next one waits behind it
+            self._tell(logging.WARNING, f"no pipe to {link.at}: {failure}")
             self._client.soon(lambda: self._opened(link, failure))
             return
 
         def opened() -> None:
-            link.pipe = pipe
             if self._links.get((link.at, link.incarnation)) is link:
                 self._opened(link)
                 return
@@ -203,47 +201,75 @@ class Links:
             self._opened(link, ClosedError("the pipe was closed while it was opened"))
 
         if not self._client.soon(opened):
-            pipe.abort()
+            self._lines.end(line)
 
-    def _join(self, link: Link, hello: Hello) -> Pipe:
+    def _join(self, link: Link, hello: Hello) -> Line:
+        """Open the best pipe that can be opened, to be tried against those that are as near."""
         theirs = worker_of(hello, self._station.worker["rank"])
         check_shapes(self._station.worker, theirs)
-        link.name, cls, passed = choose_pipe(self._station.worker, theirs)
-        link.id, link.endpoint = secrets.token_hex(8), fields.text(theirs, "endpoint")
-        channel = self._channels.open(link.id, "asks", link.endpoint)
-        timeout_s = self._options.connect_timeout_s
-        exchanged = False
+        link.found, link.passed = choose_pipe(self._station.worker, theirs)
+        line = self._first(link, theirs)
+        link.lines, link.pipe = [line], line.pipe
+        near = self._take(link, line.name).traits.reach
+        rates = self._experience.rates(link.at)
+        rivals = [other for other in link.spare if other.cls.traits.reach == near and other.name not in rates]
+        if rivals and self._auto.measure:
+            link.passed |= {rival.name: f"as near as {line.name}, a large load will tell" for rival in rivals}
+            layout = self._station.memory.layout
+            setting = Setting(self._lines, self._crew, self._trials, layout, theirs, self._limit_s)
+            link.pipe = Trial(setting, link.lines, rivals, lambda outcome: self._tried(link, outcome))
+        self._say(link)
+        return line
 
-        def exchange(message: Message) -> Message:
-            nonlocal exchanged
-            exchanged = True
-            body = {
-                "pipe": link.id,
-                "name": link.name,
-                "message": dict(message),
-                "hello": self._station.me.to_wire(),
-                "worker": dict(self._station.worker),
-            }
-            answer = wait_for(self._client.call(link.endpoint, "pipe.open", body, timeout_s), timeout_s + _SLACK_S)
-            return fields.mapping(answer, "message")
+    def _first(self, link: Link, theirs: Mapping[str, Any]) -> Line:
+        """Open the best pipe that can be opened; raise why none can."""
+        for candidate in self._experience.rank(link.at, link.incarnation, link.found):
+            try:
+                return self._lines.open(candidate, theirs, self._lines.limit_s)
+            except KVConnectError as error:
+                if len(link.found) == 1:
+                    raise
+                link.passed[candidate.name] = f"it cannot be opened: {error}"
+                self._pass_over(link, candidate.name, link.passed[candidate.name])
+        raise BrokenError(f"no pipe to the peer can be opened ({told(link.passed)})")
 
-        pipe = self._station.open(cls, link.name, "asks", exchange)
-        try:
-            if not exchanged:
-                exchange({})
-            pipe.attach(self._station.memory, PagedLayout.from_wire(fields.mapping(theirs, "layout")), channel)
-            # The serving end attaches after its answer to `exchange`; its blocks may be read from now on.
-            wait_for(self._client.call(link.endpoint, "pipe.ready", {"pipe": link.id}, timeout_s), timeout_s + _SLACK_S)
-        except BaseException:
-            pipe.abort()
-            raise
-        self._tell(link, passed)
-        return pipe
+    def _tried(self, link: Link, outcome: Outcome) -> None:
+        self._client.soon(lambda: self._settle(link, outcome))
 
-    def _complain(self, line: str) -> None:
-        logger.log(logging.WARNING if self._told.add(line) else logging.DEBUG, line)
+    # -- on either ----------------------------------------------------------------------
 
-    def _tell(self, link: Link, passed: Mapping[str, str]) -> None:
-        line = f"{link.name} (" + "; ".join(f"not {name}: {why}" for name, why in sorted(passed.items())) + ")"
-        level = logging.INFO if self._told.add(line) else logging.DEBUG
-        logger.log(level, "reading from %s over %s", link.at, line if passed else link.name)
+    def _take(self, link: Link, name: str) -> type[Pipe]:
+        """Note which pipe is taken, and why each other is not; return its class."""
+        link.name, link.spare = name, []
+        taken = next(candidate.cls for candidate in link.found if candidate.name == name)
+        rates = self._experience.rates(link.at)
+        for other in link.found:
+            failure = self._experience.failure(link.at, link.incarnation, other.name)
+            if other.name == name:
+                continue
+            if failure is None:
+                link.spare.append(other)
+            if other.cls.traits.reach > taken.traits.reach:
+                nearness = f"{name} is nearer"
+            else:
+                nearness = _rate(rates, other.name) or f"as near as {name}, which comes first"
+            link.passed[other.name] = failure or nearness
+        return taken
+
+    def _pass_over(self, link: Link, name: str, reason: str) -> None:
+        self._experience.fail(link.at, link.incarnation, name, reason)
+
+    def _say(self, link: Link, addition: str = "") -> None:
+        """Tell what is taken and why each other pipe is not; the level is that of the worst reason."""
+        rate = _rate(self._experience.rates(link.at), link.name)
+        passed = "; ".join(f"not {name}: {reason}" for name, reason in sorted(link.passed.items()) if name != link.name)
+        line = f"reading from {link.at} over {link.name}" + (rate and f", {rate}") + (passed and f" ({passed})")
+        as_wanted = len(link.spare) == len(link.found) - 1
+        self._tell(logging.INFO if as_wanted else logging.WARNING, line, addition)
+
+    def _tell(self, level: int, line: str, addition: str = "") -> None:
+        logger.log(level if self._told.add(line) else logging.DEBUG, "%s%s", line, addition)
+
+
+def _rate(rates: Mapping[str, float], name: str) -> str:
+    return f"{rates[name] / 1e9:.3g} GB/s" if name in rates else ""

@@ -21,8 +21,9 @@ from kvconnect.buffers.choice import describe_pipes
 from kvconnect.buffers.crew import Crew
 from kvconnect.buffers.hello import Hello
 from kvconnect.buffers.ledger import digest_of
-from kvconnect.buffers.links import Link, Links, Station, foreign
+from kvconnect.buffers.links import Link, Links
 from kvconnect.buffers.serving import PipeServer
+from kvconnect.buffers.station import Station, foreign
 from kvconnect.control import ControlClient, ControlServer
 from kvconnect.errors import BrokenError, ClosedError, DeadlineError, KVConnectError, LoadError, StaleError
 from kvconnect.loop import Timer
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 #: How long a cancelled transfer may take to let go of its blocks before its pipe is ended.
 _LET_GO_S = 5.0
 _CLOSE_S = 5.0
-#: Of each of the four crews, at most. A peer that hangs holds one of them.
+#: Of each of the five crews, at most. A peer that hangs holds one of them.
 _MAX_LEASE_MS = 1 << 31
 _THREADS = 4
 
@@ -90,17 +91,18 @@ class Mover(WorkerEnd):
         self._description = {
             "rank": rank,
             "endpoint": advertised(options, host, self._server.port),
-            "pipes": pipes,
+            **pipes,
             "layout": memory.layout.to_wire(),
             "device": memory.device,
         }
         me = Hello.of(settings, secrets.token_hex(8), worker=True)
         channels = Channels(self._server, self._client, options.transfer_timeout_s, options.lease_s, self._lost)
         # A crew for each: pipes that are slow to open must not keep others from reading or ending.
-        names = ("kvconnect-read-starts", "kvconnect-pipe-asks", "kvconnect-pipe-serves", "kvconnect-pipe-ends")
-        self._crews = self._starting, asking, serving, ending = [Crew(name, _THREADS) for name in names]
+        jobs = ("read-starts", "pipe-asks", "pipe-opens", "pipe-serves", "pipe-ends")
+        crews = [Crew(f"kvconnect-{job}", _THREADS) for job in jobs]
+        self._crews = self._starting, asking, opening, serving, ending = crews
         station = Station(settings, me, self._description, memory, self._client, channels)
-        self._links = Links(station, asking, ending)
+        self._links = Links(station, asking, opening, ending)
         self._pipes = PipeServer(station, self._server, serving, ending)
 
     def describe(self) -> dict[str, Any]:
@@ -281,18 +283,15 @@ class Mover(WorkerEnd):
             self._counts["microseconds_on_wire"] += int(read.transfer.phases["move"] * 1e6)
 
     def _moved(self, read: _Read, inner: Transfer) -> None:
-        error, link = inner.error, read.link
+        error, link = read.stopped or inner.error, read.link
         self._note_moved(read)
-        if isinstance(error, (BrokenError, ClosedError)) and link is not None:
-            self._links.drop(link)
-            if read.stopped is None and read.tries == 1:
-                # The pipe may have been dead for long. The owner is asked anew, once.
-                read.link = read.inner = None
-                read.moving = False
-                self._link(read)
-                return
-        if read.stopped is not None or error is not None:
-            self._finish(read, read.stopped or error)
+        again = error is not None and link is not None and self._links.failed(link, error, retried=read.tries > 1)
+        if again and read.stopped is None:
+            read.link = read.inner = None
+            read.moving = False
+            self._link(read)
+        elif error is not None:
+            self._finish(read, error)
         elif read.release:
             self._confirm(read)
         else:
@@ -343,6 +342,8 @@ class Mover(WorkerEnd):
                 return
             if error is None:
                 self._counts.update(loads=1, bytes=read.transfer.nbytes)
+                if read.link is not None:
+                    read.link.proved = True
             else:
                 self._counts[f"failed_{type(error).__name__.removesuffix('Error').lower()}"] += 1
         read.transfer.finish(_as_load_error(read, error))

@@ -12,7 +12,7 @@ from kvconnect.buffers import fields
 from kvconnect.buffers.channels import PeerChannel
 from kvconnect.buffers.crew import Crew
 from kvconnect.buffers.hello import Hello, check_fit, check_shapes
-from kvconnect.buffers.links import Station, foreign
+from kvconnect.buffers.station import Station, foreign
 from kvconnect.control import ControlServer
 from kvconnect.errors import BrokenError, ClosedError, HandshakeError
 from kvconnect.paging import PagedLayout
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 _MAX_PIPES = 4096
-_MAX_PIPES_OF_ONE = 64  # one is in use; others are those of earlier incarnations at its address
+_MAX_PIPES_OF_ONE = 64  # one is in use; others are tried, or those of earlier incarnations at its address
 
 
 @dataclass(eq=False)
@@ -81,7 +81,9 @@ class PipeServer:
         self._check_room(served)
         channel = self._channels.open(served.id, "serves", served.peer)
         self._served[served.id] = served
-        if not self._crew.submit(lambda: self._open(served, name, message, layout, channel), lane=served.peer):
+        # A lane of its own: the peer's next pipe must not wait behind one that hangs.
+        lane = (served.peer, name)
+        if not self._crew.submit(lambda: self._open(served, name, message, layout, channel), lane):
             self.drop(served.id)
             raise ClosedError("the peer is shutting down")
         return served.opened
@@ -122,7 +124,7 @@ class PipeServer:
                 if not future.done():
                     future.set_exception(failure)
             self.drop(served.id)
-            return
-        served.ready.set_result({})
-        if served.dropped:
+        else:
+            served.ready.set_result({})
+        if served.dropped and served.pipe is not None:
             served.pipe.abort()

@@ -54,7 +54,9 @@ class Engine:
         """``marks`` are added to the workers' fingerprint only."""
         fingerprint = {"model": "m", "dtype": "bfloat16", **options.pop("fingerprint", {})}
         config = Config(**{"connect_timeout_s": 3.0, "transfer_timeout_s": 10.0, **options})
-        settings = EndSettings(name, fingerprint, parts, produces, consumes, config, Backend(pipe))
+        settings = EndSettings(
+            name, fingerprint, parts, produces, consumes, config, Backend(pipe) if isinstance(pipe, str) else pipe
+        )
         shape = shape or layout()
         self.memories = [noisy_memory(shape, rank + 1) if produces else heap_memory(shape) for rank in range(parts)]
         self.end = RemoteBuffer.scheduler_end(settings)

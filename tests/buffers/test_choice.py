@@ -31,9 +31,9 @@ def both(*names):
 
 def test_the_nearest_pipe_that_reaches_is_chosen_and_the_others_are_explained(monkeypatch):
     pipes(monkeypatch, far=stub(), near=stub(Reach.HOST), nearest=stub(Reach.PROCESS, reaches=False))
-    name, _, passed = choose_pipe(both("far", "near", "nearest", "ours"), both("far", "near", "nearest"))
-    assert name == "near"
-    assert passed == {"nearest": "too far", "far": "near is nearer", "ours": "only one side has it"}
+    found, passed = choose_pipe(both("far", "near", "nearest", "ours"), both("far", "near", "nearest"))
+    assert [candidate.name for candidate in found] == ["near", "far"]
+    assert passed == {"nearest": "too far", "ours": "only one side has it"}
 
 
 def test_no_common_pipe_is_refused_with_every_reason(monkeypatch):
@@ -48,7 +48,7 @@ def test_an_unknown_pipe_fails_at_the_start():
 
 
 def test_every_available_pipe_is_described():
-    found = describe_pipes("auto", PagedMemory(PagedLayout((), ()), []))
+    found = describe_pipes("auto", PagedMemory(PagedLayout((), ()), []))["pipes"]
     assert "inproc" in found
     assert all(issubclass(registry.pipe(name), Pipe) for name in found)
 
@@ -57,6 +57,6 @@ def test_a_pipe_that_refuses_the_memory_is_passed_over_and_named_if_it_was_asked
     memory = PagedMemory(PagedLayout((), ()), [])
     refusal = Verdict(False, "its memory comes from expandable segments", "unset expandable_segments")
     monkeypatch.setattr(registry.pipe("tcp"), "accepts", lambda _: refusal)
-    assert "tcp" not in describe_pipes("auto", memory)
+    assert "tcp" not in describe_pipes("auto", memory)["pipes"]
     with pytest.raises(UnavailableBackendError, match=r"expandable segments.*unset expandable_segments"):
         describe_pipes("tcp", memory)

@@ -1,0 +1,413 @@
+"""The pipe ``auto``: which of several it takes, what it says of the others, and what it does when they fail."""
+
+import dataclasses
+import logging
+import re
+import threading
+import time
+from collections import Counter
+from typing import ClassVar
+
+import pytest
+import torch
+
+from kvconnect import registry
+from kvconnect.buffers import trial
+from kvconnect.buffers.base import Want
+from kvconnect.buffers.choice import AutoOptions
+from kvconnect.config import Backend
+from kvconnect.errors import (
+    BrokenError,
+    ClosedError,
+    ConfigError,
+    HandshakeError,
+    LoadError,
+    UnknownBackendError,
+)
+from kvconnect.pipes.base import Reach, Traits, Transfer, Verdict
+from kvconnect.pipes.inproc import InprocPipe
+from tests.buffers.engines import Engine, eventually, group, key, layout
+
+MB = 1 << 20
+BLOCKS = 32
+
+
+class Third(InprocPipe):
+    """A third party's pipe."""
+
+    seconds_per_mb: ClassVar[float] = 0.0
+    fails: ClassVar[dict] = {}  # what is raised, by side
+    hangs: ClassVar[set] = set()  # sides, and "reads"
+    breaks: ClassVar[int] = 0  # reads that fail
+    gate: ClassVar[threading.Event]  # ends what hangs; set by the fixture
+    reads: ClassVar[Counter]
+    live: ClassVar[set]
+
+    def __init__(self, spec):
+        cls = type(self)
+        if spec.side in cls.fails:
+            raise cls.fails[spec.side]
+        if spec.side in cls.hangs:
+            cls.gate.wait(20)
+        super().__init__(spec)
+        cls.live.add(self)
+
+    def abort(self):
+        type(self).live.discard(self)
+        super().abort()
+
+    def read_blocks(self, remote, local):
+        cls = type(self)
+        cls.reads[len(local[0])] += 1
+        if "reads" in cls.hangs:
+            return self._hanging()
+        if cls.breaks:
+            type(self).breaks -= 1
+            raise BrokenError("cut")
+        threading.Event().wait(cls.seconds_per_mb * len(local[0]))
+        return super().read_blocks(remote, local)
+
+    def _hanging(self):
+        """Move nothing; let go when the pipe is ended."""
+        transfer = Transfer(1)
+        threading.Thread(target=lambda: (self._ended(), transfer.finish(ClosedError("ended"))), daemon=True).start()
+        return transfer
+
+    def _ended(self):
+        eventually(lambda: self not in type(self).live, 20)
+
+
+def third(gate, **fields):
+    own = {"gate": gate, "reads": Counter(), "live": set(), "hangs": set(), "fails": {}}
+    return type("ThirdOwn", (Third,), {**own, **fields})
+
+
+@pytest.fixture
+def register(monkeypatch):
+    """Have these pipes registered and no others."""
+    gate, real = threading.Event(), registry.pipe
+
+    def having(*names, **classes):
+        known = {**{name: real(name) for name in names}}
+        known |= {name: cls if isinstance(cls, type) else third(gate, **cls) for name, cls in classes.items()}
+        monkeypatch.setattr(registry, "pipes", lambda: known)
+        monkeypatch.setattr(registry, "pipe", lambda name: known.get(name) or real(name))
+        return known
+
+    yield having
+    gate.set()
+
+
+@pytest.fixture
+def pair():
+    """Two engines once called; blocks have 1 MB."""
+    ends = []
+
+    def engines(pipe="auto", **options):
+        options = {"group": group(), "shape": layout(BLOCKS, MB // 2, 2), "pipe": pipe, **options}
+        ends.extend([Engine("P", produces=True, **options), Engine("D", consumes=True, **options)])
+        return ends
+
+    yield engines
+    for end in reversed(ends):
+        end.close()
+
+
+def load(p, d, number=1, blocks=16, limit_s=15):
+    """Hand over that many blocks, the last ones first at the other end, and compare every byte."""
+    transfer, local = start(p, d, number, blocks)
+    transfer.wait(limit_s)
+    for theirs, ours in zip(p.memories[0].owner, d.memories[0].owner, strict=True):
+        assert torch.equal(ours.view(BLOCKS, -1)[list(local)], theirs.view(BLOCKS, -1)[:blocks])
+        ours.zero_()
+    return transfer
+
+
+def start(p, d, number=1, blocks=16):
+    remote, local = tuple(range(blocks)), tuple(range(BLOCKS - 1, BLOCKS - 1 - blocks, -1))
+    claim = d.find(f"r{number}", Want(key(number), ticket=p.offer(number, (remote,))))
+    return d.read(claim, local=(local,)), local
+
+
+def link(d):
+    return next(iter(d.workers[0]._links._links.values()), None)
+
+
+def lines(caplog):
+    """What was said of the pipes that are taken."""
+    return [record.getMessage() for record in caplog.records if "reading from" in record.getMessage()]
+
+
+@pytest.fixture(autouse=True)
+def told(caplog):
+    caplog.set_level(logging.INFO, "kvconnect.buffers")
+
+
+def test_the_slower_of_two_pipes_that_are_as_near_loses_though_it_comes_first(register, pair, caplog):
+    known = register(a={"seconds_per_mb": 0.01}, b={})
+    p, d = pair()
+    load(p, d)
+    assert link(d).name == "b"
+    load(p, d, 2)
+    assert max(known["a"].reads) <= 4, "more than a part of one load went by the slower one"
+    assert known["b"].reads[16] == 1
+    first, second = lines(caplog)
+    assert "over a (not b: as near as a, a large load will tell)" in first
+    figures = re.search(r"over b, ([\d.]+) GB/s \(not a: (0\.[\d]+) GB/s\); measured in [\d.]+ s", second)
+    assert figures, second
+    assert float(figures[2]) < 0.11 < float(figures[1])
+    eventually(lambda: not known["a"].live and len(known["b"].live) == 2)
+    assert p.workers[0]._pipes.count == 1
+
+
+def test_a_pipe_that_cannot_be_opened_gives_way_to_the_next_and_one_line_says_why(register, pair, caplog):
+    far = type("Far", (InprocPipe,), {"traits": Traits(reach=Reach.NETWORK)})
+    nowhere = type("Nowhere", (InprocPipe,), {"can_reach": classmethod(lambda *_: Verdict(False, "too far", "walk"))})
+    register(a={"fails": {"asks": ValueError("no handle")}}, b=far, c=nowhere)
+    p, d = pair()
+    load(p, d)
+    (line,) = lines(caplog)
+    assert line.endswith(
+        "over b (not a: it cannot be opened: the pipe failed: ValueError: no handle; not c: too far (walk))"
+    )
+    assert caplog.records[[record.getMessage() for record in caplog.records].index(line)].levelno == logging.WARNING
+    load(p, d, 2)
+    assert len(lines(caplog)) == 1
+
+
+def test_a_pipe_that_the_other_end_cannot_open_gives_way_to_the_next(register, pair, caplog):
+    known = register(a={"fails": {"serves": HandshakeError("no room")}}, b={})
+    p, d = pair()
+    load(p, d)
+    (line,) = lines(caplog)
+    assert "over b (not a: it cannot be opened: no room)" in line
+    eventually(lambda: not known["a"].live)
+    assert p.workers[0]._pipes.count == 1
+
+
+def test_a_load_fails_with_the_reason_of_every_pipe_if_none_can_be_opened(register, pair):
+    register(a={"fails": {"asks": ValueError("no handle")}}, b={"fails": {"serves": HandshakeError("no room")}})
+    p, d = pair()
+    with pytest.raises(LoadError, match=r"a: it cannot be opened: .*no handle; b: it cannot be opened: no room"):
+        load(p, d)
+    assert p.workers[0]._pipes.count == 0
+
+
+@pytest.mark.parametrize("side", ["asks", "serves"])
+def test_a_pipe_that_hangs_while_it_is_opened_gives_way_to_the_next_in_time(register, pair, monkeypatch, side):
+    monkeypatch.setattr("kvconnect.buffers.lines._SLACK_S", 0.1)
+    known = register(a={"hangs": {side}}, b={})
+    p, d = pair(connect_timeout_s=0.5)
+    began = time.monotonic()
+    load(p, d)
+    assert time.monotonic() - began < 5
+    assert link(d).name == "b"
+    known["a"].gate.set()
+    eventually(lambda: not known["a"].live, 5)
+    assert p.workers[0]._pipes.count == 1
+
+
+@pytest.mark.parametrize(
+    ("bad", "fault"),
+    [
+        ("b", {"hangs": {"asks"}}),
+        ("b", {"hangs": {"serves"}}),
+        ("b", {"hangs": {"reads"}}),
+        ("a", {"hangs": {"reads"}}),
+        ("b", {"breaks": 1}),
+        ("a", {"breaks": 1}),
+    ],
+)
+def test_a_pipe_that_hangs_or_breaks_in_a_trial_is_passed_over_and_the_load_arrives(register, pair, bad, fault):
+    good = "a" if bad == "b" else "b"
+    known = register(**{good: {}, bad: fault})
+    p, d = pair(connect_timeout_s=1.0)
+    began = time.monotonic()
+    load(p, d)
+    assert time.monotonic() - began < 8
+    assert link(d).name == good
+    known[bad].gate.set()
+    eventually(lambda: not known[bad].live and len(known[good].live) == 2)
+    load(p, d, 2)
+
+
+def test_a_trial_of_a_pipe_that_hangs_costs_no_more_than_its_share_of_a_loads_time(register, pair, caplog):
+    register(a={}, b={"hangs": {"reads"}})
+    p, d = pair(transfer_timeout_s=6.0)
+    load(p, d)
+    assert "not b: it did not move 1048576 bytes within its 0.3 s" in lines(caplog)[-1]
+    assert float(re.search(r"measured in ([\d.]+) s", lines(caplog)[-1])[1]) < 1.0
+
+
+def test_a_load_whose_every_pipe_fails_in_the_trial_is_read_anew(register, pair):
+    known = register(a={"breaks": 1}, b={"breaks": 1})
+    p, d = pair()
+    load(p, d)
+    assert known["a"].breaks == known["b"].breaks == 0
+
+
+def test_blocks_are_not_given_back_while_a_pipe_of_the_trial_may_touch_them(register, pair, monkeypatch):
+    monkeypatch.setattr(trial, "_LET_GO_S", 0.1)
+    hanging = []
+
+    class Clings(Third):
+        def read_blocks(self, remote, local):
+            hanging.append(Transfer(1))
+            return hanging[-1]
+
+    gate = threading.Event()
+    own = {"gate": gate, "reads": Counter(), "live": set()}
+    known = register(a={}, b=type("ClingsOwn", (Clings,), own))
+    p, d = pair(transfer_timeout_s=6.0)
+    transfer, _ = start(p, d)
+    eventually(lambda: hanging and link(d) and isinstance(link(d).pipe, known["a"]))
+    load(p, d, 2, blocks=2)
+    assert not transfer.done
+    hanging[0].finish(BrokenError("at last"))
+    transfer.wait(8)
+
+
+def test_loads_that_are_too_small_go_by_the_first_pipe_and_open_no_other(register, pair):
+    known = register(a={}, b={})
+    p, d = pair()
+    for number in range(1, 4):
+        load(p, d, number, blocks=15)
+    assert known["a"].reads[15] == 3
+    assert not known["b"].live
+
+
+def test_loads_beside_a_trial_arrive_and_the_loser_ends_after_the_last_of_them(register, pair):
+    gate = threading.Event()
+
+    class Waits(Third):
+        def read_blocks(self, remote, local):
+            moving = super().read_blocks(remote, local)
+            if len(local[0]) != 3:
+                return moving
+            late = Transfer(1)
+            threading.Thread(target=lambda: (gate.wait(20), late.finish(moving.error)), daemon=True).start()
+            return late
+
+    own = {"gate": gate, "reads": Counter(), "live": set(), "seconds_per_mb": 0.01}
+    waits = type("WaitsOwn", (Waits,), own)
+    register(a=waits, b={})
+    p, d = pair()
+    beside, _ = start(p, d, 1, blocks=3)
+    eventually(lambda: waits.reads[3])
+    load(p, d, 2)
+    assert link(d).name == "b"
+    assert len(waits.live) == 2
+    assert not beside.done
+    gate.set()
+    beside.wait(8)
+    eventually(lambda: not waits.live)
+
+
+def test_a_cancelled_trial_begins_afresh_with_the_next_load(register, pair):
+    known = register(a={}, b={"hangs": {"reads"}})
+    p, d = pair()
+    transfer, _ = start(p, d)
+    eventually(lambda: known["b"].reads)
+    transfer.cancel()
+    with pytest.raises(LoadError):
+        transfer.wait(8)
+    eventually(lambda: not known["b"].live)
+    known["b"].hangs.clear()
+    known["a"].seconds_per_mb = 0.01
+    load(p, d, 2)
+    assert link(d).name == "b"
+
+
+def test_a_pipe_that_opens_but_cannot_read_gives_way_to_the_next(register, pair, caplog):
+    far = type("Far", (InprocPipe,), {"traits": Traits(reach=Reach.NETWORK)})
+    register(a={"breaks": 99}, b=far)
+    p, d = pair()
+    load(p, d)
+    assert link(d).name == "b"
+    assert "not a: it failed: cut" in lines(caplog)[-1]
+
+
+def test_a_pipe_that_has_worked_is_opened_anew_when_it_breaks(register, pair):
+    far = type("Far", (InprocPipe,), {"traits": Traits(reach=Reach.NETWORK)})
+    known = register(a={}, b=far)
+    p, d = pair()
+    load(p, d)
+    known["a"].breaks = 1
+    load(p, d, 2)
+    assert link(d).name == "a"
+
+
+def test_what_was_measured_is_remembered_when_pipes_are_opened_again(register, pair):
+    known = register(a={"seconds_per_mb": 0.01}, b={})
+    p, d = pair()
+    load(p, d)
+    known["a"].reads.clear()
+    d.workers[0]._client.soon(lambda: d.workers[0]._links.drop(link(d)))
+    eventually(lambda: not known["b"].live)
+    load(p, d, 2)
+    assert link(d).name == "b"
+    assert not known["a"].reads
+
+
+@pytest.mark.parametrize("pipe", [Backend("a"), Backend("auto", {"measure": False})])
+def test_nothing_is_measured_where_a_pipe_is_named_or_measuring_is_switched_off(register, pair, pipe):
+    known = register(a={"seconds_per_mb": 0.002}, b={})
+    p, d = pair(pipe)
+    load(p, d)
+    assert link(d).name == "a"
+    assert known["a"].reads == {16: 1}
+    assert not known["b"].live
+
+
+def test_a_pipe_that_cannot_carry_the_memory_is_passed_over_and_the_line_says_the_cure(register, pair, caplog):
+    no = Verdict(False, "its memory comes from expandable segments", "unset expandable_segments")
+    register(a={"accepts": classmethod(lambda *_: no)}, b={})
+    p, d = pair()
+    load(p, d)
+    assert link(d).name == "b"
+    assert "not a: this engine cannot use it, its memory comes from expandable segments (unset exp" in lines(caplog)[0]
+
+
+def test_auto_gives_each_pipe_the_options_it_has_for_it(register, pair):
+    given = []
+
+    class Notes(Third):
+        def __init__(self, spec):
+            given.append(dict(spec.options))
+            super().__init__(dataclasses.replace(spec, options={}))
+
+    register(a=type("NotesOwn", (Notes,), {"gate": threading.Event(), "reads": Counter(), "live": set()}))
+    p, d = pair(Backend("auto", {"options": {"a": {"bind_host": "10.0.0.1"}}}))
+    load(p, d)
+    assert given == [{"bind_host": "10.0.0.1"}] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"measures": True}, ConfigError, "did you mean 'measure'"),
+        ({"options": {"tpc": {}}}, UnknownBackendError, "did you mean 'tcp'"),
+        ({"options": {"tcp": 5}}, ConfigError, r"pipe\.options\.tcp must be an object"),
+        ({"options": 5}, ConfigError, r"pipe\.options must be an object"),
+    ],
+)
+def test_wrong_options_of_auto_are_refused_by_name(options, error, text):
+    with pytest.raises(error, match=text):
+        AutoOptions.of(Backend("auto", options))
+
+
+@pytest.mark.parametrize("names", [("tcp", "shm"), ("tcp", "nixl"), ("tcp", "shm", "nixl")])
+def test_real_pipes_are_tried_and_all_but_the_one_that_is_kept_are_gone_afterwards(
+    register, pair, caplog, monkeypatch, names
+):
+    known = register(*names)
+    for cls in known.values():  # as between hosts, where all are as near
+        monkeypatch.setattr(cls, "traits", Traits(cls.traits.devices, Reach.NETWORK, zero_copy=True))
+    p, d = pair(transfer_timeout_s=60.0)
+    load(p, d, blocks=24)
+    assert link(d).name in names
+    said = lines(caplog)[-1]
+    assert len(re.findall(r"[\d.]+ GB/s", said)) == len(names)
+    eventually(lambda: p.workers[0]._pipes.count == 1)
+    load(p, d, 2)
+    assert sum(line.pipe is not None for line in link(d).lines) == 1
