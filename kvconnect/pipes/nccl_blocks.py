@@ -35,10 +35,10 @@ from kvconnect.errors import (
 )
 from kvconnect.paging import BlockIds, PagedLayout, PagedMemory
 from kvconnect.pipes.base import Channel, Message, Transfer
-from kvconnect.pipes.flows import Kind, count, pack, unpack
+from kvconnect.pipes.flows import Kind, count, pack
 from kvconnect.pipes.nccl_lines import Arrival, Line, Receiver, Sender, Wire, ending
 from kvconnect.pipes.nccl_loop import Loop
-from kvconnect.pipes.nccl_plan import Key, slot_bytes
+from kvconnect.pipes.nccl_plan import Key, Selectable, slot_bytes
 from kvconnect.pipes.turns import Turns
 
 log = logging.getLogger(__name__)
@@ -97,6 +97,7 @@ class NcclBlocks:
     ) -> None:
         check_shapes(local.layout, remote)
         self._layout, self._remote, self._channel = local.layout, remote, channel
+        self._selectable = Selectable(local.layout)
         self._wires, self._loop, self._slot_bytes = wires, wires.loop, slot_bytes
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
@@ -104,7 +105,7 @@ class NcclBlocks:
         self._writes: dict[int, Transfer] = {}
         self._arriving = 0
         self._met = False
-        sizes = local.layout.block_bytes()
+        sizes = self._selectable.block_bytes
         self._into = Receiver(self, timeout_s, sizes, self._meet)
         self._out = Sender(self, timeout_s, sizes, self._released)
         handlers: dict[str, Callable[[dict[str, Any]], Message]] = {
@@ -253,7 +254,7 @@ class NcclBlocks:
 
     def _on_orders(self, body: dict[str, Any]) -> Message:
         self._check_usable()
-        asks = [_selected(self._layout, ask) for ask in _rows(body, "asks")]
+        asks = [self._selectable.read(ask) for ask in _rows(body, "asks")]
         first, rows = count(body, "first"), _rows(body, "rows")
         drops = [(Kind(kind), int(number)) for kind, number in map(_pair, _rows(body, "drops"))]
 
@@ -271,7 +272,7 @@ class NcclBlocks:
 
     def _on_write(self, body: dict[str, Any]) -> Message:
         self._check_usable()
-        number, ids = _selected(self._layout, body)
+        number, ids = self._selectable.read(body)
         with self._lock:
             if self._arriving >= MAX_WRITES:
                 raise BusyError(f"{MAX_WRITES} transfers of the other end are running here already")
@@ -341,22 +342,6 @@ class NcclBlocks:
 def _own(blocks: BlockIds) -> BlockIds:
     """Return a copy that the caller cannot change."""
     return [list(ids) for ids in blocks]
-
-
-def _selected(layout: PagedLayout, body: Any) -> tuple[int, BlockIds]:
-    """Read a transfer's number and this end's blocks; they are the peer's word, so they are checked."""
-    if not isinstance(body, dict):
-        raise HandshakeError(f"a transfer of the peer is malformed: {body!r}")
-    ids = unpack(body.get("groups"))
-    layout.check(ids)
-    for group, some in enumerate(ids):
-        limit = max((layer.num_blocks for layer in layout.in_group(group)), default=len(some))
-        if len(some) > limit:
-            raise HandshakeError(f"{len(some)} blocks of group {group} asked for, this memory has {limit}")
-    nbytes = layout.nbytes(ids)
-    if not nbytes or body.get("nbytes") != nbytes:
-        raise HandshakeError(f"these blocks have {nbytes} bytes here, {body.get('nbytes')} at the other end")
-    return count(body, "number"), ids
 
 
 def _rows(body: dict[str, Any], field: str) -> list[Any]:

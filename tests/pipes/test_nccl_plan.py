@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvconnect.errors import HandshakeError
-from kvconnect.pipes.flows import Kind
-from kvconnect.pipes.nccl_plan import FIRST_BYTES, Plan, cut, read_row, slot_bytes
+from kvconnect.pipes.flows import Kind, pack
+from kvconnect.pipes.nccl_plan import FIRST_BYTES, Plan, Selectable, cut, read_row, slot_bytes
 from kvconnect.testing.layouts import separate_layers
 
 MB = 1 << 20
@@ -74,3 +74,25 @@ def test_a_slot_holds_a_block_and_is_no_larger_than_either_end_wishes():
     assert layout.block_bytes() == [400]
     assert slot_bytes(layout, 5000, 3000) == 3000
     assert slot_bytes(layout, 100, 3000) == 400
+
+
+def request(ids, nbytes, number=7):
+    return msgpack.unpackb(msgpack.packb({"number": number, "groups": pack(ids), "nbytes": nbytes}))
+
+
+def test_what_a_peer_selects_is_checked_against_this_memory():
+    selectable = Selectable(separate_layers(2, 8, 2, 100))
+    assert selectable.block_bytes == [400]
+    assert selectable.read(request([[5, 0, 7]], 1200)) == (7, [[5, 0, 7]])
+    for ids, nbytes, message in [
+        ([[8]], 400, "block 8 of group 0"),
+        ([[1] * 9], 3600, "9 blocks of group 0 asked for, this memory has 8"),
+        ([[1], [1]], 400, "2 block groups"),
+        ([[1, 2]], 400, "800 bytes here, 400 at the other end"),
+        ([[]], 0, "0 bytes here"),
+    ]:
+        with pytest.raises(HandshakeError, match=message):
+            selectable.read(request(ids, nbytes))
+    for body in (None, {"number": 1}, request([[1]], 400, number=-1), request([[1]], None)):
+        with pytest.raises(HandshakeError):
+            selectable.read(body)
