@@ -26,6 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from kvconnect.buffers.promise import Promise
 from kvconnect.config import Backend, Config
 from kvconnect.errors import KVConnectError, LoadError
 from kvconnect.pipes.base import YES, Transfer, Verdict
@@ -242,6 +243,7 @@ class Claim:
         key: content of the entry.
         blocks: the owner's block ids, per group (empty for a buffer that copies).
         data: what the buffer's own worker end needs; picklable plain data.
+        promise: until when the owner leaves the blocks as they are; renewals prolong it.
 
     """
 
@@ -249,6 +251,7 @@ class Claim:
     key: LookupKey
     blocks: tuple[tuple[int, ...], ...]
     data: Mapping[str, Any] = field(default_factory=dict)
+    promise: Promise = field(default_factory=Promise, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,7 +369,8 @@ class WorkerEnd(ABC):
 
         The transfer succeeds only when the bytes are in place **and** the owner
         has confirmed that it vouched for them to the end (else `StaleError`).
-        ``on_done`` is called from a thread of the buffer. Never blocks.
+        ``on_done`` is called from any thread, and before this returns if the load
+        is over by then. Never blocks.
         """
 
     @abstractmethod

@@ -57,6 +57,13 @@ class Entry:
     #: Whether some grant has released all its parts, so that nobody else may have the entry.
     read: bool = False
     ended: Cause | None = None
+    _digest: str = ""
+
+    @property
+    def digest(self) -> str:
+        """Of its blocks (`digest_of`)."""
+        self._digest = self._digest or digest_of(self.blocks)
+        return self._digest
 
     @property
     def num_blocks(self) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 from kvconnect.buffers import fields
 from kvconnect.buffers.base import LookupKey
 from kvconnect.buffers.hello import Hello, check_fit
-from kvconnect.buffers.ledger import Blocks, Entry, Ledger, digest_of
+from kvconnect.buffers.ledger import Blocks, Entry, Ledger
 from kvconnect.buffers.ticket import Ticket
 from kvconnect.control import ControlServer
 from kvconnect.errors import ClosedError, HandshakeError
@@ -49,6 +49,7 @@ class Lender:
         self._me, self._at, self._clock = me, advertised, clock
         self._lock = threading.Lock()
         self._ledger = Ledger(me.lease_s)
+        self._lease_ms = int(me.lease_s * 1000)
         self._counts: collections.Counter[str] = collections.Counter()
         self._workers: list[dict[str, Any]] | None = None
         self._waiting: list[Future[Mapping[str, Any]]] = []
@@ -59,7 +60,6 @@ class Lender:
             "hello": self._hello,
             "match": self._match,
             "claim": self._claim,
-            "hold": self._hold,
             "renew": self._renew,
             "release": self._release,
             "abandon": self._abandon,
@@ -192,23 +192,10 @@ class Lender:
         return {"ticket": self._ticket(entry), "labelled": label is not None and entry.label == label}
 
     def _claim(self, body: Body) -> Mapping[str, Any]:
-        grant, taker = fields.text(body, "grant"), fields.text(body, "taker")
+        """Promise a scheduler, or its worker that is about to read, that an entry stays as it is for a lease."""
         with self._lock:
-            ok = self._try_claim(body, grant, taker)
-        return {"state": "ok" if ok else "gone"}
-
-    def _try_claim(self, body: Body, grant: str, taker: str) -> bool:
-        """Claim the entry that ``body`` names; called under the lock."""
-        now = self._clock()
-        self._ledger.expire(now)
-        entry = self._ledger.get(fields.text(body, "entry"))
-        if entry is None or entry.generation != fields.number(body, "generation", _MAX_GENERATION):
-            return False
-        fresh = grant not in entry.shares
-        if not self._ledger.claim(entry, grant, taker, self._me.num_parts, now):
-            return False
-        self._counts["taken"] += fresh
-        return True
+            claimed = self._vouch(body) is not None
+        return {"state": "ok", "lease_ms": self._lease_ms} if claimed else {"state": "gone"}
 
     def _renew(self, body: Body) -> Mapping[str, Any]:
         grants, done = fields.texts(body, "grants"), fields.texts(body, "done")
@@ -219,19 +206,11 @@ class Lender:
             for grant in done:
                 self._ledger.settle(grant)
         self._on_ended()
-        return {"gone": gone}
-
-    def _hold(self, body: Body) -> Mapping[str, Any]:
-        """Promise a worker that what it is about to read stays as it is, for one lease from now."""
-        with self._lock:
-            self._ledger.expire(self._clock())
-            held = self._vouch(body) is not None
-        return {"answer": "ok", "lease_ms": int(self._me.lease_s * 1000)} if held else {"answer": "stale"}
+        return {"gone": gone, "lease_ms": self._lease_ms}
 
     def _release(self, body: Body) -> Mapping[str, Any]:
         part = fields.number(body, "part", self._me.num_parts)
         with self._lock:
-            self._ledger.expire(self._clock())
             entry = self._vouch(body)
             answer = "stale" if entry is None else self._ledger.release(body["grant"], part, entry.generation)
             self._counts["stale"] += answer == "stale"
@@ -245,10 +224,17 @@ class Lender:
         are read than the entry's (a ticket that was tampered with). The worker's word may
         overtake its scheduler's claim: they are different processes.
         """
-        grant, taker, read = fields.text(body, "grant"), fields.text(body, "taker"), fields.text(body, "blocks")
+        grant, taker, blocks = fields.text(body, "grant"), fields.text(body, "taker"), fields.text(body, "blocks")
+        generation = fields.number(body, "generation", _MAX_GENERATION)
+        now = self._clock()
+        self._ledger.expire(now)
         entry = self._ledger.get(fields.text(body, "entry"))
-        if entry is None or digest_of(entry.blocks) != read or not self._try_claim(body, grant, taker):
+        if entry is None or (entry.generation, entry.digest) != (generation, blocks):
             return None
+        fresh = grant not in entry.shares
+        if not self._ledger.claim(entry, grant, taker, self._me.num_parts, now):
+            return None
+        self._counts["taken"] += fresh
         return entry
 
     def _abandon(self, body: Body) -> Mapping[str, Any]:

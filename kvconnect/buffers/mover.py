@@ -9,7 +9,6 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,52 +19,48 @@ from kvconnect.buffers.channels import Channels, Side
 from kvconnect.buffers.choice import describe_pipes
 from kvconnect.buffers.crew import Crew
 from kvconnect.buffers.hello import Hello
-from kvconnect.buffers.ledger import digest_of
-from kvconnect.buffers.links import Link, Links
+from kvconnect.buffers.links import Link, Links, Station, foreign
+from kvconnect.buffers.promise import Answer
 from kvconnect.buffers.serving import PipeServer
-from kvconnect.buffers.station import Station, foreign
 from kvconnect.control import ControlClient, ControlServer
 from kvconnect.errors import BrokenError, ClosedError, DeadlineError, KVConnectError, LoadError, StaleError
 from kvconnect.loop import Timer
 from kvconnect.paging import BlockIds, PagedMemory
-from kvconnect.pipes.base import Transfer
+from kvconnect.pipes.base import Pipe, Transfer
 
 logger = logging.getLogger(__name__)
 
 #: How long a cancelled transfer may take to let go of its blocks before its pipe is ended.
 _LET_GO_S = 5.0
 _CLOSE_S = 5.0
-#: Of each of the five crews, at most. A peer that hangs holds one of them.
-_MAX_LEASE_MS = 1 << 31
+#: A promise that lasts this much longer is enough to begin with; one that runs out meanwhile is asked for again.
+_ENOUGH_S = 1.0
+#: Of each of the four crews, at most. A peer that hangs holds one of them.
 _THREADS = 4
 
 
 @dataclass(eq=False)
 class _Read:
-    """One load under way. Lives on the control client's thread."""
+    """One load under way."""
 
     claim: Claim
     remote: BlockIds
     local: BlockIds
     transfer: Transfer
     release: bool
-    #: When its present phase began.
-    since: float
-    link: Link | None = None
-    inner: Transfer | None = None
     timer: Timer | None = None
-    tries: int = 0
-    #: Both under the mover's lock: given up; its pipe was asked for the blocks.
+    link: Link | None = None
+    retried: bool = False
+    #: The owner was asked, before the blocks moved, whether it leaves them as they are.
+    question: Answer | None = None
+    #: These under the mover's lock: given up; its pipe was asked for the blocks; what moves them.
     stopped: KVConnectError | None = None
     moving: bool = False
-    #: Until when the owner has promised to leave the blocks as they are, a time of `time.monotonic`.
-    vouched_until: float = 0.0
+    inner: Transfer | None = None
 
-    def enter(self, over: str) -> None:
-        """Note how long the phase took that is over; the next one begins."""
-        now = time.monotonic()
-        self.transfer.phases[over] = self.transfer.phases.get(over, 0.0) + now - self.since
-        self.since = now
+    def mark(self, phase: str) -> None:
+        """Note that a phase has ended."""
+        self.transfer.phases[phase] = time.monotonic()
 
 
 class Mover(WorkerEnd):
@@ -91,18 +86,17 @@ class Mover(WorkerEnd):
         self._description = {
             "rank": rank,
             "endpoint": advertised(options, host, self._server.port),
-            **pipes,
+            "pipes": pipes,
             "layout": memory.layout.to_wire(),
             "device": memory.device,
         }
         me = Hello.of(settings, secrets.token_hex(8), worker=True)
         channels = Channels(self._server, self._client, options.transfer_timeout_s, options.lease_s, self._lost)
         # A crew for each: pipes that are slow to open must not keep others from reading or ending.
-        jobs = ("read-starts", "pipe-asks", "pipe-opens", "pipe-serves", "pipe-ends")
-        crews = [Crew(f"kvconnect-{job}", _THREADS) for job in jobs]
-        self._crews = self._starting, asking, opening, serving, ending = crews
+        names = ("kvconnect-read-starts", "kvconnect-pipe-asks", "kvconnect-pipe-serves", "kvconnect-pipe-ends")
+        self._crews = self._starting, asking, serving, ending = [Crew(name, _THREADS) for name in names]
         station = Station(settings, me, self._description, memory, self._client, channels)
-        self._links = Links(station, asking, opening, ending)
+        self._links = Links(station, asking, ending)
         self._pipes = PipeServer(station, self._server, serving, ending)
 
     def describe(self) -> dict[str, Any]:
@@ -120,19 +114,12 @@ class Mover(WorkerEnd):
         """Copy blocks as `read` does, but leave the release (and so the confirmation) to the caller."""
         return self._start(claim, remote, local, on_done, release=False)
 
-    def release(self, claim: Claim) -> Future[dict[str, Any]]:
+    def release(self, claim: Claim) -> Answer:
         """Tell the owner that this worker's part has been read; the answer says ``ok`` or ``stale``."""
         return self._tell("release", claim)
 
-    def _tell(self, op: str, claim: Claim) -> Future[dict[str, Any]]:
-        body = {
-            "grant": claim.grant,
-            "entry": claim.data["entry"],
-            "generation": claim.data["generation"],
-            "taker": claim.data["taker"],
-            "part": self._rank,
-            "blocks": digest_of(claim.blocks),
-        }
+    def _tell(self, op: str, claim: Claim) -> Answer:
+        body = {"grant": claim.grant, "part": self._rank, **claim.data}
         return self._client.call(claim.data["at"], op, body, self._options.release_timeout_s)
 
     def stats(self) -> dict[str, int]:
@@ -173,25 +160,26 @@ class Mover(WorkerEnd):
         release: bool,
     ) -> Transfer:
         transfer = Transfer(self._memory.layout.nbytes(local), lambda: self._cancelled(read))
-        read = _Read(claim, remote, local, transfer, release, time.monotonic())
+        read = _Read(claim, remote, local, transfer, release)
         transfer.add_done_callback(on_done)
         with self._lock:
             refused = self._closed
             if not refused:
                 self._reads.add(read)
-        if refused or not self._client.soon(lambda: self._begin(read)):
+        link = self._links.at_hand(str(claim.data.get("at")), str(claim.data.get("incarnation")))
+        if refused:
+            self._finish(read, ClosedError("the buffer was closed"))
+        elif link is not None:
+            # Each change of threads may wait for the interpreter lock, milliseconds beside a busy engine.
+            self._begin(read, link)
+        elif not self._client.soon(lambda: self._begin(read)):
             self._finish(read, ClosedError("the buffer was closed"))
         return transfer
 
     def _cancelled(self, read: _Read) -> None:
         self._client.soon(lambda: self._stop(read, LoadError("the load was cancelled")))
 
-    # The rest is on the client's thread.
-
-    def _begin(self, read: _Read) -> None:
-        timeout_s = self._options.transfer_timeout_s
-        late = DeadlineError(f"the load did not end within {timeout_s:g} s")
-        read.timer = self._client.later(timeout_s, lambda: self._stop(read, late))
+    def _begin(self, read: _Read, link: Link | None = None) -> None:
         try:
             _check_owned(read)
             # A pipeline stage without a layer of the last groups has nothing of them to move.
@@ -200,17 +188,21 @@ class Mover(WorkerEnd):
             self._memory.layout.check(read.local)
         except KVConnectError as error:
             self._finish(read, error)
-        else:
-            self._link(read)
-
-    def _link(self, read: _Read) -> None:
-        read.tries += 1
-        try:
-            at, incarnation = fields.text(read.claim.data, "at"), fields.text(read.claim.data, "incarnation")
-        except KVConnectError as error:
-            self._finish(read, error)
             return
-        self._links.get(at, incarnation, lambda link: self._linked(read, link))
+        if link is None:
+            self._limit(read)
+            self._link(read)
+        else:
+            self._linked(read, link)
+            self._limit(read)
+
+    def _limit(self, read: _Read) -> None:
+        """Give up in time."""
+        timeout_s = self._options.transfer_timeout_s
+        late = DeadlineError(f"the load did not end within {timeout_s:g} s")
+        read.timer = self._client.later(timeout_s, lambda: self._stop(read, late))
+        if read.transfer.done:
+            read.timer.cancel()
 
     def _linked(self, read: _Read, link: Link | KVConnectError) -> None:
         if read.transfer.done:
@@ -219,103 +211,112 @@ class Mover(WorkerEnd):
             self._finish(read, link)
             return
         read.link, read.transfer.via = link, link.name
-        pipe = link.pipe
-        self._hold(read)
-
-        def move() -> None:
-            with self._lock:
-                if read.stopped is not None:
-                    return  # `_stop` has finished it
-                read.moving = True
-            try:
-                if pipe is None:
-                    raise ClosedError("the pipe was closed")
-                read.enter("start")
-                inner = pipe.read_blocks(read.remote, read.local)
-            except Exception as error:  # noqa: BLE001 - a third party's may raise anything
-                inner = Transfer(0)
-                inner.finish(foreign(error))
-            self._client.soon(lambda: self._moving(read, inner))
-
-        if pipe is not None and pipe.traits.immediate:
-            move()  # each change of threads may wait for the interpreter lock, milliseconds beside a busy engine
+        self._ask(read)
+        if link.immediate:
+            self._move(read, link.pipe)
             return
         # Placing many blocks takes a while, and a third party's may block: too long for a
         # thread that serves all peers. Reads of one pipe start one after another.
-        if not self._starting.submit(move, lane=link):
+        pipe = link.pipe
+        if not self._starting.submit(lambda: self._move(read, pipe), lane=link):
             self._finish(read, ClosedError("the buffer was closed"))
 
-    def _hold(self, read: _Read) -> None:
-        """Have the owner promise, while the blocks move, that they stay as they are: saves asking afterwards."""
-        if not read.release:
+    def _ask(self, read: _Read) -> None:
+        """Have the owner promise, while the blocks move, that they stay as they are, unless it has."""
+        promise = read.claim.promise
+        if not read.release or promise.holds(_ENOUGH_S):
             return
-        asked = time.monotonic()
+        if promise.question is None or promise.question.done():
+            promise.ask(lambda: self._tell("claim", read.claim))
+        read.question = promise.question
 
-        def held(answer: Future[dict[str, Any]]) -> None:
-            try:
-                if answer.result().get("answer") == "ok":
-                    # From before the question: the owner counts from when it heard it.
-                    read.vouched_until = asked + fields.number(answer.result(), "lease_ms", _MAX_LEASE_MS) / 1000
-            except KVConnectError as error:
-                logger.debug("nobody vouches for a load yet: %s", error)
-
-        self._tell("hold", read.claim).add_done_callback(held)
-
-    def _moving(self, read: _Read, inner: Transfer) -> None:
-        read.inner = inner
-        if read.stopped is not None:
-            inner.cancel()
-
-        def over(_: Transfer) -> None:
-            if inner.error is None and read.stopped is None and time.monotonic() < read.vouched_until:
-                # Whichever thread this is: one change of threads less before the engine may go on.
-                self._note_moved(read)
-                self._finish(read, None)
-                self.release(read.claim)  # its answer changes nothing
-            else:
-                self._client.soon(lambda: self._moved(read, inner))
-
-        inner.add_done_callback(over)
-
-    def _note_moved(self, read: _Read) -> None:
-        read.enter("move")
+    def _move(self, read: _Read, pipe: Pipe | None) -> None:
         with self._lock:
-            self._counts["microseconds_on_wire"] += int(read.transfer.phases["move"] * 1e6)
+            stopped = read.stopped
+            read.moving = stopped is None
+        if stopped is not None:
+            return  # `_stop` has finished it
+        begun = time.monotonic()
+        try:
+            if pipe is None:
+                raise ClosedError("the pipe was closed")
+            inner = pipe.read_blocks(read.remote, read.local)
+        except Exception as error:  # noqa: BLE001 - a third party's may raise anything
+            inner = Transfer(0)
+            inner.finish(foreign(error))
+        read.mark("launched")
+        with self._lock:
+            read.inner, stopped = inner, read.stopped
+        if stopped is not None:
+            inner.cancel()
+        inner.add_done_callback(lambda _: self._moved(read, inner, begun))
 
-    def _moved(self, read: _Read, inner: Transfer) -> None:
-        error, link = read.stopped or inner.error, read.link
-        self._note_moved(read)
-        again = error is not None and link is not None and self._links.failed(link, error, retried=read.tries > 1)
-        if again and read.stopped is None:
-            read.link = read.inner = None
-            read.moving = False
-            self._link(read)
-        elif error is not None:
-            self._finish(read, error)
+    # Whichever thread this is: one change of threads less before the engine may go on.
+
+    def _moved(self, read: _Read, inner: Transfer, begun: float) -> None:
+        read.mark("moved")
+        with self._lock:
+            self._counts["microseconds_on_wire"] += int((read.transfer.phases["moved"] - begun) * 1e6)
+        if inner.error is not None or read.stopped is not None:
+            self._client.soon(lambda: self._failed(read, inner.error))
         elif read.release:
             self._confirm(read)
         else:
             self._finish(read, None)
 
-    def _confirm(self, read: _Read, *, again: bool = True) -> None:
-        self.release(read.claim).add_done_callback(lambda answer: self._confirmed(read, answer, again=again))
+    def _confirm(self, read: _Read) -> None:
+        """End a load, its bytes in place, once the owner vouches for them."""
+        question, read.question = read.question, None
+        if read.stopped is not None:
+            self._finish(read, read.stopped)
+        elif read.claim.promise.holds():
+            self._finish(read, None)
+            self.release(read.claim)  # its answer changes nothing
+        elif question is not None:
+            question.add_done_callback(lambda _: self._confirm(read))  # sooner answered than another one
+        else:
+            self._release(read)
 
-    def _confirmed(self, read: _Read, answer: Future[dict[str, Any]], *, again: bool) -> None:
+    def _release(self, read: _Read, *, again: bool = True) -> None:
+        self.release(read.claim).add_done_callback(lambda answer: self._released(read, answer, again=again))
+
+    def _released(self, read: _Read, answer: Answer, *, again: bool) -> None:
         try:
             verdict = answer.result().get("answer")
         except BrokenError as error:
             if again and read.stopped is None:
                 # Over a new connection, once. Had the owner ended the entry already, it says "stale".
-                self._confirm(read, again=False)
+                self._release(read, again=False)
             else:
                 self._finish(read, error)
             return
         except KVConnectError as error:
             self._finish(read, error)
             return
-        read.enter("confirm")
         stale = StaleError("the owner's lease on the blocks had ended before they were read")
         self._finish(read, None if verdict == "ok" else stale)
+
+    # -- on the client's thread -----------------------------------------------------------
+
+    def _link(self, read: _Read) -> None:
+        try:
+            at, incarnation = fields.text(read.claim.data, "at"), fields.text(read.claim.data, "incarnation")
+        except KVConnectError as error:
+            self._finish(read, error)
+            return
+        self._links.get(at, incarnation, lambda link: self._linked(read, link))
+
+    def _failed(self, read: _Read, error: KVConnectError | None) -> None:
+        link = read.link
+        if isinstance(error, (BrokenError, ClosedError)) and link is not None:
+            self._links.drop(link)
+            if read.stopped is None and not read.retried:
+                # The pipe may have been dead for long. The owner is asked anew, once.
+                read.link = read.inner = None
+                read.moving, read.retried = False, True
+                self._link(read)
+                return
+        self._finish(read, read.stopped or error)
 
     def _stop(self, read: _Read, error: KVConnectError) -> None:
         """Give up. A transfer under way keeps its blocks until its pipe has let go of them."""
@@ -323,8 +324,8 @@ class Mover(WorkerEnd):
             return
         with self._lock:
             read.stopped = error
-        link, inner = read.link, read.inner
-        if link is None or not read.moving:
+            link, inner, moving = read.link, read.inner, read.moving
+        if link is None or not moving:
             self._finish(read, error)
             return
         if inner is not None:
@@ -341,9 +342,8 @@ class Mover(WorkerEnd):
             if read.transfer.done:
                 return
             if error is None:
+                read.mark("confirmed")
                 self._counts.update(loads=1, bytes=read.transfer.nbytes)
-                if read.link is not None:
-                    read.link.proved = True
             else:
                 self._counts[f"failed_{type(error).__name__.removesuffix('Error').lower()}"] += 1
         read.transfer.finish(_as_load_error(read, error))

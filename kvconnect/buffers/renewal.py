@@ -5,13 +5,15 @@ Runs on the control client's thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 from kvconnect.buffers import fields
 from kvconnect.buffers.peers import Peers
+from kvconnect.buffers.promise import Promise
 from kvconnect.control import ControlClient
 from kvconnect.errors import BrokenError, KVConnectError
 
@@ -23,7 +25,7 @@ _LEAST_S = 0.25
 class _Round:
     """What the next message to one owner will say."""
 
-    grants: set[str] = field(default_factory=set)
+    grants: dict[str, Promise] = field(default_factory=dict)
     done: list[str] = field(default_factory=list)
     scheduled: bool = False
 
@@ -38,9 +40,9 @@ class Renewal:
         self._client, self._peers, self._lease_s, self._on_gone = client, peers, lease_s, on_gone
         self._rounds: dict[str, _Round] = {}
 
-    def add(self, endpoint: str, grant: str) -> None:
-        """Renew ``grant`` from now on."""
-        self._rounds.setdefault(endpoint, _Round()).grants.add(grant)
+    def add(self, endpoint: str, grant: str, promise: Promise) -> None:
+        """Renew ``grant`` from now on, and with it ``promise``."""
+        self._rounds.setdefault(endpoint, _Round()).grants[grant] = promise
         self._schedule(endpoint)
 
     def end(self, endpoint: str | None, grant: str) -> None:
@@ -48,14 +50,14 @@ class Renewal:
         if endpoint is None:
             return
         round_ = self._rounds.setdefault(endpoint, _Round())
-        round_.grants.discard(grant)
+        round_.grants.pop(grant, None)
         round_.done.append(grant)
         self._schedule(endpoint)
 
     def drop(self, endpoint: str, grant: str) -> None:
         """Stop renewing; the owner is told otherwise."""
         if endpoint in self._rounds:
-            self._rounds[endpoint].grants.discard(grant)
+            self._rounds[endpoint].grants.pop(grant, None)
 
     def _schedule(self, endpoint: str) -> None:
         round_ = self._rounds[endpoint]
@@ -74,16 +76,19 @@ class Renewal:
             del self._rounds[endpoint]
             return
         done, round_.done = round_.done, []
-        body = {"grants": sorted(round_.grants), "done": done}
+        asked, promises = time.monotonic(), dict(round_.grants)
+        body = {"grants": sorted(promises), "done": done}
         # An answer that takes longer than until the next round is of no use.
         call = self._client.call(endpoint, "renew", body, self._interval(endpoint))
-        call.add_done_callback(lambda answer: self._answered(endpoint, answer))
+        call.add_done_callback(lambda answer: self._answered(endpoint, answer, promises, asked))
         if round_.grants:
             self._schedule(endpoint)
         else:
             del self._rounds[endpoint]
 
-    def _answered(self, endpoint: str, answer: Future[dict[str, Any]]) -> None:
+    def _answered(
+        self, endpoint: str, answer: Future[dict[str, Any]], promises: Mapping[str, Promise], asked: float
+    ) -> None:
         try:
             gone = fields.texts(answer.result(), "gone")
         except BrokenError as error:
@@ -91,6 +96,8 @@ class Renewal:
             return
         except KVConnectError:
             return  # the next round tries again; at worst the owner's lease ends
+        for grant in promises.keys() - gone:
+            promises[grant].prolong(answer.result(), asked)
         if gone:
             for grant in gone:
                 self.drop(endpoint, grant)

@@ -21,6 +21,7 @@ from kvconnect.buffers.base import Claim, Miss, Want
 from kvconnect.buffers.choice import choose_pipe
 from kvconnect.buffers.directory import Producers
 from kvconnect.buffers.hello import Hello, check_shapes
+from kvconnect.buffers.ledger import digest_of
 from kvconnect.buffers.peers import Peer, Peers, worker_of
 from kvconnect.buffers.renewal import Renewal
 from kvconnect.buffers.ticket import Ticket
@@ -91,15 +92,12 @@ class Taker:
             self._looks[request_id] = look
         ticket = look.ticket
         if ticket and ticket.key == want.key and self._peers.met(ticket.at, ticket.incarnation):
-            self._answer(look, _claim_of(look, ticket))
-            posted = self._client.soon(lambda: self._claim_ticket(look, ticket))
+            self._claim_ticket(look, _claim_of(look, ticket))
         elif ticket or (self._options.content_lookup and self._producers.any()):
-            posted = self._client.soon(lambda: self._search(look))
+            if not self._client.soon(lambda: self._search(look)):
+                self._answer(look, Miss("closed"))
         else:
             self._answer(look, look.cause or Miss("no_producer"))
-            return
-        if not posted:
-            self._answer(look, Miss("closed"))
 
     def found(self, request_id: str) -> Claim | Miss | None:
         """Return the answer, or ``None`` while there is none."""
@@ -202,25 +200,26 @@ class Taker:
         if look.over:
             return
         if peer.is_met(ticket.incarnation):
-            if self._answer(look, _claim_of(look, ticket)):
-                self._claim_ticket(look, ticket)
+            self._claim_ticket(look, _claim_of(look, ticket))
             return
         look.cause = peer.failure or Miss("gone", f"engine {ticket.engine} was restarted")
         self._by_content(look)
 
-    def _claim_ticket(self, look: Look, ticket: Ticket, *, again: bool = True) -> None:
-        look.at = ticket.at
-        self._ask_claim(look, ticket).add_done_callback(
-            lambda answer: self._ticket_claimed(look, ticket, answer, again=again)
-        )
+    def _claim_ticket(self, look: Look, claim: Claim, *, again: bool = True) -> None:
+        """Answer with a ticket's own content, and have the owner confirm it meanwhile. Any thread."""
+        if again and not self._answer(look, claim):
+            return
+        look.at = claim.data["at"]
+        self._ask_claim(claim).add_done_callback(lambda answer: self._ticket_claimed(look, claim, answer, again=again))
 
-    def _ticket_claimed(self, look: Look, ticket: Ticket, answer: Future[dict[str, Any]], *, again: bool) -> None:
+    def _ticket_claimed(self, look: Look, claim: Claim, answer: Future[dict[str, Any]], *, again: bool) -> None:
+        at: str = claim.data["at"]
         if again and not look.over and isinstance(answer.exception(), BrokenError):
             # The connection may have been dead for long, and workers may read already. Over a new
             # one, once; if the claim was granted after all, this renews it.
-            self._claim_ticket(look, ticket, again=False)
+            self._claim_ticket(look, claim, again=False)
             return
-        miss = self._refusal(ticket, answer)
+        miss = self._refusal(at, answer)
         # Too late for a miss if the engine acts on the claim by now: then the owner's answer
         # to the workers' release decides.
         if miss is not None and self._answer(look, miss, instead=True):
@@ -228,7 +227,7 @@ class Taker:
                 self._give_back(look)
             look.at = None
         elif not look.over and (miss is None or _is_late(answer)):
-            self._renewal.add(ticket.at, look.grant)
+            self._renewal.add(at, look.grant, claim.promise)
 
     # -- the client's thread: by label and content ------------------------------------
 
@@ -286,19 +285,21 @@ class Taker:
         if look.offers:
             offer = look.offers.pop(0)
             look.claiming, look.at = True, offer.at
-            self._ask_claim(look, offer).add_done_callback(lambda answer: self._offer_claimed(look, offer, answer))
+            claim = _claim_of(look, offer)
+            self._ask_claim(claim).add_done_callback(lambda answer: self._offer_claimed(look, claim, answer))
         elif not look.waiting:
             self._answer(look, look.cause or Miss("absent"))
 
-    def _offer_claimed(self, look: Look, offer: Ticket, answer: Future[dict[str, Any]]) -> None:
+    def _offer_claimed(self, look: Look, claim: Claim, answer: Future[dict[str, Any]]) -> None:
+        at: str = claim.data["at"]
         look.claiming = False
-        if self._refusal(offer, answer) is not None:
+        if self._refusal(at, answer) is not None:
             if _is_late(answer):
                 self._give_back(look)
             look.at = None
             self._try_best(look)
-        elif self._answer(look, _claim_of(look, offer)):
-            self._renewal.add(offer.at, look.grant)
+        elif self._answer(look, claim):
+            self._renewal.add(at, look.grant, claim.promise)
         else:
             self._give_back(look)  # the request was abandoned or out of time meanwhile
 
@@ -309,16 +310,16 @@ class Taker:
 
     # -- the client's thread: claims ---------------------------------------------------
 
-    def _ask_claim(self, look: Look, ticket: Ticket) -> Future[dict[str, Any]]:
-        body = {"grant": look.grant, "entry": ticket.entry, "generation": ticket.generation, "taker": look.taker}
-        return self._client.call(ticket.at, "claim", body, self._options.lookup_timeout_s)
+    def _ask_claim(self, claim: Claim) -> Future[dict[str, Any]]:
+        at, body = claim.data["at"], {"grant": claim.grant, **claim.data}
+        return claim.promise.ask(lambda: self._client.call(at, "claim", body, self._options.lookup_timeout_s))
 
-    def _refusal(self, ticket: Ticket, answer: Future[dict[str, Any]]) -> Miss | None:
+    def _refusal(self, at: str, answer: Future[dict[str, Any]]) -> Miss | None:
         """Return why a claim was not granted, if it was not."""
         try:
             state = answer.result().get("state")
         except BrokenError as error:
-            self._peers.lost(ticket.at, error)
+            self._peers.lost(at, error)
             return Miss("unreachable", str(error))
         except KVConnectError as error:
             return Miss("unreachable", str(error))
@@ -361,6 +362,8 @@ def _claim_of(look: Look, ticket: Ticket) -> Claim:
         "entry": ticket.entry,
         "generation": ticket.generation,
         "taker": look.taker,
+        # With every question, the owner checks that these are its entry's.
+        "blocks": digest_of(ticket.blocks),
     }
     return Claim(look.grant, ticket.key, ticket.blocks, data)
 

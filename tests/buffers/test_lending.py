@@ -80,12 +80,17 @@ def test_a_ticket_that_cannot_be_read_falls_back_to_the_content(pair, field):
 
 def test_blocks_that_were_tampered_with_are_stale(pair):
     p, d = pair
+    meet(p, d)
     ticket, other = p.offer(1, ((1, 2),)), p.offer(2, ((3, 4),))
     ticket["blocks"] = other["blocks"]
-    claim = d.find("r", Want(key(1), ticket=ticket))
+    d.end.look("r", Want(key(1), ticket=ticket))
+    claim = d.end.commit("r")
     with pytest.raises(StaleError):
         d.read(claim).wait(8)
     assert p.end.stats()["stale"] == 1
+    assert not claim.promise.holds()
+    d.end.look("in time", Want(key(1), ticket=ticket))
+    eventually(lambda: isinstance(d.end.found("in time"), Miss))
 
 
 def test_an_entry_name_that_was_tampered_with_is_never_read_as_the_other(pair):
@@ -225,6 +230,20 @@ def test_a_claim_outlives_its_lease_until_it_is_settled():
         d.read(claim).wait(8)
         d.end.settle("r")
         assert p.freed() == [((1, 2, 3),)]
+
+
+def test_renewals_prolong_what_the_owner_has_promised():
+    with engines(lease_s=0.9) as (p, d):
+        claim = d.find("r", Want(key(1), ticket=p.offer()))
+        eventually(claim.promise.holds)
+        first = claim.promise.until
+        assert first <= time.monotonic() + 0.9
+        eventually(lambda: claim.promise.until > first, 2)
+        renewed = claim.promise.until
+        p.end._lender._ledger.abandon(claim.grant, time.monotonic())
+        until = time.monotonic() + 0.7
+        eventually(lambda: time.monotonic() > until)
+        assert claim.promise.until <= renewed + 0.5, "a promise was prolonged that the owner had ended"
 
 
 def test_what_was_settled_unread_comes_back_before_the_lease_ends():

@@ -6,8 +6,6 @@ import os
 import signal
 import threading
 import time
-from collections import Counter
-from concurrent.futures import Future
 from typing import ClassVar
 
 import pytest
@@ -24,91 +22,10 @@ from kvconnect.errors import (
     LoadError,
 )
 from kvconnect.paging import PagedLayout, PagedMemory
-from kvconnect.pipes.base import Pipe, Reach, Traits, Transfer
+from kvconnect.pipes.base import Pipe, Reach, Traits
 from kvconnect.pipes.inproc import InprocPipe
 from tests.buffers.engines import Engine, eventually, group, key, layout
-
-
-class FaultyPipe(InprocPipe):
-    """An inproc pipe that fails as the test says."""
-
-    opened: ClassVar[Counter] = Counter()
-    breaks: int = 0
-    clogs = False
-    refuses = False
-    stalls = 0  # reads that hang while they start
-    opens_stall: ClassVar[dict] = {}  # openings that hang, by side
-    attach_stalls = 0  # serving ends that hang while they are attached, until they are aborted
-    stalled: ClassVar[threading.Event]  # a read is starting
-    gate: ClassVar[threading.Event]  # lets it go on
-    started: ClassVar[list] = []  # clogged transfers
-    held: ClassVar[list] = []  # those of them that were cancelled
-
-    def __init__(self, spec):
-        if type(self).refuses and spec.side == "serves":
-            raise ValueError("a third party's fault")
-        if type(self).opens_stall.get(spec.side, 0):
-            type(self).opens_stall[spec.side] -= 1
-            type(self).stalled.set()
-            type(self).gate.wait(20)
-        super().__init__(spec)
-        self.ended = threading.Event()
-        type(self).opened[spec.side] += 1
-
-    def attach(self, *args):
-        if type(self).attach_stalls and self._side == 0:
-            type(self).attach_stalls -= 1
-            self.ended.wait(20)
-        super().attach(*args)
-
-    def abort(self):
-        super().abort()
-        self.ended.set()
-        type(self).gate.set()
-
-    def read_blocks(self, remote, local):
-        cls = type(self)
-        if cls.stalls:
-            cls.stalls -= 1
-            cls.stalled.set()
-            cls.gate.wait(20)
-            raise BrokenError("cut")
-        if cls.breaks:
-            cls.breaks -= 1
-            self.abort()
-            raise BrokenError("cut")
-        if cls.clogs:
-            transfer = Transfer(1, lambda: cls.held.append(transfer))
-            cls.started.append(transfer)
-            return transfer
-        return super().read_blocks(remote, local)
-
-
-@pytest.fixture
-def faulty(monkeypatch):
-    own = {"opened": Counter(), "started": [], "held": [], "stalled": threading.Event(), "gate": threading.Event()}
-    own["opens_stall"] = {}
-    cls = type("Faulty", (FaultyPipe,), own)
-    real = registry.pipe
-    monkeypatch.setattr(registry, "pipe", lambda name: cls if name == "inproc" else real(name))
-    return cls
-
-
-def engines(**options):
-    options = {"group": group(), **options}
-    return Engine("P", produces=True, **options), Engine("D", consumes=True, **options)
-
-
-@pytest.fixture
-def pair(faulty):  # noqa: ARG001 - its pipes are in use
-    p, d = engines(transfer_timeout_s=0.5)
-    yield p, d
-    d.close()
-    p.close()
-
-
-def claimed(p, d, number=1, blocks=((1, 2, 3),)):
-    return d.find(f"r{number}", Want(key(number), ticket=p.offer(number, blocks)))
+from tests.buffers.faults import claimed, engines
 
 
 def test_readers_of_a_new_peer_share_one_opening(pair, faulty):
@@ -327,15 +244,6 @@ def claimed_by_nobody():
     return Claim("g", key(1), ((1,),), {"at": "127.0.0.1:1", "incarnation": "x"})
 
 
-def test_a_scheduler_that_is_gone_fails_the_confirmation(pair):
-    p, d = pair
-    d.read(claimed(p, d, 1)).wait(8)
-    claim = claimed(p, d, 2)
-    p.end.close()
-    with pytest.raises(LoadError):
-        d.read(claim).wait(8)
-
-
 def test_counters_tell_loads_bytes_and_failures(pair):
     p, d = pair
     d.read(claimed(p, d)).wait(8)
@@ -408,74 +316,6 @@ def test_a_load_whose_pipe_breaks_on_the_way_is_read_again_over_a_fresh_one(monk
     p.close()
 
 
-def test_a_confirmation_whose_connection_broke_is_asked_for_again_once(pair, monkeypatch):
-    p, d = pair
-    client = d.workers[0]._client
-    real, asked, failures = client.call, [], 1
-
-    def call(endpoint, op, body, timeout_s):
-        if op == "hold":  # without a promise beforehand, the owner is asked afterwards
-            return Future()
-        if op == "release":
-            asked.append(op)
-            if len(asked) <= failures:
-                broken = Future()
-                broken.set_exception(BrokenError("the connection was closed"))
-                return broken
-        return real(endpoint, op, body, timeout_s)
-
-    monkeypatch.setattr(client, "call", call)
-    d.read(claimed(p, d, 1)).wait(8)
-    assert len(asked) == 2
-    asked.clear()
-    failures = 2
-    with pytest.raises(LoadError, match="connection was closed"):
-        d.read(claimed(p, d, 2)).wait(8)
-    assert len(asked) == 2
-
-
-def test_within_a_promised_lease_a_load_waits_for_no_confirmation(pair, monkeypatch):
-    p, d = pair
-    client = d.workers[0]._client
-    real, told = client.call, []
-
-    def call(endpoint, op, body, timeout_s):
-        answer = real(endpoint, op, body, timeout_s)
-        if op == "hold":  # at once: the real promise might come after so short a load
-            answer = Future()
-            answer.set_result({"answer": "ok", "lease_ms": 9000})
-        if op != "release":
-            return answer
-        told.append(answer)
-        return Future()
-
-    monkeypatch.setattr(client, "call", call)
-    d.read(claimed(p, d, 1)).wait(8)
-    assert told[0].result(8) == {"answer": "ok"}
-    eventually(p.freed)
-
-
-@pytest.mark.parametrize("promise", [{"answer": "ok", "lease_ms": 0}, {"answer": "stale"}, {}, {"lease_ms": 9000}])
-def test_without_a_promise_that_holds_till_the_end_the_owner_is_asked_what_was_read(pair, monkeypatch, promise):
-    p, d = pair
-    client = d.workers[0]._client
-    real = client.call
-
-    def call(endpoint, op, body, timeout_s):
-        answer = Future()
-        if op == "hold":
-            answer.set_result(promise)
-        elif op == "release":
-            answer.set_result({"answer": "stale"})
-        else:
-            return real(endpoint, op, body, timeout_s)
-        return answer
-
-    monkeypatch.setattr(client, "call", call)
-    with pytest.raises(LoadError, match="lease"):
-        d.read(claimed(p, d, 1)).wait(8)
-
-
 class OwnTime(ThreeMethods):
     timeout_s = 7.0
 
@@ -512,7 +352,7 @@ def produce(connection, name, pipe, chosen):
 
 @pytest.mark.parametrize("pipe", ["tcp", "shm"])
 def test_a_killed_producer_fails_loads_and_later_lookups_in_time(pipe):
-    if pipe not in describe_pipes("auto", PagedMemory(PagedLayout((), ()), []))["pipes"]:
+    if pipe not in describe_pipes("auto", PagedMemory(PagedLayout((), ()), [])):
         pytest.skip(f"{pipe} is not available")
     name = group()
     ours, theirs = multiprocessing.get_context("spawn").Pipe()

@@ -1,0 +1,67 @@
+"""What an owner has promised a taker: to leave the blocks of its claim as they are, for a lease.
+
+Every answer that grants, renews or holds a claim is such a promise. A reader whose bytes
+are in place before it runs out need not ask whether they were still the right ones.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Any
+
+from kvconnect.pipes import host
+
+_MAX_LEASE_MS = 1 << 31
+#: Of a lease; the owner's clock may run faster than ours.
+_SURE = 0.99
+
+Answer = Future[dict[str, Any]]
+
+
+class Promise:
+    """Until when the owner of one claim leaves its blocks as they are, as far as is known here.
+
+    The scheduler's and the workers' halves of one process share it, so that every renewal
+    counts at once. Another process of the host gets a copy of what was known when the claim
+    left; another host gets nothing, for its clock is another one. Thread-safe.
+    """
+
+    __slots__ = ("question", "until")
+
+    def __init__(self, until: float = 0.0) -> None:
+        #: A time of `time.monotonic`.
+        self.until = until
+        #: The latest claim; its answer may be under way.
+        self.question: Answer | None = None
+
+    def holds(self, for_s: float = 0.0) -> bool:
+        """Whether it reaches to ``for_s`` seconds from now."""
+        return time.monotonic() + for_s < self.until
+
+    def ask(self, call: Callable[[], Answer]) -> Answer:
+        """Claim the blocks by ``call``, be it for the first time or again: an ``"ok"`` is good for a lease."""
+        # From before the question: the owner counts from when it heard it.
+        asked = time.monotonic()
+        self.question = question = call()
+        question.add_done_callback(lambda answer: self._heard(answer, asked))
+        return question
+
+    def prolong(self, answer: Mapping[str, Any], asked: float) -> None:
+        """Take note of the lease in a good ``answer`` to what was asked then."""
+        lease_ms = answer.get("lease_ms")
+        if type(lease_ms) is int and 0 < lease_ms < _MAX_LEASE_MS:
+            self.until = max(self.until, asked + _SURE * lease_ms / 1000)
+
+    def _heard(self, answer: Answer, asked: float) -> None:
+        if answer.exception() is None and answer.result().get("state") == "ok":
+            self.prolong(answer.result(), asked)
+
+    def __reduce__(self) -> tuple[Callable[[float, str], Promise], tuple[float, str]]:
+        """Pickle what is known."""
+        return _arrived, (self.until, host.identity()["host"])
+
+
+def _arrived(until: float, boot: str) -> Promise:
+    return Promise(until if boot == host.identity()["host"] else 0.0)
