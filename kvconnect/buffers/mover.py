@@ -19,9 +19,11 @@ from kvconnect.buffers.channels import Channels, Side
 from kvconnect.buffers.choice import describe_pipes
 from kvconnect.buffers.crew import Crew
 from kvconnect.buffers.hello import Hello
-from kvconnect.buffers.links import Link, Links, Station, foreign
+from kvconnect.buffers.links import Link, Links
 from kvconnect.buffers.promise import Answer
 from kvconnect.buffers.serving import PipeServer
+from kvconnect.buffers.station import Station, foreign
+from kvconnect.buffers.trial import Trial
 from kvconnect.control import ControlClient, ControlServer
 from kvconnect.errors import BrokenError, ClosedError, DeadlineError, KVConnectError, LoadError, StaleError
 from kvconnect.loop import Timer
@@ -35,7 +37,7 @@ _LET_GO_S = 5.0
 _CLOSE_S = 5.0
 #: A promise that lasts this much longer is enough to begin with; one that runs out meanwhile is asked for again.
 _ENOUGH_S = 1.0
-#: Of each of the four crews, at most. A peer that hangs holds one of them.
+#: Of each of the five crews, at most. A peer that hangs holds one of them.
 _THREADS = 4
 
 
@@ -86,17 +88,18 @@ class Mover(WorkerEnd):
         self._description = {
             "rank": rank,
             "endpoint": advertised(options, host, self._server.port),
-            "pipes": pipes,
+            **pipes,
             "layout": memory.layout.to_wire(),
             "device": memory.device,
         }
         me = Hello.of(settings, secrets.token_hex(8), worker=True)
         channels = Channels(self._server, self._client, options.transfer_timeout_s, options.lease_s, self._lost)
         # A crew for each: pipes that are slow to open must not keep others from reading or ending.
-        names = ("kvconnect-read-starts", "kvconnect-pipe-asks", "kvconnect-pipe-serves", "kvconnect-pipe-ends")
-        self._crews = self._starting, asking, serving, ending = [Crew(name, _THREADS) for name in names]
+        jobs = ("read-starts", "pipe-asks", "pipe-opens", "pipe-serves", "pipe-ends")
+        crews = [Crew(f"kvconnect-{job}", _THREADS) for job in jobs]
+        self._crews = self._starting, asking, opening, serving, ending = crews
         station = Station(settings, me, self._description, memory, self._client, channels)
-        self._links = Links(station, asking, ending)
+        self._links = Links(station, asking, opening, ending)
         self._pipes = PipeServer(station, self._server, serving, ending)
 
     def describe(self) -> dict[str, Any]:
@@ -230,7 +233,7 @@ class Mover(WorkerEnd):
             promise.ask(lambda: self._tell("claim", read.claim))
         read.question = promise.question
 
-    def _move(self, read: _Read, pipe: Pipe | None) -> None:
+    def _move(self, read: _Read, pipe: Pipe | Trial | None) -> None:
         with self._lock:
             stopped = read.stopped
             read.moving = stopped is None
@@ -307,16 +310,14 @@ class Mover(WorkerEnd):
         self._links.get(at, incarnation, lambda link: self._linked(read, link))
 
     def _failed(self, read: _Read, error: KVConnectError | None) -> None:
-        link = read.link
-        if isinstance(error, (BrokenError, ClosedError)) and link is not None:
-            self._links.drop(link)
-            if read.stopped is None and not read.retried:
-                # The pipe may have been dead for long. The owner is asked anew, once.
-                read.link = read.inner = None
-                read.moving, read.retried = False, True
-                self._link(read)
-                return
-        self._finish(read, read.stopped or error)
+        failure, link = read.stopped or error, read.link
+        again = failure is not None and link is not None and self._links.failed(link, failure, retried=read.retried)
+        if again and read.stopped is None:
+            read.link = read.inner = None
+            read.moving, read.retried = False, True
+            self._link(read)
+        else:
+            self._finish(read, failure)
 
     def _stop(self, read: _Read, error: KVConnectError) -> None:
         """Give up. A transfer under way keeps its blocks until its pipe has let go of them."""
@@ -343,6 +344,8 @@ class Mover(WorkerEnd):
                 return
             if error is None:
                 read.mark("confirmed")
+                if read.link is not None:
+                    read.link.proved = True
                 self._counts.update(loads=1, bytes=read.transfer.nbytes)
             else:
                 self._counts[f"failed_{type(error).__name__.removesuffix('Error').lower()}"] += 1

@@ -352,7 +352,7 @@ def produce(connection, name, pipe, chosen):
 
 @pytest.mark.parametrize("pipe", ["tcp", "shm"])
 def test_a_killed_producer_fails_loads_and_later_lookups_in_time(pipe):
-    if pipe not in describe_pipes("auto", PagedMemory(PagedLayout((), ()), [])):
+    if pipe not in describe_pipes("auto", PagedMemory(PagedLayout((), ()), []))["pipes"]:
         pytest.skip(f"{pipe} is not available")
     name = group()
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
