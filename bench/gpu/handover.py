@@ -1,4 +1,4 @@
-"""The whole hand-over as the connectors make it, without an engine: claim in hand → read, confirmed by the owner."""
+"""The whole hand-over as the connectors make it, without an engine: ticket in hand → bytes that a kernel may read."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ _POLL_S = 0.5e-3
 class HandOver(Contender):
     """Both ends of `RemoteBuffer` in either process, over the pipe that is named.
 
-    P lends blocks for a ticket; D looks, has its claim, and only then the clock starts:
-    it ends when the blocks were read *and* P has answered the release.
+    P lends blocks for a ticket, which names them: D knows all ids, and the clock starts. D
+    looks, has its claim, reads. The clock ends when the bytes are in place *and* P has
+    granted the claim, that is, when an engine may compute with them. The two ends of D are
+    in one process, as those of an engine without tensor parallelism.
     """
 
     def __init__(self, host: Host, options: Mapping[str, Any]) -> None:
@@ -58,9 +60,9 @@ class HandOver(Contender):
         self._number += 1
         request = f"request-{self._number}"
         ticket = self.host.peer.swap({"number": self._number})["ticket"]
+        start = time.perf_counter()
         self._end.look(request, Want(_key(self._number), ticket=ticket))
         claim = self._claim(request)
-        start = time.perf_counter()
         transfer = self._worker.read(claim, claim.blocks, (tuple(to_ids),), _ignore)
         transfer.wait(_LIMIT_S)
         took = time.perf_counter() - start
