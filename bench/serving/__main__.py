@@ -56,7 +56,7 @@ def main() -> int:
     for together in batches([CONTENDERS[name] for name in args.contender or CONTENDERS]):
         try:
             for rows in contend(together, setup, args, release):
-                run["rows"] += rows
+                run["rows"] = results.replaced(run["rows"], rows) + rows
                 results.save(run, args.out, append=True)
         except _FAILURES as error:
             failed += 1
@@ -109,7 +109,7 @@ def _everything(one: Session, args: argparse.Namespace) -> Iterator[list[Row]]:
     if args.load and one.contender.legs is not Legs.ADDRESSES:
         smaller = {"streams": 2, "prefills": 1, "prefill_tokens": 512} if args.tiny else {}
         what = Load(args.rate, args.seconds, max(args.lengths), args.prompts, **smaller)
-        yield [load.measure(one, what, args.load, ENGINE_RATE)]
+        yield from load.measure(one, what, args.load, ENGINE_RATE)
 
 
 def _arguments() -> argparse.Namespace:

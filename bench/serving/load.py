@@ -12,7 +12,7 @@ import json
 import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -220,8 +220,8 @@ class Loader:
         return answer
 
 
-def measure(session: Session, load: Load, repeats: int, engine_rate: float) -> Row:
-    """Return one row of a load, each number with its repeats; ``engine_rate`` is the link's, bytes a second."""
+def measure(session: Session, load: Load, repeats: int, engine_rate: float) -> Iterator[list[Row]]:
+    """Yield the row of a load after each repeat, should the next be cut off; ``engine_rate``: the link, bytes/s."""
     loader = Loader(session, load)
     taken: list[Seen] = []
     alone: list[Seen] = []
@@ -231,13 +231,18 @@ def measure(session: Session, load: Load, repeats: int, engine_rate: float) -> R
             taken.append(loader.repeat(taken=True))
             if session.fleet.prefill is not None:
                 alone.append(loader.repeat(taken=False))
+            row = session.identity(f"load of {load.tokens} tokens", "under load", load.tokens)
+            row |= {"arrivals_per_s": load.rate, "seconds": load.seconds, "streams": load.streams}
+            row |= _summary(taken, alone, engine_rate)
+            say(json.dumps({key: value for key, value in row.items() if value is not None}))
+            yield [row]
     finally:
         loader.close()
-    row = session.identity(f"load of {load.tokens} tokens", "under load", load.tokens)
-    row |= {
-        "arrivals_per_s": load.rate,
-        "seconds": load.seconds,
-        "streams": load.streams,
+
+
+def _summary(taken: Sequence[Seen], alone: Sequence[Seen], engine_rate: float) -> Row:
+    """Return what the repeats saw, each number with all of them."""
+    return {
         **_spread("itl_p50_ms", [transfers.percentile(seen.gaps, 50) for seen in taken]),
         **_spread("itl_p99_ms", [transfers.percentile(seen.gaps, 99) for seen in taken]),
         **_spread("itl_alone_p99_ms", [transfers.percentile(seen.gaps, 99) for seen in alone]),
@@ -246,14 +251,12 @@ def measure(session: Session, load: Load, repeats: int, engine_rate: float) -> R
         **_spread("launch_p50_ms", [transfers.percentile(seen.launch, 50) for seen in taken]),
         **_spread("launch_p99_ms", [transfers.percentile(seen.launch, 99) for seen in taken]),
         **_spread("gb_per_s", [seen.gb_per_s for seen in taken]),
+        **_spread("link_share", [seen.gb_per_s and round(seen.gb_per_s * 1e9 / engine_rate, 3) for seen in taken]),
         **_spread("prefill_tokens_per_s", [seen.prefill_tokens_per_s for seen in taken]),
         **_spread("prefill_alone_tokens_per_s", [seen.prefill_tokens_per_s for seen in alone]),
-        **_spread("link_share", [seen.gb_per_s and round(seen.gb_per_s * 1e9 / engine_rate, 3) for seen in taken]),
         "late_p99_ms": transfers.percentile([late for seen in taken for late in seen.late], 99),
         "failed": sum(seen.failed for seen in taken),
     }
-    say(json.dumps({key: value for key, value in row.items() if value is not None}))
-    return row
 
 
 def rate(done: Sequence[float], tokens: int) -> float | None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -67,7 +68,8 @@ def update() -> None:
     if results is not None:
         chosen = timeline.choose(results["rows"])
         if chosen:
-            timeline.draw(chosen, PICTURE)
+            with contextlib.suppress(ImportError):
+                timeline.draw(chosen, PICTURE)
     text = render(results, picture=PICTURE.exists())
     DOCUMENT.write_text(report.between(DOCUMENT.read_text(encoding="utf-8"), BEGIN, END, text), encoding="utf-8")
 

@@ -1,7 +1,11 @@
-"""A results file that several runs write to: each replaces the rows that it measured anew and keeps the others."""
+"""A results file that several runs write to: each replaces the rows that it measured anew and keeps the others.
+
+``python -m bench.serving.results FILE OTHER...`` adds other files to the first one in this way.
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +23,8 @@ def merge(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
 
     Each row names the commit that it was measured at. At the top, what differs between the runs stands side by side.
     """
-    fresh = [row | {"commit": new["commit"]} for row in new["rows"] if goals.is_measured(row)]
-    kept = [] if old is None else _kept(old["rows"], fresh)
+    fresh = [{"commit": new["commit"]} | row for row in new["rows"] if goals.is_measured(row)]
+    kept = [] if old is None else replaced([row for row in old["rows"] if goals.is_measured(row)], fresh)
     rows = goals.judge(kept + fresh)
     if old is None or not kept:
         return new | {"rows": rows}
@@ -40,9 +44,22 @@ def save(run: dict[str, Any], path: Path, *, append: bool) -> dict[str, Any]:
     return whole
 
 
-def _kept(old: list[Row], fresh: list[Row]) -> list[Row]:
-    replaced = {_key(row) for row in fresh}
-    return [row for row in old if goals.is_measured(row) and _key(row) not in replaced]
+def main() -> int:
+    """Run from the command line."""
+    first, *others = map(Path, sys.argv[1:])
+    for other in others:
+        run = files.load(other)
+        if run is None:
+            sys.stderr.write(f"there is no {other}\n")
+            return 1
+        save(run, first, append=True)
+    return 0
+
+
+def replaced(old: list[Row], fresh: list[Row]) -> list[Row]:
+    """Return the old rows but for those that were measured anew."""
+    anew = {_key(row) for row in fresh}
+    return [row for row in old if _key(row) not in anew]
 
 
 def _key(row: Row) -> tuple[Any, ...]:
@@ -53,3 +70,7 @@ def _both(one: str | None, other: str | None) -> str:
     """Return what two runs say, once where they agree."""
     parts = [part for text in (one, other) if text for part in text.split(_BETWEEN)]
     return _BETWEEN.join(dict.fromkeys(parts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
