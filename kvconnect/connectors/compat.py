@@ -78,6 +78,30 @@ def block_dim(shape: tuple[int, ...], num_blocks: int) -> int:
     raise ValueError(f"no dimension of {tuple(shape)} counts {num_blocks} blocks")
 
 
+def may_wish_for_layout(asker: str) -> bool:
+    """Whether a connector is free to name the layout of the KV cache that it would like.
+
+    vLLM drops a wish that the attention backend cannot meet (0.29 and later); before, it took any name
+    but two for a mistake. A MultiConnector still refuses to start when its children's wishes differ,
+    and no child knows that it is one, nor of the others: only the ``asker``, a module's name, shows it.
+    """
+    from vllm.v1.attention.backends import utils
+
+    return hasattr(utils, "resolve_kv_cache_layout") and not asker.endswith("multi_connector")
+
+
+def inner_layout(config: KVCacheConfig) -> str:
+    """Name the order of heads, tokens and content inside a block; where layers and blocks lie does not matter."""
+    layout = getattr(config, "kv_cache_layout", None)
+    name = str(getattr(layout, "name", layout) or "")
+    if name:
+        return "".join(c for c in name if c in "HNC")
+    from vllm import envs
+
+    # Before 0.29 it is a setting of the process; without one, tokens come before heads.
+    return f"legacy {envs.VLLM_KV_CACHE_LAYOUT or 'NHD'}"
+
+
 def block_ids(blocks: KVCacheBlocks) -> tuple[list[int], ...]:
     """Return a request's block table, per group."""
     ids: tuple[list[int], ...] = blocks.get_block_ids()

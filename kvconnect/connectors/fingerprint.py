@@ -29,16 +29,9 @@ def fingerprint(config: VllmConfig, kv: KVCacheConfig) -> dict[str, str | int]:
         **compat.parallel_fields(config.parallel_config),
         "draft_model": compat.draft_model(config.speculative_config),
         "blocks": groups.block_shape(kv),
-        "block_layout": _inner_order(kv),
+        "block_layout": compat.inner_layout(kv),
         "platform": _platform(),
     }
-
-
-def _inner_order(kv: KVCacheConfig) -> str:
-    """Order of heads, tokens and content inside a block; where layers and blocks lie does not matter."""
-    layout = getattr(kv, "kv_cache_layout", None)
-    name = getattr(layout, "name", layout)
-    return "".join(c for c in str(name) if c in "HNC") if name else "legacy"
 
 
 def _platform() -> str:

@@ -102,6 +102,19 @@ def engine(vllm_config: VllmConfig, kv: KVCacheConfig, preset: str | None) -> En
     )
 
 
+def layout_wish(vllm_config: VllmConfig, preset: str | None) -> str | None:
+    """Name the layout of the KV cache that is faster for the pipe, or ``None`` if all are alike to it."""
+    transfer = vllm_config.kv_transfer_config
+    if transfer is None:
+        return None
+    try:
+        extra = compat.extra_config(transfer)
+        pipe = registry.pipe(_pipe(extra, Config.parse(extra), preset).name)
+    except ConfigError:
+        return None  # whoever builds the connector hears of it
+    return "BLHNC" if pipe.traits.likes_long_runs else None
+
+
 def namespace(marks: Mapping[str, str | int]) -> str:
     """Hash a fingerprint into the namespace of keys."""
     text = json.dumps(dict(marks), sort_keys=True)

@@ -75,6 +75,8 @@ class Traits:
     zero_copy: bool = False
     #: `Pipe.read_blocks` and `Pipe.write_blocks` only enqueue: a thread that serves other peers may call them.
     immediate: bool = False
+    #: Blocks move faster where all layers of one lie together in memory, as in block-outermost layouts.
+    likes_long_runs: bool = False
 
 
 @dataclass(frozen=True)
