@@ -40,8 +40,9 @@ class Plan:
     With ``multi`` the connector is the only child of a MultiConnector.
     ``extra_config`` goes under ``kv_connector_extra_config`` of each. With ``tiny``
     the last consumer's KV cache has `TINY_BLOCKS` blocks, so that it preempts. Engines of several
-    workers are to be ``patient`` where cores are few, see `tests/vllm/patient`. Producers run on the
-    first of ``devices``, all others on the second: CUDA devices, or ``None`` for the CPU.
+    workers are to be ``patient`` where cores are few, see `tests/vllm/patient`. Producers have the
+    first of ``roles`` and run on the first of ``devices``, all others on the second: CUDA devices,
+    one for each worker, or none for the CPU. ``model`` is a folder, if it is not the demo's ``variant``.
     """
 
     connector: str
@@ -55,7 +56,10 @@ class Plan:
     variant: model.Variant = "llama"
     tiny: bool = True
     patient: bool = False
-    devices: tuple[int | None, int | None] = (None, None)
+    devices: tuple[Sequence[int], Sequence[int]] = ((), ())
+    roles: tuple[str, str] = ("kv_producer", "kv_consumer")
+    model: str = ""
+    env: Mapping[str, str] = field(default_factory=dict)
     lease_s: float = 8.0
     extra_config: Mapping[str, Any] = field(default_factory=dict)
     arguments: tuple[str, ...] = ()
@@ -66,9 +70,9 @@ class Fleet:
 
     def __init__(self, plan: Plan, folder: Path) -> None:
         self.plan = plan
-        self.model = str(model.ensure(plan.variant))
+        self.model = plan.model or str(model.ensure(plan.variant))
         self._folder = folder
-        self._http = api.open_client(120.0)
+        self.http = api.open_client(120.0)
         options = EngineOptions(
             self.model,
             engines=plan.producers + plan.consumers + plan.plain + plan.strangers,
@@ -76,11 +80,11 @@ class Fleet:
             max_num_batched_tokens=CHUNK,
             extra=("--enable-prompt-tokens-details", "--shutdown-timeout", "0", *plan.arguments),
         )
-        self.producers = [self._engine(f"P{i}", options, "kv_producer") for i in range(plan.producers)]
+        self.producers = [self._engine(f"P{i}", options, plan.roles[0]) for i in range(plan.producers)]
         small = ("--num-gpu-blocks-override", str(TINY_BLOCKS)) if plan.tiny else ()
         last = plan.consumers - 1
         self.consumers = [
-            self._engine(f"D{i}", options, "kv_consumer", small if i == last else ()) for i in range(plan.consumers)
+            self._engine(f"D{i}", options, plan.roles[1], small if i == last else ()) for i in range(plan.consumers)
         ]
 
         self.plain = [self._engine(f"N{i}", options, None) for i in range(plan.plain)]
@@ -102,7 +106,7 @@ class Fleet:
 
     def stop(self) -> None:
         """Stop all engines."""
-        self._http.close()
+        self.http.close()
         engines.stop(self.engines)
 
     # -- requests ------------------------------------------------------------------
@@ -113,7 +117,7 @@ class Fleet:
         ``rank`` names the engine among data-parallel ones; vLLM chooses otherwise.
         """
         if rank is None:
-            return api.send(self._http, engine.url, prompt, **how)
+            return api.send(self.http, engine.url, prompt, **how)
         with api.open_client(120.0) as http:
             http.headers["X-data-parallel-rank"] = str(rank)
             return api.send(http, engine.url, prompt, **how)
@@ -143,16 +147,16 @@ class Fleet:
         """Return what one engine alone answers."""
         return self.ask(self.consumers[0], replace(prompt, salt=unique("reference")))
 
-    def together(self, calls: Iterable[Callable[[], T]], at_once: int = 64) -> list[T]:
+    def together(self, calls: Iterable[Callable[[], T]], at_once: int = 64, limit_s: float = 300.0) -> list[T]:
         """Run calls in threads, ``at_once`` at a time; raises the first error."""
         with concurrent.futures.ThreadPoolExecutor(at_once, thread_name_prefix="fleet") as pool:
-            return [future.result(300) for future in [pool.submit(call) for call in calls]]
+            return [future.result(limit_s) for future in [pool.submit(call) for call in calls]]
 
     # -- what happened ---------------------------------------------------------------
 
     def metric(self, engine: Server, name: str, default: float = 0.0) -> float:
         """Return one of an engine's metrics by name and labels (see `client.metrics`)."""
-        return api.metrics(self._http, engine.url).get(name, default)
+        return api.metrics(self.http, engine.url).get(name, default)
 
     def fetched(self, engine: Server, call: Callable[[], T]) -> tuple[T, int]:
         """Run ``call``; return its result and by how much the engine's own count of tokens from elsewhere grew."""
@@ -165,20 +169,23 @@ class Fleet:
         return report.find_load(engine.log, request_id)
 
     def forget(self, engine: Server) -> bool:
-        """Empty the engine's own prefix cache; False while any of its blocks is in use or lent."""
-        response = self._http.post(engine.url + "/reset_prefix_cache")
+        """Empty the engine's own prefix cache; False while any of its blocks is in use or lent.
+
+        Releases before 0.29 do not say; there it is always True.
+        """
+        response = self.http.post(engine.url + "/reset_prefix_cache")
         response.raise_for_status()
-        return bool(response.json()["success"])
+        return not response.content or bool(response.json()["success"])
 
     def zero_block(self, engine: Server, block: int) -> None:
         """Zero one KV block in every layer of an engine's memory."""
         rpc = {"method": "zero_kv_block", "args": [str(block)], "timeout": 30}
-        self._http.post(engine.url + "/collective_rpc", json=rpc).raise_for_status()
+        self.http.post(engine.url + "/collective_rpc", json=rpc).raise_for_status()
 
     def digests(self, engine: Server) -> dict[int, str]:
         """Return a digest of each block's bytes in all layers of an engine's memory."""
         rpc = {"method": "digest_kv_blocks", "timeout": 60}
-        response = self._http.post(engine.url + "/collective_rpc", json=rpc)
+        response = self.http.post(engine.url + "/collective_rpc", json=rpc)
         response.raise_for_status()
         return {int(block): digest for block, digest in response.json()["results"][0].items()}
 
@@ -188,7 +195,7 @@ class Fleet:
         vLLM refuses to reset its prefix cache while a single block is referenced,
         which is a sharper test than its usage gauge.
         """
-        found = api.metrics(self._http, engine.url)
+        found = api.metrics(self.http, engine.url)
         for name in ("vllm:num_requests_running", "vllm:num_requests_waiting"):
             if found.get(name):
                 return f"{engine.name}: {name} is {found[name]:.0f}"
@@ -214,9 +221,16 @@ class Fleet:
         """Return a prompt of exactly ``tokens`` token ids; another one for each ``seed``."""
         return Prompt(token_ids(self.model, tokens, seed), **options)
 
-    def _patience(self) -> dict[str, str]:
-        paths = [str(Path(__file__).parent / "patient"), os.environ.get("PYTHONPATH", "")]
-        return {"PYTHONPATH": os.pathsep.join(filter(None, paths))} if self.plan.patient else {}
+    def _env(self, devices: Sequence[int]) -> dict[str, str]:
+        env = {"VLLM_LOGGING_CONFIG_PATH": str(write_logging_config(self._folder)), "VLLM_SERVER_DEV_MODE": "1"}
+        if self.plan.patient:
+            paths = [str(Path(__file__).parent / "patient"), os.environ.get("PYTHONPATH", "")]
+            env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        if devices:
+            seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+            names = seen.split(",") if seen else list(map(str, range(max(devices) + 1)))
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(names[device] for device in devices)
+        return env | dict(self.plan.env)
 
     def _engine(self, name: str, options: EngineOptions, role: str | None, more: Sequence[str] = ()) -> Server:
         extra = {"group": self._folder.name, "lease_s": self.plan.lease_s, "log_transfers": True}
@@ -229,14 +243,14 @@ class Fleet:
         if self.plan.multi:
             children = {"kv_connector_extra_config": {"connectors": [transfer]}}
             transfer = {**transfer, "kv_connector": "MultiConnector", **children}
-        logging = write_logging_config(self._folder)
+        devices = self.plan.devices[0 if name.startswith("P") else 1]
         return engines.engine(
             name,
             options,
             self._folder,
             kv_transfer=transfer if role else None,
-            device=self.plan.devices[0 if role == "kv_producer" else 1],
-            env={"VLLM_LOGGING_CONFIG_PATH": str(logging), "VLLM_SERVER_DEV_MODE": "1"} | self._patience(),
+            device=devices[0] if devices else None,
+            env=self._env(devices),
             extra=("--worker-extension-cls", "kvconnect.demo.probe.KVProbe", *more),
         )
 

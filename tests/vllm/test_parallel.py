@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import httpx
 import pytest
 
 from kvconnect.demo.client import EXTERNAL_TOKENS, Answer, Prompt
 from kvconnect.demo.engines import Server, free_port
+from tests.vllm import workers
 from tests.vllm.conftest import START_S, running
 from tests.vllm.fleet import BLOCK, CHUNK, Fleet, Plan, unique
 
@@ -165,31 +164,13 @@ def tensor_parallel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]
         assert fleet.settle() == []
 
 
-def loads(server: Server) -> list[dict[str, Any]]:
-    """Return what a server's log records of all loads, each worker's part by itself."""
-    text = server.log.read_text(errors="replace")
-    return [json.loads(record) for record in re.findall(r"kvconnect\.load (\{.*\})", text)]
-
-
-def differences(server: Server) -> list[str]:
-    """Return the lines of a server's log that say why it fetches nothing from a peer."""
-    return [line for line in server.log.read_text(errors="replace").splitlines() if " mismatch; " in line]
-
-
 @pytest.mark.parametrize(
     ("route", "tokens"),
     [("by_ticket", 1), ("by_ticket", BLOCK + 1), ("by_ticket", CHUNK + 200), ("by_label", 100), ("by_content", 100)],
 )
 def test_each_worker_fetches_its_part(tensor_parallel: Fleet, route: str, tokens: int) -> None:
     prompt = tensor_parallel.prompt(tokens, 7 * tokens + len(route), max_tokens=4)
-    consumer = tensor_parallel.consumers[0]
-    before = len(loads(consumer))
-    answer, fetched = tensor_parallel.fetched(consumer, lambda: getattr(tensor_parallel, route)(prompt))
-    assert fetched >= tokens - 1
-    parts = loads(consumer)[before:]
-    assert sorted(part["rank"] for part in parts) == [0, 1]
-    assert len({part["bytes"] for part in parts}) == 1
-    assert answer.texts == tensor_parallel.reference(prompt).texts
+    workers.each_worker_fetches_its_part(tensor_parallel, prompt, getattr(tensor_parallel, route))
 
 
 def test_several_at_once_between_several_workers(tensor_parallel: Fleet) -> None:
@@ -203,25 +184,9 @@ def test_several_at_once_between_several_workers(tensor_parallel: Fleet) -> None
 
 def test_a_peer_with_fewer_workers_is_refused_by_name_and_recomputes(tensor_parallel: Fleet) -> None:
     producer, stranger = tensor_parallel.producers[0], tensor_parallel.strangers[0]
-    for seed in (500, 501):
-        prompt = tensor_parallel.prompt(150, seed, max_tokens=4)
-        params = tensor_parallel.ticket(producer, prompt)
-        call = functools.partial(tensor_parallel.ask, stranger, prompt, kv_transfer_params=params)
-        answer, fetched = tensor_parallel.fetched(stranger, call)
-        assert fetched == 0
-        assert answer.texts == tensor_parallel.reference(prompt).texts
-    (said,) = differences(stranger)
-    assert "tensor_parallel_size differs: ours 1, theirs 2" in said
+    workers.is_refused(tensor_parallel, producer, stranger, "tensor_parallel_size differs: ours 1, theirs 2", 500)
 
 
 def test_a_peer_with_more_workers_is_refused_by_name_and_recomputes(tensor_parallel: Fleet) -> None:
     consumer, stranger = tensor_parallel.consumers[0], tensor_parallel.strangers[0]
-    for seed in (510, 511):
-        prompt = tensor_parallel.prompt(150, seed, max_tokens=4)
-        params = tensor_parallel.ticket(stranger, prompt)
-        call = functools.partial(tensor_parallel.ask, consumer, prompt, kv_transfer_params=params)
-        answer, fetched = tensor_parallel.fetched(consumer, call)
-        assert fetched == 0
-        assert answer.texts == tensor_parallel.reference(prompt).texts
-    (said,) = differences(consumer)
-    assert "tensor_parallel_size differs: ours 2, theirs 1" in said
+    workers.is_refused(tensor_parallel, stranger, consumer, "tensor_parallel_size differs: ours 2, theirs 1", 510)
