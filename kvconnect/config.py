@@ -43,7 +43,7 @@ class Config:
         peers: producers' control addresses ``"host:port"``, for requests without a ticket.
         group: engines of one host with the same group find each other without any port setting.
         lease_s: how long an unclaimed entry, or a claim that is not renewed, keeps its blocks.
-        connect_timeout_s: for reaching a peer and exchanging hellos.
+        connect_timeout_s: for reaching a peer and exchanging hellos, and for measuring each of several pipes.
         lookup_timeout_s: for asking peers whether they hold a request's KV.
         transfer_timeout_s: for moving one request's blocks.
         release_timeout_s: for the owner's confirmation afterwards.

@@ -30,8 +30,6 @@ logger = logging.getLogger(__name__)
 
 #: From here on, failures whose time is over are forgotten.
 _MAX_LINKS = 1024
-#: Of the time that a load has, for each pipe that is measured.
-_TRIAL_SHARE = 1 / 20
 
 Then = Callable[["Link | KVConnectError"], None]
 
@@ -60,7 +58,8 @@ class Link:
     @property
     def immediate(self) -> bool:
         """Whether its pipe is open and only enqueues what is to be read."""
-        return self.pipe is not None and self.pipe.traits.immediate
+        pipe = self.pipe  # any thread may ask
+        return pipe is not None and pipe.traits.immediate
 
 
 class Links:
@@ -78,7 +77,7 @@ class Links:
         self._station, self._crew, self._client = station, crew, station.client
         options = station.settings.options
         self._auto = AutoOptions.of(station.settings.pipe)
-        self._limit_s = options.transfer_timeout_s * _TRIAL_SHARE
+        self._limit_s = options.connect_timeout_s
         self._peers = Peers(station.me, station.client, options.connect_timeout_s)
         self._lines = Lines(station, opening, ending)
         self._links: dict[tuple[str, str], Link] = {}
@@ -210,14 +209,14 @@ class Links:
         link.found, link.passed = choose_pipe(self._station.worker, theirs)
         line = self._first(link, theirs)
         link.lines, link.pipe = [line], line.pipe
-        near = self._take(link, line.name).traits.reach
+        traits = self._take(link, line.name).traits
         rates = self._experience.rates(link.at)
-        rivals = [other for other in link.spare if other.cls.traits.reach == near and other.name not in rates]
+        rivals = [other for other in link.spare if other.cls.traits.reach == traits.reach and other.name not in rates]
         if rivals and self._auto.measure:
             link.passed |= {rival.name: f"as near as {line.name}, a large load will tell" for rival in rivals}
             layout = self._station.memory.layout
             setting = Setting(self._lines, self._crew, self._trials, layout, theirs, self._limit_s)
-            link.pipe = Trial(setting, link.lines, rivals, lambda outcome: self._tried(link, outcome))
+            link.pipe = Trial(setting, link.lines, traits, rivals, lambda outcome: self._tried(link, outcome))
         self._say(link)
         return line
 

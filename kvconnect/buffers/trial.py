@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from kvconnect.buffers.choice import Candidate, told
 from kvconnect.buffers.crew import Crew
@@ -40,7 +40,9 @@ class Slices:
     def __init__(self, layout: PagedLayout, remote: BlockIds, local: BlockIds) -> None:
         self._layout, self._remote, self._local = layout, remote, local
         blocks = max((len(ids) for ids in local), default=0)
-        self.count = min(blocks, layout.nbytes(local) // _SLICE_BYTES)
+        paired = [len(ids) for ids in remote] == [len(ids) for ids in local]
+        #: None if the blocks do not pair up: that is for a pipe to refuse.
+        self.count = min(blocks, layout.nbytes(local) // _SLICE_BYTES) if paired else 0
         self._left = list(range(self.count))
 
     def take(self, count: int) -> list[int]:
@@ -139,19 +141,23 @@ class _Load:
 class Trial:
     """Stands in for the pipe of a link until it is known which one that should be."""
 
-    #: Reads may block here: they are started over pipes of any kind.
-    traits: ClassVar[Traits] = Traits()
-
     def __init__(
-        self, setting: Setting, opened: list[Line], rivals: Sequence[Candidate], over: Callable[[Outcome], None]
+        self,
+        setting: Setting,
+        opened: list[Line],
+        traits: Traits,
+        rivals: Sequence[Candidate],
+        over: Callable[[Outcome], None],
     ) -> None:
-        """Try the one line in ``opened`` and ``rivals`` against each other.
+        """Try the one line in ``opened``, whose pipe has these ``traits``, and ``rivals`` against each other.
 
         What is opened is added to ``opened``, for whoever ends them all. ``over`` is called
         from a thread of the crew when the best is known; the other lines are ended here.
         """
         self._setting, self._opened, self._rivals, self._over = setting, opened, rivals, over
         self._first = self._best = opened[0]
+        #: A load that is the trial is only handed to a thread; others go by the first pipe as they would without.
+        self.traits = traits
         self._lock = threading.Lock()
         self._busy = 0  # loads over the first line beside the trial's
         self._decided = self._ended = False
@@ -203,11 +209,12 @@ class Trial:
         try:
             if not self._decided:  # by a load that came just before
                 for rival in (None, *self._rivals):
-                    self._attempt(load, rival)
-            if load.whole.cancelled or self._ended:
-                self._give_up()
-            elif not self._decided:
-                self._decide(load, time.monotonic() - began)
+                    if not load.whole.cancelled:
+                        self._attempt(load, rival)
+                if load.whole.cancelled or self._ended:
+                    self._give_up()
+                else:
+                    self._decide(load, time.monotonic() - began)
         finally:
             self._setting.turn.release()
         self._complete(load)

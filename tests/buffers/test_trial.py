@@ -190,7 +190,7 @@ def test_a_load_fails_with_the_reason_of_every_pipe_if_none_can_be_opened(regist
     p, d = pair()
     with pytest.raises(LoadError, match=r"a: it cannot be opened: .*no handle; b: it cannot be opened: no room"):
         load(p, d)
-    assert p.workers[0]._pipes.count == 0
+    eventually(lambda: p.workers[0]._pipes.count == 0)
 
 
 @pytest.mark.parametrize("side", ["asks", "serves"])
@@ -231,12 +231,12 @@ def test_a_pipe_that_hangs_or_breaks_in_a_trial_is_passed_over_and_the_load_arri
     load(p, d, 2)
 
 
-def test_a_trial_of_a_pipe_that_hangs_costs_no_more_than_its_share_of_a_loads_time(register, pair, caplog):
+def test_a_trial_of_a_pipe_that_hangs_costs_no_more_than_connecting_may(register, pair, caplog):
     register(a={}, b={"hangs": {"reads"}})
-    p, d = pair(transfer_timeout_s=6.0)
+    p, d = pair(connect_timeout_s=0.8)
     load(p, d)
-    assert "not b: it did not move 1048576 bytes within its 0.3 s" in lines(caplog)[-1]
-    assert float(re.search(r"measured in ([\d.]+) s", lines(caplog)[-1])[1]) < 1.0
+    assert "not b: it did not move 1048576 bytes within its 0.8 s" in lines(caplog)[-1]
+    assert 0.7 < float(re.search(r"measured in ([\d.]+) s", lines(caplog)[-1])[1]) < 3.0
 
 
 def test_a_load_whose_every_pipe_fails_in_the_trial_is_read_anew(register, pair):
@@ -258,7 +258,7 @@ def test_blocks_are_not_given_back_while_a_pipe_of_the_trial_may_touch_them(regi
     gate = threading.Event()
     own = {"gate": gate, "reads": Counter(), "live": set()}
     known = register(a={}, b=type("ClingsOwn", (Clings,), own))
-    p, d = pair(transfer_timeout_s=6.0)
+    p, d = pair(connect_timeout_s=1.0)
     transfer, _ = start(p, d)
     eventually(lambda: hanging and link(d) and isinstance(link(d).pipe, known["a"]))
     load(p, d, 2, blocks=2)
@@ -403,7 +403,7 @@ def test_real_pipes_are_tried_and_all_but_the_one_that_is_kept_are_gone_afterwar
     known = register(*names)
     for cls in known.values():  # as between hosts, where all are as near
         monkeypatch.setattr(cls, "traits", Traits(cls.traits.devices, Reach.NETWORK, zero_copy=True))
-    p, d = pair(transfer_timeout_s=60.0)
+    p, d = pair(connect_timeout_s=10.0)
     load(p, d, blocks=24)
     assert link(d).name in names
     said = lines(caplog)[-1]
