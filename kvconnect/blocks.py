@@ -1,12 +1,15 @@
-"""Gather and scatter of paged blocks: between scattered pieces and one tensor of bytes.
+"""Gather and scatter of paged blocks: between scattered pieces and one tensor of bytes, both on one device.
 
-On the CPU one pass of plain memory copies. Memory on other devices is refused
-by name until kernels for it exist.
+On the CPU one pass of plain memory copies. On CUDA one kernel on the caller's current
+stream (see `own_stream`), which is waited for: what was copied is there, and what it was
+copied from is free. Memory on other kinds of devices is refused by name.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -21,38 +24,64 @@ def gather(memory: PagedMemory, iov: IoVec, out: Tensor) -> None:
     """Copy the pieces ``iov`` of ``memory``, one after another, into ``out``.
 
     Args:
-        memory: where the pieces lie; must be on the CPU.
+        memory: where the pieces lie, on the CPU or a CUDA device.
         iov: addresses and lengths, as from `PagedMemory.iovec` or `kvconnect.paging.Pieces.cut`.
-        out: contiguous CPU tensor of exactly as many bytes.
+        out: contiguous tensor of exactly as many bytes, on the same device.
 
     Raises:
-        TensorRejectedError: ``memory`` or ``out`` is not on the CPU, or ``out`` is not
-            contiguous or not of that size. Nothing was copied.
+        TensorRejectedError: ``out`` is elsewhere, not contiguous or not of that size, or
+            the device is of another kind. Nothing was copied.
+        BrokenError: CUDA failed.
 
     """
-    vectored.copy(_whole(out, memory, iov), iov)
+    _copy(memory, _whole(out, memory, iov), iov)
 
 
 def scatter(src: Tensor, memory: PagedMemory, iov: IoVec) -> None:
     """Copy the bytes of ``src`` into the pieces ``iov`` of ``memory``: the reverse of `gather`.
 
     Raises:
-        TensorRejectedError: as for `gather`. Nothing was copied.
+        TensorRejectedError, BrokenError: as for `gather`.
 
     """
-    vectored.copy(iov, _whole(src, memory, iov))
+    _copy(memory, iov, _whole(src, memory, iov))
+
+
+def _copy(memory: PagedMemory, target: IoVec, source: IoVec) -> None:
+    if memory.device == "cpu":
+        vectored.copy(target, source)
+        return
+    from kvconnect.cuda import pieces
+
+    pieces.copy(memory.device, target, source)
+
+
+def own_stream(device: str) -> AbstractContextManager[object]:
+    """Make a stream of this thread's own its current one for a while; nothing on the CPU.
+
+    On the default stream copies would queue behind whatever an engine computes there.
+    """
+    if torch.device(device).type != "cuda":
+        return nullcontext()
+    streams: dict[str, torch.cuda.Stream] = _mine.__dict__.setdefault("streams", {})
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+    return torch.cuda.stream(streams[device])
+
+
+_mine = threading.local()
 
 
 def gather_stream(memory: PagedMemory, blocks: BlockIds) -> Tensor:
-    """Return the canonical stream of ``blocks`` as a new uint8 tensor, shape ``[nbytes]``.
+    """Return the canonical stream of ``blocks`` as a new uint8 tensor of the same device, shape ``[nbytes]``.
 
     Raises:
         HandshakeError: a block id is out of range.
-        TensorRejectedError: ``memory`` is not on the CPU.
+        TensorRejectedError, BrokenError: as for `gather`.
 
     """
     memory.layout.check(blocks)
-    out = torch.empty(memory.layout.nbytes(blocks), dtype=torch.uint8)
+    out = torch.empty(memory.layout.nbytes(blocks), dtype=torch.uint8, device=memory.device)
     gather(memory, memory.iovec(blocks), out)
     return out
 
@@ -62,13 +91,13 @@ def scatter_stream(tensor: Tensor, memory: PagedMemory, blocks: BlockIds) -> Non
 
     Args:
         tensor: the stream, any shape and dtype; only its bytes count.
-        memory: where the blocks lie; must be on the CPU.
+        memory: where the blocks lie, on the tensor's device.
         blocks: ids, per KV-cache group.
 
     Raises:
         LoadError: the stream has another length than the blocks. Nothing was copied.
         HandshakeError: a block id is out of range.
-        TensorRejectedError: ``memory`` is not on the CPU.
+        TensorRejectedError, BrokenError: as for `gather`.
 
     """
     memory.layout.check(blocks)
@@ -129,9 +158,10 @@ def _counts(blocks: Sequence[Sequence[int]]) -> list[int]:
 
 def _whole(tensor: Tensor, memory: PagedMemory, iov: IoVec) -> IoVec:
     """Return ``tensor``'s own memory as one piece, after checking that ``iov`` fits it."""
-    if torch.device(memory.device).type != "cpu" or tensor.device.type != "cpu":
+    if torch.device(memory.device) != tensor.device or tensor.device.type not in ("cpu", "cuda"):
         raise TensorRejectedError(
-            f"blocks on {memory.device!r} and a tensor on {str(tensor.device)!r}: only 'cpu' memory can be moved so far"
+            f"blocks on {memory.device!r} and a tensor on {str(tensor.device)!r}: "
+            "both have to be on the CPU or on one CUDA device"
         )
     nbytes = int(iov[:, 1].sum())
     if tensor.nbytes != nbytes or not tensor.is_contiguous():

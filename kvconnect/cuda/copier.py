@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvconnect.cuda import driver
-from kvconnect.cuda.tiles import Side, UInt64Array, is_aligned, table
+from kvconnect.cuda.tiles import Side, UInt64Array, is_aligned, listed, table
+from kvconnect.paging import IoVec
 
 #: A tile of 32 KiB in three stages saturates NVLink from 16 multiprocessors and leaves
 #: each of them more than half of its shared memory (`docs/benchmarks.md`).
@@ -47,6 +48,10 @@ class Part:
     to_shift: int = 0
 
 
+#: All of what `Copier.listed` laid out.
+ONCE = Part(0, (0,), (0,))
+
+
 class Copier:
     """Launches copies on one device. Thread-safe."""
 
@@ -75,6 +80,12 @@ class Copier:
             # Copies run on streams that do not wait for this one.
             module.cuda.get_current_stream().synchronize()
         return Table(tiles, on_device, tuple(is_aligned(rows) for rows in tiles))
+
+    def listed(self, source: IoVec, target: IoVec, stream: Any) -> Table:
+        """Lay out one copy between pieces that are listed one by one, to be launched as `ONCE` on ``stream``."""
+        tiles = listed(source, target, TILE_BYTES)
+        with driver.errors("upload a table of pieces"), driver.use(self.device), stream:
+            return Table((tiles,), (driver.cupy().asarray(tiles),), (is_aligned(tiles),))
 
     def launch(self, table: Table, part: Part, stream: Any, multiprocessors: int, seen: Any = None) -> object:
         """Enqueue the copy of ``part`` on ``stream``, over at most ``multiprocessors`` of them.

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from kvconnect.cuda import driver
-from kvconnect.cuda.copier import TILE_BYTES, Copier, Part, Table
-from kvconnect.cuda.tiles import COLUMNS, FROM, NBYTES, TO, UInt64Array, is_aligned
+from kvconnect.cuda.copier import ONCE, Copier
+from kvconnect.cuda.tiles import FROM, NBYTES, TO, UInt64Array
 
 #: Scratch memory of a measurement, and the most it copies at once.
 SCRATCH_BYTES = 32 << 20
@@ -29,14 +29,20 @@ class Costs:
 
     Args:
         kernel_rate: bytes a second of the copy kernel.
+        kernel_start_s: seconds that a launch costs beside its bytes.
         engine_rate: bytes a second of a copy engine, within one run.
         engine_call_s: seconds that each run costs at least, the call included.
 
     """
 
     kernel_rate: float
+    kernel_start_s: float
     engine_rate: float
     engine_call_s: float
+
+    def kernel_s(self, nbytes: int) -> float:
+        """Return the seconds that one launch of the kernel needs for so many bytes."""
+        return self.kernel_start_s + nbytes / self.kernel_rate
 
     def engine_is_faster(self, run_bytes: int) -> bool:
         """Whether many runs of this size are copied faster by a copy engine."""
@@ -70,37 +76,35 @@ def measure(copier: Copier, address: int, nbytes: int, stream: Any, multiprocess
 
     """
     module = driver.cupy()
-    size = max(TILE_BYTES, min(nbytes, SCRATCH_BYTES) // TILE_BYTES * TILE_BYTES)
-    small = size // _CALLS
+    size = min(nbytes, SCRATCH_BYTES)
     with driver.errors("measure copies"), driver.use(copier.device):
         scratch = module.cuda.runtime.malloc(size)
         try:
-            table = _line(address, scratch, min(size, nbytes))
-            ids = Part(0, [0], [0])
-            kernel = _time(lambda: copier.launch(table, ids, stream, multiprocessors), stream)
+
+            def kernel(nbytes: int) -> float:
+                source, target = (np.array([[start, nbytes]], dtype=np.uint64) for start in (address, scratch))
+                table = copier.listed(source, target, stream)
+                return _time(lambda: copier.launch(table, ONCE, stream, multiprocessors), stream)
 
             def copy(count: int, each: int) -> None:
                 for i in range(count):
                     module.cuda.runtime.memcpyAsync(scratch + i * each, address + i * each, each, 4, stream.ptr)
 
-            engine = _time(lambda: copy(1, min(size, nbytes)), stream)
-            calls = _wall(lambda: copy(_CALLS, min(small, 4096)), stream) / _CALLS
+            # A part as well as the whole tells what a launch costs: as much as megabytes do within one GPU.
+            part, whole = kernel(max(size // 4, 1)), kernel(size)
+            engine = _time(lambda: copy(1, size), stream)
+            calls = _wall(lambda: copy(_CALLS, min(size // _CALLS, 4096)), stream) / _CALLS
         finally:
             stream.synchronize()
             module.cuda.runtime.free(scratch)
-    moved = min(size, nbytes)
-    return Costs(moved / kernel, moved / engine, calls)
+    start_s = line(size // 4, part, size, whole)
+    return Costs(size / (whole - start_s), start_s, size / engine, calls)
 
 
-def _line(source: int, target: int, nbytes: int) -> Table:
-    """Return the table of one contiguous copy, cut into tiles."""
-    starts = np.arange(0, nbytes, TILE_BYTES, dtype=np.uint64)
-    tiles = np.zeros((len(starts), COLUMNS), dtype=np.uint64)
-    tiles[:, FROM], tiles[:, TO] = starts + np.uint64(source), starts + np.uint64(target)
-    tiles[:, NBYTES] = np.minimum(np.uint64(nbytes) - starts, np.uint64(TILE_BYTES))
-    on_device = driver.cupy().asarray(tiles)
-    driver.cupy().cuda.get_current_stream().synchronize()
-    return Table((tiles,), (on_device,), (is_aligned(tiles),))
+def line(part: int, part_s: float, whole: int, whole_s: float) -> float:
+    """Return the seconds that no bytes would take, by two measurements; 0 if these do not tell."""
+    start_s = (part_s * whole - whole_s * part) / (whole - part)
+    return start_s if 0 < start_s < part_s else 0.0
 
 
 def _time(enqueue: Callable[[], object], stream: Any) -> float:

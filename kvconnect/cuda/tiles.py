@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kvconnect.paging import LayerLayout, PagedLayout, PagedMemory
+from kvconnect.paging import IoVec, LayerLayout, PagedLayout, PagedMemory
 
 UInt64Array = npt.NDArray[np.uint64]
 
@@ -84,6 +84,23 @@ def table(source: Side, target: Side, group: int, tile_bytes: int) -> UInt64Arra
     return np.concatenate(found) if found else np.zeros((0, COLUMNS), dtype=np.uint64)
 
 
+def listed(source: IoVec, target: IoVec, tile_bytes: int) -> UInt64Array:
+    """Return the tiles of one copy between pieces that are listed one by one, ``uint64[tiles, COLUMNS]``.
+
+    Args:
+        source, target: addresses and lengths; two streams of the same length.
+        tile_bytes: as for `table`.
+
+    """
+    return _join(_rows(source), _rows(target), tile_bytes)
+
+
+def _rows(pieces: IoVec) -> UInt64Array:
+    rows = np.zeros((len(pieces), 4), dtype=np.uint64)
+    rows[:, (0, 3)] = pieces
+    return rows
+
+
 def is_aligned(tiles: UInt64Array) -> bool:
     """Whether every number of a table is a multiple of `ALIGNMENT`."""
     return not (tiles[:, : NBYTES + 1] % np.uint64(ALIGNMENT)).any()
@@ -92,13 +109,16 @@ def is_aligned(tiles: UInt64Array) -> bool:
 def _join(source: UInt64Array, target: UInt64Array, tile_bytes: int) -> UInt64Array:
     """Cut one layer's pieces of both sides where either begins, and at most ``tile_bytes`` apart."""
     ends_a, ends_b = np.cumsum(source[:, 3]), np.cumsum(target[:, 3])
-    if ends_a[-1] != ends_b[-1]:
-        raise ValueError(f"a block has {ends_a[-1]} bytes on one side and {ends_b[-1]} on the other")
-    starts = np.unique(np.concatenate((np.zeros(1, np.uint64), ends_a[:-1], ends_b[:-1])))
-    lengths = np.diff(np.append(starts, ends_a[-1]))
-    parts = (lengths + np.uint64(tile_bytes - 1)) // np.uint64(tile_bytes)
-    within = np.concatenate([np.arange(n, dtype=np.uint64) * np.uint64(tile_bytes) for n in parts])
-    starts, lengths = np.repeat(starts, parts.astype(np.int64)), np.repeat(lengths, parts.astype(np.int64))
+    nbytes = [int(ends[-1]) if len(ends) else 0 for ends in (ends_a, ends_b)]
+    if nbytes[0] != nbytes[1]:
+        raise ValueError(f"{nbytes[0]} bytes on one side and {nbytes[1]} on the other")
+    starts = np.unique(np.concatenate((np.zeros(1, np.uint64), ends_a, ends_b)))[:-1]
+    lengths = np.diff(starts, append=np.uint64(nbytes[0]))
+    parts = ((lengths + np.uint64(tile_bytes - 1)) // np.uint64(tile_bytes)).astype(np.int64)
+    # How far into its run each tile lies.
+    within = (np.arange(parts.sum()) - np.repeat(np.cumsum(parts) - parts, parts)).astype(np.uint64)
+    within *= np.uint64(tile_bytes)
+    starts, lengths = np.repeat(starts, parts), np.repeat(lengths, parts)
     tiles = np.zeros((starts.size, COLUMNS), dtype=np.uint64)
     tiles[:, NBYTES] = np.minimum(lengths - within, np.uint64(tile_bytes))
     for column, side, ends in ((FROM, source, ends_a), (TO, target, ends_b)):

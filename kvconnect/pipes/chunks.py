@@ -26,12 +26,15 @@ from kvconnect.errors import BrokenError, ClosedError, DeadlineError, EndOfPipe,
 from kvconnect.paging import PagedMemory
 from kvconnect.pipes.base import Channel, Pipe
 from kvconnect.pipes.flows import TAG_BYTES, Flow, Key, read_tag, write_tag
-from kvconnect.pipes.turns import CHUNK_BYTES, Turns
+from kvconnect.pipes.turns import CHUNK_BYTES, Step, Turns
 
 log = logging.getLogger(__name__)
 
 #: Threads that send, and as many that receive, for all pipes of a process.
 THREADS = 4
+#: Bytes of a chunk in memory of a device. Each costs the host a few waits for the device, in which that
+#: copies far more than a CPU; each sending thread holds one.
+DEVICE_CHUNK_BYTES = 8 << 20
 #: A transfer that rested this long makes a thread listen on the pipe itself.
 LISTEN_S = 1.0
 
@@ -69,7 +72,7 @@ class ChunkSender:
             if self._active:
                 return
             self._active = True
-        Threads.current().senders.add(self._send_next)
+        Threads.current().senders.add(_on_own_stream(self._memory.device, self._send_next))
 
     def _send_next(self) -> bool:
         """Send one chunk of the next flow; return whether another turn is needed."""
@@ -77,7 +80,7 @@ class ChunkSender:
             flow = self._next()
             if flow is None:
                 return False
-        start, stop = flow.moved, min(flow.moved + CHUNK_BYTES, flow.nbytes)
+        start, stop = flow.moved, min(flow.moved + _chunk_bytes(self._memory.device), flow.nbytes)
         chunk = self._gather(flow, start, stop)
         if chunk is None:
             return True
@@ -110,12 +113,13 @@ class ChunkSender:
     def _gather(self, flow: Flow, start: int, stop: int) -> Tensor | None:
         """Return the chunk, or ``None`` if ``flow`` ended meanwhile or cannot be gathered."""
         error: KVConnectError | None = None
-        chunk = _scratch(stop - start + TAG_BYTES)
+        chunk: Tensor | None = None
         try:
+            chunk = _scratch(self._memory.device, stop - start + TAG_BYTES)
             paged.gather(self._memory, flow.pieces.cut(start, stop), chunk[: stop - start])
-        except KVConnectError as caught:
-            error = caught
-        write_tag(chunk, flow.key, start)
+            write_tag(chunk, flow.key, start)
+        except Exception as caught:  # noqa: BLE001 - a device without memory, say: it ends this transfer
+            error = ours(caught)
         with self._lock:
             flow.copying, ended = False, flow.ended
         if ended:
@@ -150,7 +154,7 @@ class ChunkReceiver:
             if self._active or self._announced <= 0:
                 return
             self._active = True
-        Threads.current().receivers.add(self._receive_next)
+        self._receive_on_a_thread()
 
     def listen(self) -> None:
         """Have a thread receive without an announcement, to notice a closed or broken pipe."""
@@ -158,14 +162,17 @@ class ChunkReceiver:
             if self._active or self._listening:
                 return
             self._listening = True
-        Threads.current().listeners.add(self._listen)
+        Threads.current().listeners.add(_on_own_stream(self._memory.device, self._listen))
+
+    def _receive_on_a_thread(self) -> None:
+        Threads.current().receivers.add(_on_own_stream(self._memory.device, self._receive_next))
 
     def _listen(self) -> bool:
         with self._lock:
             self._listening, active = False, self._active
             self._active = True
         if not active and self._receive_next():
-            Threads.current().receivers.add(self._receive_next)
+            self._receive_on_a_thread()
         return False
 
     def _receive_next(self) -> bool:
@@ -203,13 +210,14 @@ class ChunkReceiver:
         error: KVConnectError | None = None
         try:
             paged.scatter(data, self._memory, flow.pieces.cut(offset, offset + data.nbytes))
-        except KVConnectError as caught:
-            error = caught
+        except Exception as caught:  # noqa: BLE001 - whatever a device raises ends this transfer
+            error = ours(caught)
         self._placed(flow, data.nbytes, error)
 
     def _placed(self, flow: Flow, nbytes: int, error: KVConnectError | None) -> None:
         with self._lock:
             flow.moved += nbytes
+            flow.chunks += 1
             flow.copying, flow.stamp = False, time.monotonic()
             ended = flow.ended
         if ended:
@@ -291,12 +299,26 @@ os.register_at_fork(after_in_child=Threads.renew_lock)
 _local = threading.local()
 
 
-def _scratch(nbytes: int) -> Tensor:
-    """Return this thread's memory for one chunk; it is free again when the send has returned."""
-    buffer: Tensor | None = getattr(_local, "buffer", None)
-    if buffer is None:
-        buffer = _local.buffer = torch.empty(CHUNK_BYTES + TAG_BYTES, dtype=torch.uint8)
-    return buffer[:nbytes]
+def _chunk_bytes(device: str) -> int:
+    return CHUNK_BYTES if device == "cpu" else DEVICE_CHUNK_BYTES
+
+
+def _scratch(device: str, nbytes: int) -> Tensor:
+    """Return this thread's memory for one chunk; free again, on its stream, when the send has returned."""
+    buffers: dict[str, Tensor] = _local.__dict__.setdefault("buffers", {})
+    if device not in buffers or buffers[device].nbytes < nbytes:
+        buffers[device] = torch.empty(max(nbytes, _chunk_bytes(device) + TAG_BYTES), dtype=torch.uint8, device=device)
+    return buffers[device][:nbytes]
+
+
+def _on_own_stream(device: str, step: Step) -> Step:
+    """Give ``step`` a stream of its thread's own as the current one, on which it copies and sends or receives."""
+
+    def on_stream() -> bool:
+        with paged.own_stream(device):
+            return step()
+
+    return step if device == "cpu" else on_stream
 
 
 def ours(error: BaseException) -> KVConnectError:

@@ -32,12 +32,13 @@ class CudaIpcOptions:
     """Options of this pipe.
 
     Args:
-        multiprocessors: the most that one copy between two GPUs may occupy; within one GPU it may use all.
+        multiprocessors: the most that one copy may occupy; by default 16 between two GPUs, whose
+            link they saturate, and all of them within one.
         companion: the host pipe beside it, ``"shm"``, ``"tcp"`` or ``"auto"``.
 
     """
 
-    multiprocessors: int = 16
+    multiprocessors: int | None = None
     companion: Backend = Backend("auto")
 
 
@@ -162,7 +163,7 @@ class CudaIpcPipe(Pipe):
 
 def _options(spec: PipeSpec) -> CudaIpcOptions:
     options = parse_options(CudaIpcOptions, spec.options, "pipe")
-    if options.multiprocessors < 1:
+    if options.multiprocessors is not None and options.multiprocessors < 1:
         raise ConfigError(f"pipe.multiprocessors is {options.multiprocessors}; it must be at least 1")
     return options
 

@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 
 _MEMORY, _END = "cuda_ipc.memory", "cuda_ipc.end"
 
+#: Multiprocessors that saturate NVLink (`docs/benchmarks.md`).
+FEW = 16
+
 
 @dataclass(frozen=True)
 class _Copy:
@@ -42,17 +45,17 @@ class _Copy:
 
 @dataclass(frozen=True)
 class Direction:
-    """Copies one way: the tables of both pools, by group what a copy engine does faster, and bytes a second."""
+    """Copies one way: the tables of both pools, by group what a copy engine does faster, and what copies cost."""
 
     table: Table
     by_engine: tuple[UInt64Array | None, ...]
-    rate: float
+    costs: Costs
 
     @classmethod
     def of(cls, table: Table, costs: Costs) -> Direction:
         """Decide for each group by the length of what is contiguous within a block."""
         found = [runs(t) if len(t) and costs.engine_is_faster(run_bytes(t)) else None for t in table.tiles]
-        return cls(table, tuple(found), costs.kernel_rate)
+        return cls(table, tuple(found), costs)
 
 
 class CudaIpcBlocks:
@@ -62,7 +65,7 @@ class CudaIpcBlocks:
         local: this end's paged memory, on a CUDA device.
         remote: the other end's layout.
         channel: messages to the other end.
-        multiprocessors: how many a copy between GPUs may use; within one GPU all of them.
+        multiprocessors: how many a copy may use, or ``None``: few between GPUs, all of them within one.
         peer_uuid: of the GPU at the other end.
         peer: the process at the other end; what is read after its end is nobody's word.
 
@@ -76,7 +79,7 @@ class CudaIpcBlocks:
         local: PagedMemory,
         remote: PagedLayout,
         channel: Channel,
-        multiprocessors: int,
+        multiprocessors: int | None,
         *,
         peer_uuid: str,
         peer: PeerProcess,
@@ -85,9 +88,9 @@ class CudaIpcBlocks:
         self._local, self._remote, self._channel = local, remote, channel
         self._peer, self._device = peer, driver.index(local.device)
         self._copier, self._lanes = copier(self._device), lanes(self._device)
-        here = driver.uuid(self._device) == peer_uuid
         # Two of the kernel's blocks fit on a multiprocessor, and its own memory is worth it.
-        self.multiprocessors = 2 * self._copier.multiprocessors if here else multiprocessors
+        own = driver.uuid(self._device) == peer_uuid
+        self.multiprocessors = multiprocessors or (2 * self._copier.multiprocessors if own else FEW)
         self._lock = threading.Lock()
         self._mapped: ipc.Mapped | None = None
         self._pull: Direction | None = None
@@ -210,7 +213,7 @@ class CudaIpcBlocks:
             self._unmap_if_idle()
 
         direction = self._direction(copy)
-        expected_s = copy.transfer.nbytes / direction.rate if direction else 0.0
+        expected_s = direction.costs.kernel_s(copy.transfer.nbytes) if direction else 0.0
         self._lanes.start(lambda stream: self._enqueue(copy, stream), over, expected_s)
 
     def _direction(self, copy: _Copy) -> Direction | None:

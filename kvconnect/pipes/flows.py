@@ -54,6 +54,8 @@ class Flow:
     transfer: Transfer | None = None
     #: Bytes sent, or scattered.
     moved: int = 0
+    #: Chunks scattered; how large they are is up to the end that sends.
+    chunks: int = 0
     #: Chunks that may still be sent.
     credit: int = 0
     #: Waits for its turn to send, or has it.
@@ -105,8 +107,9 @@ def unpack(groups: object) -> list[list[int]]:
 
 
 def write_tag(chunk: Tensor, key: Key, offset: int) -> None:
-    """Fill the last `TAG_BYTES` of ``chunk``, uint8 ``[nbytes + TAG_BYTES]`` on the CPU."""
-    _TAG.pack_into(chunk.numpy().data, chunk.nbytes - TAG_BYTES, _MAGIC, key[0], key[1], offset)
+    """Fill the last `TAG_BYTES` of ``chunk``, uint8 ``[nbytes + TAG_BYTES]``, in order on the current stream."""
+    tag = bytearray(_TAG.pack(_MAGIC, key[0], key[1], offset))
+    chunk[chunk.nbytes - TAG_BYTES :] = torch.frombuffer(tag, dtype=torch.uint8)
 
 
 def read_tag(chunk: Tensor | None) -> tuple[Tensor, Key, int]:
@@ -120,7 +123,7 @@ def read_tag(chunk: Tensor | None) -> tuple[Tensor, Key, int]:
         what = "None" if chunk is None else f"{tuple(chunk.shape)} {chunk.dtype}"
         raise BrokenError(f"expected a chunk of blocks, received {what}")
     data = chunk[: chunk.nbytes - TAG_BYTES]
-    magic, kind, number, offset = _TAG.unpack(chunk[chunk.nbytes - TAG_BYTES :].numpy().tobytes())
+    magic, kind, number, offset = _TAG.unpack(chunk[chunk.nbytes - TAG_BYTES :].cpu().numpy().tobytes())
     if magic != _MAGIC or kind not in (Kind.READ, Kind.WRITE):
         raise BrokenError("expected a chunk of blocks, received other bytes")
     return data, (Kind(kind), number), offset

@@ -35,7 +35,6 @@ from kvconnect.paging import BlockIds, PagedLayout, PagedMemory, Pieces
 from kvconnect.pipes.base import Channel, Message, Pipe, Transfer
 from kvconnect.pipes.chunks import LISTEN_S, ChunkReceiver, ChunkSender, Threads, again, ours
 from kvconnect.pipes.flows import Flow, Key, Kind, count, flow_key, pack, unpack
-from kvconnect.pipes.turns import CHUNK_BYTES
 
 #: Chunks of one transfer that may be under way at once; bounds what a slow receiver has to hold.
 WINDOW = 4
@@ -48,13 +47,13 @@ class BlockStream:
 
     Args:
         pipe: the end; its `send_tensor` and `recv_tensor` belong to the stream from now on.
-        local: this end's paged memory, on the CPU.
+        local: this end's paged memory, on a device whose tensors the pipe carries.
         remote_layout: the other end's layout, of the same `PagedLayout.shape`.
         channel: messages to the other end's stream.
         timeout_s: a transfer on which nothing moves for so long fails.
 
     Raises:
-        HandshakeError: the two layouts' shapes differ.
+        HandshakeError: the two layouts' shapes differ, or the pipe does not carry the memory's tensors.
 
     """
 
@@ -62,6 +61,9 @@ class BlockStream:
         self, pipe: Pipe, local: PagedMemory, remote_layout: PagedLayout, channel: Channel, timeout_s: float = 30.0
     ) -> None:
         paged.check_shapes(local.layout, remote_layout)
+        if local.device.partition(":")[0] not in pipe.traits.devices:
+            carried = ", ".join(sorted(pipe.traits.devices))
+            raise HandshakeError(f"the memory is on {local.device}, pipe {pipe.name!r} carries tensors on: {carried}")
         self._local, self._remote, self._channel, self._timeout_s = local, remote_layout, channel, timeout_s
         self._lock = threading.Lock()
         #: Running flows by whether this end receives in them.
@@ -217,8 +219,8 @@ class BlockStream:
 
     def _placed(self, flow: Flow) -> None:
         """A chunk is in place and more are to come: grant credit, half a window at a time."""
-        chunks, half = flow.moved // CHUNK_BYTES, WINDOW // 2
-        if chunks % half == 0 and flow.nbytes - flow.moved > half * CHUNK_BYTES:
+        half = WINDOW // 2
+        if flow.chunks % half == 0 and flow.nbytes - flow.moved > half * (flow.moved // flow.chunks):
             self._tell("blocks.credit", {**flow.address(), "chunks": half})
 
     # -- ending -------------------------------------------------------------------

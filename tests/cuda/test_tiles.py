@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvconnect.cuda.tiles import COLUMNS, FROM, NBYTES, TO, Packed, Paged, is_aligned, table
+from kvconnect.cuda.tiles import COLUMNS, FROM, NBYTES, TO, Packed, Paged, is_aligned, listed, table
 from kvconnect.paging import LayerLayout, PagedLayout, PagedMemory
 from kvconnect.testing.layouts import naive_stream, noisy_memory, separate_layers, shared_region
 
@@ -77,6 +77,27 @@ def test_a_packed_side_is_the_canonical_stream_and_comes_back_whole(number: int,
         shift += memory.layout.nbytes([[] for _ in range(group)] + [ids])
     assert torch.equal(stream, naive_stream(memory, chosen))
     assert torch.equal(naive_stream(other, chosen), stream)
+
+
+@given(st.lists(st.integers(0, 70), max_size=9), st.integers(1, 60), st.data())
+def test_listed_pieces_are_copied_whatever_they_are_cut_into(
+    lengths: list[int], step: int, data: st.DataObject
+) -> None:
+    nbytes = sum(lengths)
+    source = torch.arange(1, 700, dtype=torch.int16).to(torch.uint8)
+    target = torch.zeros(700, dtype=torch.uint8)
+    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    starts = [source.data_ptr() + end - length for end, length in zip(ends, lengths, strict=True)]
+    pieces = data.draw(st.permutations([*zip(starts, lengths, strict=True)]))
+    parts = [(target.data_ptr() + at + 7, min(step, nbytes - at)) for at in range(0, nbytes, step)]
+    rows = [np.array(each, dtype=np.uint64).reshape(-1, 2) for each in (pieces, parts)]
+    tiles = listed(*rows, 16)
+    assert not len(tiles) or (tiles[:, NBYTES].max() <= 16 and tiles[:, NBYTES].min() > 0)
+    execute(tiles, [(0, 0)])
+    wanted = b"".join(ctypes.string_at(start, length) for start, length in pieces)
+    assert target[7 : 7 + nbytes].numpy().tobytes() == wanted
+    assert not target[:7].any()
+    assert not target[7 + nbytes :].any()
 
 
 def test_alignment_is_seen_in_addresses_strides_and_sizes() -> None:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from kvconnect.errors import BrokenError, BusyError, DeadlineError, HandshakeError, KVConnectError
-from kvconnect.paging import PagedLayout
+from kvconnect.paging import PagedLayout, PagedMemory
+from kvconnect.pipes import chunks as chunks_module
 from kvconnect.pipes import stream as stream_module
 from kvconnect.pipes.base import Pipe, PipeSpec, Reach, Traits
 from kvconnect.pipes.chunks import Threads
@@ -159,6 +160,53 @@ def test_a_transfer_on_which_nothing_moves_fails_and_the_pipe_goes_on() -> None:
     stream.read([[0]], [[0]]).wait(LIMIT_S)
     assert regions(mine)[0][:BLOCK].equal(regions(theirs)[0][:BLOCK])
     pair.close()
+
+
+def test_an_end_may_send_larger_chunks_than_the_other_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As memory of a device does. Credit is counted in chunks, of whatever size."""
+    pair, most = open_pair(GatedPipe), [0]
+    for end in pair.here, pair.there:
+        end.gate.set()
+    ends = attach(pair, noisy_memory(layout(1024), 1), noisy_memory(layout(1024), 2))
+    sender = pair.there._stream._sender
+    grant = sender.grant
+
+    def note(flow, chunks):
+        grant(flow, chunks)
+        most[0] = max(most[0], flow.credit)
+
+    monkeypatch.setattr(sender, "grant", note)
+    monkeypatch.setattr(chunks_module, "CHUNK_BYTES", 4 * CHUNK_BYTES)
+    ends.here.read_blocks([range(1024)], [range(1024)]).wait(LIMIT_S)
+    assert regions(ends.mine)[0].equal(regions(ends.theirs)[0])
+    assert len(pair.there.sent) == 1024 * BLOCK // (4 * CHUNK_BYTES)
+    assert most[0] <= stream_module.WINDOW
+    pair.close()
+
+
+def test_memory_that_the_pipe_does_not_carry_is_refused() -> None:
+    pair = open_pair(ThreeMethodPipe)
+    mine = noisy_memory(layout(), 1)
+    elsewhere = PagedMemory(mine.layout, mine.bases.tolist(), "cuda:0", mine)
+    with pytest.raises(HandshakeError, match="cuda:0, pipe 'three' carries tensors on: cpu"):
+        pair.here.attach(elsewhere, mine.layout, pair.channels[0])
+    pair.close()
+
+
+def test_a_device_that_fails_ends_the_transfer_and_the_pipe_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = open_pair(ThreeMethodPipe)
+    ends = attach(pair, noisy_memory(layout(), 1), noisy_memory(layout(), 2))
+    for name in "gather", "scatter":
+        with monkeypatch.context() as broken:
+            broken.setattr(chunks_module.paged, name, _out_of_memory)
+            with pytest.raises(KVConnectError):
+                ends.here.read_blocks([[0]], [[0]]).wait(LIMIT_S)
+        ends.here.read_blocks([[1]], [[1]]).wait(LIMIT_S)
+    pair.close()
+
+
+def _out_of_memory(*_: object) -> None:
+    raise RuntimeError("CUDA out of memory")
 
 
 class RaisingChannel:

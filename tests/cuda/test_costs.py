@@ -1,0 +1,28 @@
+"""What is concluded from measured copies."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvconnect.cuda.costs import Costs, line
+
+
+def test_two_measurements_tell_what_a_launch_costs_beside_its_bytes() -> None:
+    start_s, rate = 20e-6, 1.9e12
+    part, whole = 8 << 20, 32 << 20
+    found = line(part, start_s + part / rate, whole, start_s + whole / rate)
+    assert found == pytest.approx(start_s)
+    costs = Costs((whole / (start_s + whole / rate - found)), found, 2e12, 5e-6)
+    assert costs.kernel_s(1 << 30) == pytest.approx(start_s + (1 << 30) / rate)
+
+
+@pytest.mark.parametrize(("part_s", "whole_s"), [(2e-5, 2e-4), (2e-5, 2e-5), (3e-5, 2e-5)])
+def test_measurements_that_do_not_fit_a_line_count_as_bytes_only(part_s: float, whole_s: float) -> None:
+    """Noise, or a part that lies in a cache."""
+    assert line(1, part_s, 4, whole_s) == 0
+
+
+def test_an_engine_is_faster_where_runs_are_long_enough_to_be_told_of() -> None:
+    costs = Costs(kernel_rate=360e9, kernel_start_s=1e-5, engine_rate=390e9, engine_call_s=5e-6)
+    assert not costs.engine_is_faster(2 << 20)
+    assert costs.engine_is_faster(64 << 20)
