@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from collections import Counter
+from contextlib import ExitStack, closing, contextmanager
 from typing import ClassVar
 
 import pytest
@@ -26,6 +27,7 @@ from kvconnect.errors import (
 )
 from kvconnect.pipes.base import Reach, Traits, Transfer, Verdict
 from kvconnect.pipes.inproc import InprocPipe
+from kvconnect.testing.leaks import Holdings, assert_nothing_left
 from tests.buffers.engines import Engine, eventually, group, key, layout
 
 MB = 1 << 20
@@ -98,19 +100,18 @@ def register(monkeypatch):
     gate.set()
 
 
+@contextmanager
+def engines(pipe="auto", **options):
+    """Two engines; blocks have 1 MB."""
+    options = {"group": group(), "shape": layout(BLOCKS, MB // 2, 2), "pipe": pipe, **options}
+    with closing(Engine("P", produces=True, **options)) as p, closing(Engine("D", consumes=True, **options)) as d:
+        yield p, d
+
+
 @pytest.fixture
 def pair():
-    """Two engines once called; blocks have 1 MB."""
-    ends = []
-
-    def engines(pipe="auto", **options):
-        options = {"group": group(), "shape": layout(BLOCKS, MB // 2, 2), "pipe": pipe, **options}
-        ends.extend([Engine("P", produces=True, **options), Engine("D", consumes=True, **options)])
-        return ends
-
-    yield engines
-    for end in reversed(ends):
-        end.close()
+    with ExitStack() as stack:
+        yield lambda *args, **options: stack.enter_context(engines(*args, **options))
 
 
 def load(p, d, number=1, blocks=16, limit_s=15):
@@ -396,18 +397,34 @@ def test_wrong_options_of_auto_are_refused_by_name(options, error, text):
         AutoOptions.of(Backend("auto", options))
 
 
+@pytest.fixture
+def real(register, monkeypatch):
+    """Real pipes as between hosts, where all are as near."""
+
+    def having(*names):
+        for cls in register(*names).values():
+            monkeypatch.setattr(cls, "traits", Traits(cls.traits.devices, Reach.NETWORK, zero_copy=True))
+
+    return having
+
+
 @pytest.mark.parametrize("names", [("tcp", "shm"), ("tcp", "nixl"), ("tcp", "shm", "nixl")])
-def test_real_pipes_are_tried_and_all_but_the_one_that_is_kept_are_gone_afterwards(
-    register, pair, caplog, monkeypatch, names
-):
-    known = register(*names)
-    for cls in known.values():  # as between hosts, where all are as near
-        monkeypatch.setattr(cls, "traits", Traits(cls.traits.devices, Reach.NETWORK, zero_copy=True))
+def test_real_pipes_are_tried_and_one_is_left_afterwards(real, pair, caplog, names):
+    real(*names)
     p, d = pair(connect_timeout_s=10.0)
     load(p, d, blocks=24)
     assert link(d).name in names
-    said = lines(caplog)[-1]
-    assert len(re.findall(r"[\d.]+ GB/s", said)) == len(names)
+    assert len(re.findall(r"[\d.]+ GB/s", lines(caplog)[-1])) == len(names)
     eventually(lambda: p.workers[0]._pipes.count == 1)
     load(p, d, 2)
     assert sum(line.pipe is not None for line in link(d).lines) == 1
+
+
+def test_a_trial_leaves_no_thread_file_or_shared_memory(real):
+    real("tcp", "shm", "nixl")
+    before = None
+    for _ in range(2):  # some things are made once for the process
+        before = Holdings.now()
+        with engines(connect_timeout_s=10.0) as (p, d):
+            load(p, d, blocks=24)
+    assert_nothing_left(before)
