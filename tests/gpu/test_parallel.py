@@ -21,6 +21,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]
 
 #: vLLM's workers are to use NCCL for sums of every size.
 TWO = ("--tensor-parallel-size", "2", "--disable-custom-all-reduce")
+NCCL_ONLY = {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "VLLM_ALLREDUCE_USE_FLASHINFER": "0"}
 ONE = ("--tensor-parallel-size", "1")
 BOTH_WAYS, TOKENS, AT_ONCE = 60, 32, 12
 LIMIT_S = 90.0
@@ -29,7 +30,7 @@ LIMIT_S = 90.0
 @pytest.fixture(scope="module", params=["KvConnectNccl", "KvConnectCudaIpc"])
 def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """Two engines of two workers and two GPUs each, and one of one worker; all produce and consume."""
-    case = Case(request.param, FLOAT32 + TWO, devices=((0, 1), (2, 3)))
+    case = Case(request.param, FLOAT32 + TWO, NCCL_ONLY, devices=((0, 1), (2, 3)))
     both = ("kv_both", "kv_both")
     with started(
         case,
