@@ -343,7 +343,6 @@ class Mover(WorkerEnd):
             if read.transfer.done:
                 return
             if error is None:
-                read.mark("confirmed")
                 if read.link is not None:
                     read.link.proved = True
                 self._counts.update(loads=1, bytes=read.transfer.nbytes)

@@ -11,10 +11,11 @@ import enum
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from kvconnect.buffers.base import Claim, Want
+from kvconnect.connectors import timeline
 from kvconnect.connectors.compat import NULL_BLOCK
 from kvconnect.connectors.groups import Group, usable_tokens
 from kvconnect.connectors.identity import key_of, shared_label
@@ -42,6 +43,7 @@ class _Fetch:
     claim: Claim | None = None
     local_tokens: int = 0
     ended: bool = False
+    times: dict[str, float] = field(default_factory=lambda: timeline.now(timeline.SEEN))
 
 
 class Fetching:
@@ -68,10 +70,13 @@ class Fetching:
         """Start looking as soon as a request is known: it may wait in the queue longer than a lease."""
         if request.request_id in self._fetches:
             return
+        fetch = _Fetch(_Phase.LOOKING)
         want = self._want(request)
-        if want is not None:
+        if want is None:
+            fetch.phase = _Phase.OVER
+        else:
             self._end.look(request.request_id, want)
-        self._fetches[request.request_id] = _Fetch(_Phase.OVER if want is None else _Phase.LOOKING)
+        self._fetches[request.request_id] = fetch
 
     def external_tokens(self, request: Request, local_tokens: int) -> int | None:
         """Return how many tokens beyond ``local_tokens`` can be fetched; ``None`` to be asked again."""
@@ -90,6 +95,7 @@ class Fetching:
             self.counters["miss_window"] += 1
             return self._give_up(request.request_id, fetch)
         fetch.claim, fetch.local_tokens = found, local_tokens
+        fetch.times |= timeline.now(timeline.CLAIMED)
         return max(0, usable_tokens(self._groups, found.key.length) - local_tokens)
 
     def allocated(self, request: Request, table: Sequence[Sequence[int]], tokens: int) -> None:
@@ -112,15 +118,16 @@ class Fetching:
             refused = f"the claim has ended: {answer.cause} ({answer.detail})"
         elif any(NULL_BLOCK in ids for ids in remote):
             refused = "the owner no longer has every block that this engine allocated"
-        self._loads.append(Load(request.request_id, claim, remote, local, tokens, refused))
+        self._loads.append(Load(request.request_id, claim, remote, local, tokens, refused, fetch.times))
         fetch.phase = _Phase.LOADING
         self.counters["loads"] += 1
         self.counters["tokens"] += tokens
 
     def take_loads(self) -> tuple[Load, ...]:
         """Return the loads to start in this step."""
-        loads, self._loads = tuple(self._loads), []
-        return loads
+        loads, self._loads = self._loads, []
+        planned = timeline.now(timeline.PLANNED)
+        return tuple(replace(load, times={**load.times, **planned}) for load in loads)
 
     def loaded(self, request_ids: Iterable[str]) -> None:
         """The workers are done with these loads, well or not. Unknown ids are another connector's."""

@@ -16,6 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvconnect.buffers.base import Claim
+from kvconnect.connectors.timeline import Times
 
 Blocks = tuple[tuple[int, ...], ...]
 
@@ -31,6 +32,7 @@ class Load:
         local: this engine's block ids per group; never the null block.
         tokens: how many tokens' KV this brings.
         refused: why it cannot be done after all; vLLM still wants it reported, as failed.
+        times: when its phases in the scheduler's half ended (`kvconnect.connectors.timeline`).
 
     """
 
@@ -40,6 +42,7 @@ class Load:
     local: Blocks
     tokens: int
     refused: str = ""
+    times: Times = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ import functools
 import json
 import logging
 import threading
-import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvconnect.connectors import compat, geometry
+from kvconnect.connectors import compat, geometry, timeline
 from kvconnect.connectors.fence import Fence
 from kvconnect.connectors.plan import Load, Plan, WorkerNews
+from kvconnect.connectors.timeline import Times
 from kvconnect.errors import KVConnectError
 
 if TYPE_CHECKING:
@@ -28,6 +29,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class _Result:
+    """How a load ended: ``error`` is ``None`` if it arrived, and then there is a ``transfer``."""
+
+    load: Load
+    error: KVConnectError | None
+    transfer: Transfer | None = None
+    times: Times | None = None
+
+
 class WorkerHalf:
     """Runs the loads of one worker and reports each exactly once."""
 
@@ -37,9 +48,10 @@ class WorkerHalf:
         self._end: WorkerEnd | None = None
         self._fence: Fence | None = None
         self._lock = threading.Lock()
-        self._over: list[tuple[Load, KVConnectError | None]] = []
+        self._over: list[_Result] = []
         self._bad_blocks: set[int] = set()
         self._by_request = compat.reports_failed_requests()
+        self._level = logging.INFO if engine.config.log_transfers else logging.DEBUG
 
     def register(self, caches: dict[str, torch.Tensor]) -> None:
         """``register_kv_caches``: describe the memory and open this worker's end of the buffer."""
@@ -62,10 +74,13 @@ class WorkerHalf:
         """Return the requests whose load is over since the last call, and those of them that failed."""
         with self._lock:
             over, self._over = self._over, []
-        failed = {load.request_id for load, error in over if error is not None}
+        failed = [result.load for result in over if result.error is not None]
         if not self._by_request:
-            self._bad_blocks |= {b for load, error in over if error for ids in load.local for b in ids}
-        return {load.request_id for load, _ in over}, failed
+            self._bad_blocks |= {b for load in failed for ids in load.local for b in ids}
+        if over and log.isEnabledFor(self._level):
+            for result in over:
+                self._log(result)
+        return {result.load.request_id for result in over}, {load.request_id for load in failed}
 
     def take_bad_blocks(self) -> set[int]:
         """``get_block_ids_with_load_errors``: only where vLLM cannot take failures by request."""
@@ -87,36 +102,45 @@ class WorkerHalf:
 
     def _start(self, load: Load) -> None:
         if load.refused or self._end is None:
-            self._finish(load, KVConnectError(load.refused or "this worker has no registered KV caches"))
+            self._finish(_Result(load, KVConnectError(load.refused or "this worker has no registered KV caches")))
             return
-        begun = time.perf_counter()
+        begun = timeline.now(timeline.BEGUN)
 
         def over(transfer: Transfer) -> None:
-            self._log(load, transfer, time.perf_counter() - begun)
-            self._finish(load, transfer.error)
+            times = {**load.times, **begun, **transfer.phases, **timeline.now(timeline.CONFIRMED)}
+            self._finish(_Result(load, transfer.error, transfer, times))
 
         try:
             self._end.read(load.claim, load.remote, load.local, over)
         except KVConnectError as error:
-            self._finish(load, error)
+            self._finish(_Result(load, error))
 
-    def _finish(self, load: Load, error: KVConnectError | None) -> None:
+    def _finish(self, result: _Result) -> None:
+        load, error = result.load, result.error
         if error is not None:
             log.warning("could not load the KV of %s: %s: %s", load.request_id, type(error).__name__, error)
         with self._lock:
-            self._over.append((load, error))
+            self._over.append(result)
 
-    def _log(self, load: Load, transfer: Transfer, seconds: float) -> None:
-        level = logging.INFO if self._engine.config.log_transfers else logging.DEBUG
-        if transfer.error is None and log.isEnabledFor(level):
-            facts = {
-                "request": load.request_id,
-                "tokens": load.tokens,
-                "bytes": transfer.nbytes,
-                "ms": round(seconds * 1e3, 3),
-                "phases_ms": {name: round(spent * 1e3, 3) for name, spent in transfer.phases.items()},
-                "rank": self._rank,
-                "pipe": transfer.via,
-                "peer": str(load.claim.data.get("at", "")),
-            }
-            log.log(level, "kvconnect.load %s", json.dumps(facts))
+    def _log(self, result: _Result) -> None:
+        """Write what a load brought and where its time went: one JSON object in one line.
+
+        ``ms`` from begun to confirmed, ``seen`` in seconds of the host's monotonic clock,
+        ``at_ms`` the end of each phase after that (`kvconnect.connectors.timeline`).
+        """
+        load, transfer = result.load, result.transfer
+        if transfer is None or result.times is None or result.error is not None:
+            return
+        times = {**result.times, **timeline.now(timeline.REPORTED)}
+        facts = {
+            "request": load.request_id,
+            "tokens": load.tokens,
+            "bytes": transfer.nbytes,
+            "ms": round((times[timeline.CONFIRMED] - times[timeline.BEGUN]) * 1e3, 3),
+            "rank": self._rank,
+            "pipe": transfer.via,
+            "peer": str(load.claim.data.get("at", "")),
+            "seen": times.get(timeline.SEEN),
+            "at_ms": timeline.since_seen(times),
+        }
+        log.log(self._level, "kvconnect.load %s", json.dumps(facts))

@@ -141,7 +141,7 @@ class Transfer:
         self.nbytes = nbytes
         #: Name of the pipe that carries it, for logs and counters.
         self.via = ""
-        #: Seconds of its phases by name, where whoever runs it takes them.
+        #: When its phases ended, by name: times of `time.monotonic`, where whoever runs it takes them.
         self.phases: dict[str, float] = {}
         self.error: KVConnectError | None = None
         self._over = threading.Event()
