@@ -24,6 +24,8 @@ from kvconnect.pipes.nccl_plan import WINDOW_SLOTS, Chunk, Key, Plan, Source, co
 
 log = logging.getLogger(__name__)
 
+#: Chunks that whoever brings work launches himself: they last until the thread that goes on is awake.
+AT_ONCE = 2
 #: Where nothing moves for so long, the other end is asked whether it is still there.
 LOOK_S = 1.0
 
@@ -126,9 +128,10 @@ class Line(ABC):
             self.ended.clear()
 
     def start(self) -> None:
-        """Launch a chunk, if one waits; tell nobody that anything is over. Raises as `step` does."""
-        if self.error is None and self._wire is not None and self._met:
-            self._launch(self._wire)
+        """Launch the first chunks that wait; tell nobody that anything is over. Raises as `step` does."""
+        for _ in range(AT_ONCE):
+            if self.error is not None or self._wire is None or not self._met or not self._launch(self._wire):
+                return
 
     def step(self, now: float) -> Pace:
         """Do what can be done; raise a `KVConnectError` if the line cannot go on."""

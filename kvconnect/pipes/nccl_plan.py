@@ -20,8 +20,8 @@ from kvconnect.pipes.flows import Kind, count, unpack
 Key = tuple[Kind, int]
 
 #: The first chunk of a transfer is this small, so that the wire soon has something to carry;
-#: each further one is twice as large, up to a slot.
-FIRST_BYTES = 4 << 20
+#: each further one is twice as large, up to a slot. Smaller ones cost more than they hide.
+FIRST_BYTES = 8 << 20
 #: Slots' worth of bytes that may be under way: more than a wire carries during one round trip of
 #: a message. A small transfer waits for so many (0.75 ms of NVLink).
 WINDOW_SLOTS = 10

@@ -10,7 +10,7 @@ import pytest
 
 from kvconnect.errors import BrokenError, HandshakeError, LoadError
 from kvconnect.pipes.flows import Kind
-from kvconnect.pipes.nccl_lines import LOOK_S, Arrival, Pace, Receiver, Sender
+from kvconnect.pipes.nccl_lines import AT_ONCE, LOOK_S, Arrival, Pace, Receiver, Sender
 from kvconnect.pipes.nccl_plan import WINDOW_SLOTS
 
 MB = 1 << 20
@@ -90,8 +90,8 @@ def run(line, steps=200, now=0.0):
 
 def test_nothing_is_ordered_before_the_ends_have_met(told):
     line = receiver(told)
-    line.add(arrival(1, 4))
-    line.add(arrival(2, 4))
+    line.add(arrival(1, 6))
+    line.add(arrival(2, 6))
     assert line.met == [1]
     assert line.step(0.0) is Pace.WAITING
     assert not told.said
@@ -114,7 +114,7 @@ def test_a_transfer_is_over_once_the_device_has_done_its_last_chunk(told):
     line.add(arrival(1, 14, over.append))
     run(line)
     # All of it is enqueued ahead.
-    assert [size for size, _ in wire.notes] == [4, 8, 16]
+    assert [size for size, _ in wire.notes] == [8, 16, 4]
     assert not over
     wire.done = True
     assert line.step(0.0) is Pace.MOVED
@@ -122,7 +122,7 @@ def test_a_transfer_is_over_once_the_device_has_done_its_last_chunk(told):
     assert line.step(0.0) is Pace.IDLE
 
 
-def test_whoever_brings_work_launches_a_chunk_of_it_and_ends_nothing(told):
+def test_whoever_brings_work_launches_the_first_of_it_and_ends_nothing(told):
     over, wire = [], Wire()
     line = receiver(told, wire)
     line.add(arrival(1, 14, over.append))
@@ -131,13 +131,14 @@ def test_whoever_brings_work_launches_a_chunk_of_it_and_ends_nothing(told):
     line.step(0.0)
     line.add(arrival(2, 14, over.append))
     line.start()
-    assert [size for size, _ in wire.notes] == [4, 8]
+    assert len(wire.notes) == 1 + AT_ONCE
     assert not over
     run(line)
     assert over == [None, None]
+    launched = len(wire.notes)
     line.fail(BrokenError("gone"))
     line.start()
-    assert len(wire.notes) == 6
+    assert len(wire.notes) == launched
 
 
 def test_no_more_than_a_window_is_ordered_ahead(told):
@@ -170,7 +171,7 @@ def test_a_cancelled_read_is_ordered_no_further_and_leaves_its_blocks_alone(told
     assert told.orders()[1]["drops"] == [[0, 1]]
     assert sum(len(order["rows"]) for order in told.orders()) == ordered
     # What was ordered is received nevertheless: the other end sends it.
-    assert [ids for _, ids in wire.notes] == [[0, 1]] + [None] * (ordered - 1)
+    assert [ids for _, ids in wire.notes] == [[0, 1, 2, 3]] + [None] * (ordered - 1)
     assert not line.stop((Kind.READ, 1))
 
 

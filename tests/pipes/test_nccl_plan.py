@@ -18,7 +18,7 @@ KEY = (Kind.READ, 1)
 
 def test_chunks_begin_small_and_double_up_to_a_slot():
     chunks = list(cut(KEY, [128], [2 * MB], 24 * MB))
-    assert [chunk.nbytes // MB for chunk in chunks] == [4, 8, 16, *[24] * 9, 12]
+    assert [chunk.nbytes // MB for chunk in chunks] == [8, 16, *[24] * 9, 16]
     assert chunks[0].nbytes == FIRST_BYTES
 
 
