@@ -9,12 +9,11 @@ from contextlib import contextmanager
 
 import torch
 
-from kvconnect.blocks import heap_memory
 from kvconnect.buffers.base import EndSettings, LookupKey, Miss, Want
 from kvconnect.buffers.remote import RemoteBuffer
 from kvconnect.config import Backend, Config
 from kvconnect.paging import LayerLayout, PagedLayout
-from kvconnect.testing.layouts import noisy_memory
+from kvconnect.testing.layouts import blank_memory, noisy_memory
 
 BLOCKS, PIECE, LAYERS = 64, 512, 3
 _groups = itertools.count()
@@ -49,16 +48,19 @@ class Engine:
         shape=None,
         introduce=True,
         marks=None,
+        device="cpu",
         **options,
     ):
-        """``marks`` are added to the workers' fingerprint only."""
+        """``marks`` are added to the workers' fingerprint only; their memory is on ``device``."""
         fingerprint = {"model": "m", "dtype": "bfloat16", **options.pop("fingerprint", {})}
         config = Config(**{"connect_timeout_s": 3.0, "transfer_timeout_s": 10.0, **options})
         settings = EndSettings(
             name, fingerprint, parts, produces, consumes, config, Backend(pipe) if isinstance(pipe, str) else pipe
         )
         shape = shape or layout()
-        self.memories = [noisy_memory(shape, rank + 1) if produces else heap_memory(shape) for rank in range(parts)]
+        self.memories = [
+            noisy_memory(shape, rank + 1, device) if produces else blank_memory(shape, device) for rank in range(parts)
+        ]
         self.end = RemoteBuffer.scheduler_end(settings)
         own = dataclasses.replace(settings, fingerprint={**fingerprint, **(marks or {})})
         self.workers = [RemoteBuffer.worker_end(own, rank, memory) for rank, memory in enumerate(self.memories)]

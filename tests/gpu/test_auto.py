@@ -1,0 +1,94 @@
+"""The pipe ``auto`` between two processes, each with a GPU of its own."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import time
+from multiprocessing.connection import Connection
+
+import pytest
+import torch
+
+from kvconnect import registry
+from kvconnect.buffers.base import Want
+from kvconnect.cuda import ipc
+from kvconnect.errors import BrokenError
+from kvconnect.testing.layouts import noisy_memory
+from tests.buffers.engines import Engine, group, key, layout
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(75)]
+
+#: Blocks of 2 MiB in pieces of 64 KiB; a load has half of them.
+SHAPE = layout(256, 64 << 10, 32)
+LOADS, BLOCKS = 4, 128
+LIMITS = {"connect_timeout_s": 20.0, "transfer_timeout_s": 40.0, "lease_s": 60.0}
+
+log = logging.getLogger("tests.gpu.test_auto")
+
+
+def having(names: list[str]) -> None:
+    """Have only these pipes registered."""
+    real = registry.pipes()
+    registry.pipes = lambda: {name: real[name] for name in names if name in real}  # type: ignore[assignment]
+
+
+def produce(connection: Connection, name: str, names: list[str]) -> None:
+    having(names)
+    p = Engine("P", produces=True, device="cuda:1", pipe="auto", group=name, shape=SHAPE, **LIMITS)
+    connection.send([p.offer(number, (tuple(range(BLOCKS)),)) for number in range(LOADS)])
+    connection.recv()
+    p.close()
+
+
+def cannot_be_opened(*_: object) -> None:
+    raise BrokenError("CUDA failed to open memory of another process: as this test wants it")
+
+
+@pytest.mark.parametrize(
+    ("names", "opens", "taken"),
+    [
+        (["cuda_ipc", "nccl", "nixl"], True, {"cuda_ipc"}),
+        (["cuda_ipc", "nccl", "nixl"], False, {"nccl", "nixl"}),
+        (["nccl", "nixl"], True, {"nccl", "nixl"}),
+    ],
+    ids=["nearest", "nearest_cannot_open", "as_between_hosts"],
+)
+def test_auto_takes_the_nearest_pipe_that_works_and_of_equally_near_ones_the_fastest(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, names: list[str], opens: bool, taken: set[str]
+) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices, here is one")
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(registry, "pipes", registry.pipes)  # what `having` changes is put back
+    having(names)
+    if not opens:
+        monkeypatch.setattr(ipc, "Mapped", cannot_be_opened)
+    spawn, name = multiprocessing.get_context("spawn"), group()
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=produce, args=(theirs, name, names), daemon=True)
+    process.start()
+    d = Engine("D", consumes=True, device="cuda:0", pipe="auto", group=name, shape=SHAPE, **LIMITS)
+    try:
+        assert ours.poll(60), "the producer did not start"
+        blocks = tuple(range(BLOCKS))
+        for number, ticket in enumerate(ours.recv()):
+            claim = d.find(f"r{number}", Want(key(number), ticket=ticket), 30)
+            began = time.monotonic()
+            d.read(claim, local=(blocks,), remote=(blocks,)).wait(60)
+            log.info("%s: load %d took %.1f ms", "/".join(names), number, 1e3 * (time.monotonic() - began))
+        wanted = noisy_memory(SHAPE, 1, "cuda:0")
+        for got, want in zip(d.memories[0].owner, wanted.owner, strict=True):
+            half = got.nbytes // 2
+            assert torch.equal(got[:half], want[:half])
+        (link,) = d.workers[0]._links._links.values()
+        assert link.name in taken
+        said = [record.getMessage() for record in caplog.records if "reading from" in record.getMessage()]
+        assert len(said) == (1 if len(taken) == 1 else 3 if not opens else 2), said
+        if len(taken) > 1:
+            assert said[-1].count("GB/s") == 2
+    finally:
+        d.close()
+        ours.send("over")
+        process.join(20)
+        process.kill()
