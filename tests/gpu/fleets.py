@@ -72,6 +72,7 @@ def started(case: Case, folder: Path, **more: object) -> Iterator[Fleet]:
         devices=case.devices,
         env=case.env,
         model=sharper_model(folder, str(model.ensure())),
+        lease_s=30.0,
         arguments=(*SMALL, *case.arguments),
     )
     with running(replace(plan, **more), folder) as fleet:  # type: ignore[arg-type]
