@@ -6,7 +6,9 @@
 // of its side, where `count` is the number of pairs of this launch: `spread` places layers one
 // after the other in a packed buffer (its "ids" are 0, 1, 2, ...) and is 0 in paged memory.
 //
-// Item t of a launch is tile t % tiles of pair t / tiles; CTA c takes items c, c + grid, ...
+// Item t of a launch is tile t % tiles of pair t / tiles; each CTA takes a run of consecutive items.
+// Their pairs are few that way: read from the host's memory, as they are, they cost a launch 20 us
+// when neighbouring items went to different CTAs.
 // Addresses may be those of another GPU's memory, mapped into this process.
 
 struct Side { unsigned long long address, stride, spread; };
@@ -19,20 +21,31 @@ struct Job {
     unsigned *seen;  // bitmap of the multiprocessors that took part, for measurements; or null
     int num_tiles, count;
 };
+struct Item { Tile tile; Pair pair; };
 struct Place { unsigned long long from, to, nbytes; };
 
-// Where item `t` goes; nothing beyond the last one.
-__device__ __forceinline__ Place place(const Job &job, long long t)
+// Looks item `t` up; nothing beyond the last one. Until it is used, nobody waits for what it reads.
+__device__ __forceinline__ Item fetch(const Job &job, long long t)
 {
-    Place found = {0, 0, 0};
+    Item found = {};
     if (t < (long long)job.num_tiles * job.count) {
-        const Tile tile = job.tiles[t % job.num_tiles];
-        const Pair pair = job.pairs[t / job.num_tiles];
-        found.from = job.from_shift + tile.from.address + pair.from * tile.from.stride + job.count * tile.from.spread;
-        found.to = job.to_shift + tile.to.address + pair.to * tile.to.stride + job.count * tile.to.spread;
-        found.nbytes = tile.nbytes;
+        found.tile = job.tiles[t % job.num_tiles];
+        found.pair = job.pairs[t / job.num_tiles];
     }
     return found;
+}
+
+__device__ __forceinline__ Place place(const Job &job, const Item &item)
+{
+    const Side &from = item.tile.from, &to = item.tile.to;
+    return {job.from_shift + from.address + item.pair.from * from.stride + job.count * from.spread,
+            job.to_shift + to.address + item.pair.to * to.stride + job.count * to.spread, item.tile.nbytes};
+}
+
+// The first of this CTA's items; those of CTA `cta` end where the next one's begin.
+__device__ __forceinline__ long long first_item(const Job &job, unsigned cta)
+{
+    return (long long)job.num_tiles * job.count * cta / gridDim.x;
 }
 
 __device__ __forceinline__ void mark(unsigned *seen)
@@ -71,9 +84,11 @@ extern "C" __global__ void copy_by_threads(
 {
     const Job job = {tiles, pairs, from_shift, to_shift, seen, num_tiles, count};
     mark(job.seen);
-    const long long items = (long long)job.num_tiles * job.count;
-    for (long long t = blockIdx.x; t < items; t += gridDim.x) {
-        const Place item = place(job, t);
+    const long long end = first_item(job, blockIdx.x + 1);
+    Item next = fetch(job, first_item(job, blockIdx.x));
+    for (long long t = first_item(job, blockIdx.x); t < end; t++) {
+        const Place item = place(job, next);
+        next = fetch(job, t + 1);
         const char *from = reinterpret_cast<const char *>(item.from);
         char *to = reinterpret_cast<char *>(item.to);
         if (((item.from | item.to) & 15) == 0)
@@ -136,18 +151,18 @@ extern "C" __global__ void __launch_bounds__(32) copy_by_bulk(
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncwarp();
 
-    const long long items = (long long)job.num_tiles * job.count;
-    const long long mine = items > blockIdx.x ? (items - blockIdx.x - 1) / gridDim.x + 1 : 0;
-    // Each lane looks up the place of one item ahead of time; the ids may be in host memory.
-    Place loads = place(job, blockIdx.x + (long long)lane * gridDim.x);
-    Place stores = loads, next = loads;
+    const long long first = first_item(job, blockIdx.x), mine = first_item(job, blockIdx.x + 1) - first;
+    // Each lane looks up one item of 32 ahead of time; the ids may be in host memory.
+    Place loads = place(job, fetch(job, first + lane));
+    Place stores = loads;
+    Item next = {};
 
     for (long long k = 0; k < mine + LEAD; k++) {
         if (k < mine) {
             const int slot = (int)(k % 32);
             if (slot == 0) {
-                if (k > 0) loads = next;
-                next = place(job, blockIdx.x + (k + 32 + lane) * gridDim.x);
+                if (k > 0) loads = place(job, next);
+                if (k + 32 < mine) next = fetch(job, first + k + 32 + lane);
             }
             const Place item = of_lane(loads, slot);
             if (lane == 0) {

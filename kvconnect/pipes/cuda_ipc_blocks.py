@@ -88,9 +88,8 @@ class CudaIpcBlocks:
         self._local, self._remote, self._channel = local, remote, channel
         self._peer, self._device = peer, driver.index(local.device)
         self._copier, self._lanes = copier(self._device), lanes(self._device)
-        # Two of the kernel's blocks fit on a multiprocessor, and its own memory is worth it.
         own = driver.uuid(self._device) == peer_uuid
-        self.multiprocessors = multiprocessors or (2 * self._copier.multiprocessors if own else FEW)
+        self.multiprocessors = multiprocessors or (self._copier.multiprocessors if own else FEW)
         self._lock = threading.Lock()
         self._mapped: ipc.Mapped | None = None
         self._pull: Direction | None = None
