@@ -7,7 +7,6 @@ the other end hears goes through `Tell`.
 
 from __future__ import annotations
 
-import enum
 import logging
 import threading
 from abc import ABC, abstractmethod
@@ -20,6 +19,7 @@ from typing import Any, Protocol
 from kvconnect.errors import BrokenError, ClosedError, HandshakeError, KVConnectError, LoadError
 from kvconnect.paging import BlockIds
 from kvconnect.pipes.base import Message
+from kvconnect.pipes.nccl_loop import Pace
 from kvconnect.pipes.nccl_plan import WINDOW_SLOTS, Chunk, Key, Plan, Source, counts, cut, read_row
 
 log = logging.getLogger(__name__)
@@ -94,18 +94,11 @@ def ending(error: KVConnectError) -> KVConnectError:
     return broken
 
 
-class Pace(enum.Enum):
-    """What a step of a line came to."""
-
-    #: Nothing is under way.
-    IDLE = 0
-    #: Something is, and nothing of it was over.
-    WAITING = 1
-    MOVED = 2
-
-
 class Line(ABC):
     """One end of a direction. All methods belong to one thread at a time; `ended` may be waited for."""
+
+    #: How it waits for the device, once the ends have met.
+    _waiting = Pace.WAITING
 
     def __init__(self, tell: Tell, timeout_s: float) -> None:
         self._tell, self._timeout_s = tell, timeout_s
@@ -146,7 +139,7 @@ class Line(ABC):
             self._stamp = self._asked = now
             return Pace.MOVED
         self._look(now, self._stamp)
-        return Pace.WAITING
+        return self._waiting if self._met else Pace.WAITING
 
     def fail(self, error: KVConnectError) -> None:
         """End; whoever waits hears ``error`` once the device does nothing any more."""
@@ -347,7 +340,10 @@ class Receiver(Line):
 
 
 class Sender(Line):
-    """The end that sends what the other one orders."""
+    """The end that sends what the other one orders, and is told by it when that has arrived."""
+
+    # What was sent frees slots, in the device's own order; a look beside a busy engine costs that one time.
+    _waiting = Pace.PATIENT
 
     def __init__(
         self, tell: Tell, timeout_s: float, block_bytes: Sequence[int], released: Callable[[], None] = lambda: None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import enum
 import logging
 import threading
 import time
@@ -21,7 +22,6 @@ from typing import Protocol
 
 from kvconnect.cuda import driver
 from kvconnect.errors import BrokenError, KVConnectError
-from kvconnect.pipes.nccl_lines import Pace
 from kvconnect.pipes.turns import Turns
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,18 @@ LATELY_S = 10e-3
 _GROWTH = 1.5
 #: ``PR_SET_TIMERSLACK``: a thread's time-outs are 50 µs late by default.
 _SET_TIMER_SLACK = 29
+
+
+class Pace(enum.IntEnum):
+    """What a step of a line came to: the more, the sooner the next one should be."""
+
+    #: Nothing is under way.
+    IDLE = 0
+    #: Something is that nobody waits for here.
+    PATIENT = 1
+    #: Something is, and nothing of it was over.
+    WAITING = 2
+    MOVED = 3
 
 
 class Stepped(Protocol):
@@ -97,15 +109,17 @@ class Loop:
         while True:
             self._rest(pause if self._active else None)
             with self._turn:
-                moved = self._take()
+                pace = Pace.MOVED if self._take() else Pace.IDLE
                 for line in list(self._active.values()):
-                    moved |= self._step(line)
+                    pace = max(pace, self._step(line))
                     del line  # no line lives on because the thread waits
             now = time.monotonic()
-            if moved:
+            if pace is Pace.MOVED:
                 pause, stirred = 0.0, now
+            elif pace is Pace.WAITING and now - stirred < LATELY_S:
+                pause = SHORTEST_S
             else:
-                pause = SHORTEST_S if now - stirred < LATELY_S else min(LONGEST_S, max(SHORTEST_S, pause * _GROWTH))
+                pause = LONGEST_S if pace is Pace.PATIENT else min(LONGEST_S, max(SHORTEST_S, pause * _GROWTH))
 
     def _rest(self, pause: float | None) -> None:
         with self._changed:
@@ -122,7 +136,7 @@ class Loop:
             self._guard(line, line.start)
         return moved
 
-    def _step(self, line: Stepped) -> bool:
+    def _step(self, line: Stepped) -> Pace:
         pace = Pace.MOVED
 
         def step() -> None:
@@ -132,7 +146,7 @@ class Loop:
         self._guard(line, step)
         if pace is Pace.IDLE:
             del self._active[id(line)]
-        return pace is Pace.MOVED
+        return pace
 
     @staticmethod
     def _guard(line: Stepped, call: Callable[[], object]) -> None:

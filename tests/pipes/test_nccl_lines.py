@@ -10,7 +10,8 @@ import pytest
 
 from kvconnect.errors import BrokenError, HandshakeError, LoadError
 from kvconnect.pipes.flows import Kind
-from kvconnect.pipes.nccl_lines import AT_ONCE, LOOK_S, Arrival, Pace, Receiver, Sender
+from kvconnect.pipes.nccl_lines import AT_ONCE, LOOK_S, Arrival, Receiver, Sender
+from kvconnect.pipes.nccl_loop import Pace
 from kvconnect.pipes.nccl_plan import WINDOW_SLOTS
 
 MB = 1 << 20
@@ -195,6 +196,7 @@ def test_a_sender_enqueues_what_is_ordered_while_nothing_of_it_is_over(told):
     line.wired(wire)
     run(line)
     assert wire.notes == [(4, [0, 1]), (8, [2, 3, 4, 5])]
+    assert line.step(0.0) is Pace.PATIENT, "the other end hears when it has arrived"
     with pytest.raises(HandshakeError, match="transfer 1, which is not running"):
         line.ordered(2, [[0, 1, 0, 0, 1]])  # all of it was ordered
 

@@ -6,8 +6,7 @@ import contextlib
 import threading
 
 from kvconnect.errors import BrokenError
-from kvconnect.pipes.nccl_lines import Pace
-from kvconnect.pipes.nccl_loop import LATELY_S, LONGEST_S, SHORTEST_S, Loop, Place
+from kvconnect.pipes.nccl_loop import LATELY_S, LONGEST_S, SHORTEST_S, Loop, Pace, Place
 from kvconnect.testing.peers import LIMIT_S
 
 
@@ -16,6 +15,7 @@ class Line:
 
     def __init__(self):
         self.looks, self.over, self.idle = 0, False, threading.Event()
+        self.pace = Pace.WAITING
         self.failed, self.started = [], []
 
     def start(self):
@@ -26,7 +26,7 @@ class Line:
         if self.over:
             self.idle.set()
             return Pace.IDLE
-        return Pace.WAITING
+        return self.pace
 
     def fail(self, error):
         self.failed.append(error)
@@ -44,6 +44,16 @@ def test_what_waits_for_long_is_looked_at_seldom_and_what_is_over_not_at_all():
     threading.Event().wait(0.1)
     assert line.looks == looks
     assert not line.failed
+
+
+def test_what_nobody_waits_for_is_looked_at_seldom_from_the_beginning():
+    loop, line = Loop("kvconnect-test-loop"), Line()
+    line.pace = Pace.PATIENT
+    loop.post(line, lambda: None)
+    threading.Event().wait(LATELY_S / 2)
+    assert line.looks < 2 + LATELY_S / LONGEST_S
+    line.over = True
+    assert line.idle.wait(LIMIT_S)
 
 
 def test_work_is_started_by_the_thread_that_brings_it():

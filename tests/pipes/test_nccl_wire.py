@@ -16,7 +16,8 @@ from kvconnect.cuda import driver, nccl
 from kvconnect.cuda.tiles import FROM, NBYTES, TO, table
 from kvconnect.errors import BrokenError, HandshakeError
 from kvconnect.pipes import nccl_wire
-from kvconnect.pipes.nccl_lines import Move, Pace, Sender
+from kvconnect.pipes.nccl_lines import Move, Sender
+from kvconnect.pipes.nccl_loop import Pace
 from kvconnect.pipes.nccl_wire import RecvWire, SendWire, Setting
 from kvconnect.pipes.turns import Turns
 from kvconnect.testing.layouts import naive_stream, noisy_memory, separate_layers
