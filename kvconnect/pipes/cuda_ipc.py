@@ -9,22 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from kvconnect.config import Backend, parse_options
 from kvconnect.cuda import driver, ipc
 from kvconnect.cuda.copier import copier
-from kvconnect.errors import BusyError, ClosedError, ConfigError, HandshakeError, KVConnectError
-from kvconnect.paging import BlockIds, PagedLayout, PagedMemory
+from kvconnect.errors import ConfigError, HandshakeError
+from kvconnect.paging import PagedLayout, PagedMemory
 from kvconnect.pipes import companion, host
-from kvconnect.pipes.base import YES, Channel, Message, Pipe, PipeSpec, Reach, Traits, Transfer, Verdict
+from kvconnect.pipes.base import YES, Channel, Message, PipeSpec, Reach, Traits, Verdict
 from kvconnect.pipes.cuda_ipc_blocks import CudaIpcBlocks
 from kvconnect.pipes.cuda_ipc_staging import CudaIpcMedium
 from kvconnect.pipes.peer_process import PeerProcess
 from kvconnect.pipes.staged import StagedTensors
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from kvconnect.pipes.two_paths import TwoPathPipe
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class CudaIpcOptions:
     companion: Backend = Backend("auto")
 
 
-class CudaIpcPipe(Pipe):
+class CudaIpcPipe(TwoPathPipe):
     """One end of a pipe between two processes of a host, over CUDA memory."""
 
     name: ClassVar[str] = "cuda_ipc"
@@ -58,9 +56,6 @@ class CudaIpcPipe(Pipe):
         """
         self._options = _options(spec)
         self._device = driver.index(spec.device)
-        self.timeout_s = spec.timeout_s
-        self._blocks: CudaIpcBlocks | None = None
-        self._ended: KVConnectError | None = None
         mine = {"uuid": driver.uuid(self._device), **PeerProcess.card()}
         joined = companion.join(spec, mine, self._options.companion)
         try:
@@ -69,7 +64,8 @@ class CudaIpcPipe(Pipe):
         except BaseException:
             joined.abort()
             raise
-        self._tensors = StagedTensors(joined, CudaIpcMedium(self._device), timeout_s=spec.timeout_s)
+        tensors = StagedTensors(joined, CudaIpcMedium(self._device), timeout_s=spec.timeout_s)
+        super().__init__(tensors, spec.timeout_s)
 
     # -- placing --------------------------------------------------------------------
 
@@ -100,65 +96,18 @@ class CudaIpcPipe(Pipe):
             copier(driver.index(memory.device))  # the kernels are compiled now rather than under the first request
         return YES if reason is None else Verdict(False, reason, "")
 
-    # -- tensors ----------------------------------------------------------------------
-
-    def send_tensor(self, tensor: Tensor | None) -> None:
-        """See `Pipe.send_tensor`."""
-        self._tensors.send(tensor)
-
-    def recv_tensor(self) -> Tensor | None:
-        """See `Pipe.recv_tensor`."""
-        return self._tensors.receive()
-
-    def recv_tensor_into(self, out: Tensor) -> None:
-        """See `Pipe.recv_tensor_into`."""
-        self._tensors.receive_into(out)
-
-    def close(self) -> None:
-        """See `Pipe.close`."""
-        self._end_blocks()
-        self._tensors.close()
-
-    def abort(self) -> None:
-        """See `Pipe.abort`."""
-        self._end_blocks()
-        self._tensors.abort()
-
     # -- blocks -------------------------------------------------------------------------
 
-    def attach(self, local: PagedMemory, remote: PagedLayout, channel: Channel) -> None:
-        """See `Pipe.attach`."""
-        if self._ended is not None:
-            raise self._ended
-        if self._blocks is not None:
-            raise BusyError("this pipe is attached to paged memory already")
+    def make_blocks(self, local: PagedMemory, remote: PagedLayout, channel: Channel) -> CudaIpcBlocks:
+        """See `TwoPathPipe.make_blocks`."""
         if driver.index(local.device) != self._device:
             raise HandshakeError(f"the memory is on {local.device}, this pipe was opened for cuda:{self._device}")
-        self._blocks = CudaIpcBlocks(
-            local, remote, channel, self._options.multiprocessors, peer_uuid=self._peer_uuid, peer=self._peer
-        )
+        most = self._options.multiprocessors
+        return CudaIpcBlocks(local, remote, channel, most, peer_uuid=self._peer_uuid, peer=self._peer)
 
-    def read_blocks(self, remote: BlockIds, local: BlockIds) -> Transfer:
-        """See `Pipe.read_blocks`."""
-        return self._block_path().read(remote, local)
-
-    def write_blocks(self, local: BlockIds, remote: BlockIds) -> Transfer:
-        """See `Pipe.write_blocks`."""
-        return self._block_path().write(local, remote)
-
-    def _block_path(self) -> CudaIpcBlocks:
-        if self._ended is not None:
-            raise self._ended
-        if self._blocks is None:
-            raise ClosedError("attach() this pipe to paged memory before moving blocks")
-        return self._blocks
-
-    def _end_blocks(self) -> None:
-        self._ended = self._ended or ClosedError("this end was closed")
-        if self._blocks is not None:
-            self._blocks.close(self._ended)
-        else:
-            self._peer.close()
+    def let_go(self) -> None:
+        """See `TwoPathPipe.let_go`."""
+        self._peer.close()
 
 
 def _options(spec: PipeSpec) -> CudaIpcOptions:

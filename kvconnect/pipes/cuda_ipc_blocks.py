@@ -119,6 +119,9 @@ class CudaIpcBlocks:
             with contextlib.suppress(KVConnectError):  # whether the peer hears it or has gone, too, is all the same
                 self._channel.call(_END, {})
 
+    #: Nothing of it waits.
+    end = close
+
     def _peer_ended(self, _: Mapping[str, Any]) -> dict[str, Any]:
         self._end(BrokenError("the other end was closed"))
         return {}
