@@ -7,8 +7,10 @@ what comes of it too late is ended there and then.
 from __future__ import annotations
 
 import secrets
+import threading
+from collections import Counter
 from collections.abc import Mapping
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,12 +19,14 @@ from kvconnect.buffers.choice import Candidate
 from kvconnect.buffers.crew import Crew
 from kvconnect.buffers.station import Station, foreign
 from kvconnect.control import wait_for
-from kvconnect.errors import ClosedError, DeadlineError
+from kvconnect.errors import BusyError, ClosedError, DeadlineError
 from kvconnect.paging import BlockIds, PagedLayout
 from kvconnect.pipes.base import Message, Pipe, Transfer
 
 #: Given to an exchange or a reply beyond its own deadline, so that the error is the deadline's.
 _SLACK_S = 1.0
+#: Openings of one medium, each of which holds a thread: the others need some, too.
+_MAX_HANGING = 3
 
 
 @dataclass(eq=False)
@@ -45,6 +49,8 @@ class Lines:
         self._timeout_s = station.settings.options.connect_timeout_s
         #: How long an opening takes at most that the peer answers in time: there are two questions.
         self.limit_s = 2 * (self._timeout_s + _SLACK_S)
+        self._lock = threading.Lock()
+        self._hanging: Counter[str] = Counter()
 
     def open(self, candidate: Candidate, theirs: Mapping[str, Any], timeout_s: float) -> Line:
         """Open a pipe to the worker that describes itself as ``theirs``; blocks for at most ``timeout_s``.
@@ -53,19 +59,33 @@ class Lines:
             KVConnectError: it cannot be opened, or not in time; nothing is left of it at either end.
 
         """
+        if self._hanging[candidate.name] >= _MAX_HANGING:
+            raise BusyError(f"{_MAX_HANGING} such pipes hang still while they are opened")
         line = Line(candidate.name, fields.text(theirs, "endpoint"))
         # A lane of its own: the next pipe to this peer must not wait behind one that hangs.
         opening = self._crew.call(lambda: self._join(line, candidate.cls, theirs), lane=(line.endpoint, line.name))
         wait([opening], timeout_s)
         if not opening.done():
-            self.end(line)
-            opening.add_done_callback(lambda _: self.end(line))
+            self._give_up(line, opening)
             raise DeadlineError(f"it did not open within {timeout_s:.3g} s")
         error = opening.exception()
         if error is not None:
             self.end(line)
             raise foreign(error)
         return line
+
+    def _give_up(self, line: Line, opening: Future[None]) -> None:
+        """End a line whose opening hangs, and what comes of it after all."""
+
+        def late(_: Future[None]) -> None:
+            self.end(line)
+            with self._lock:
+                self._hanging[line.name] -= 1
+
+        self.end(line)
+        with self._lock:
+            self._hanging[line.name] += 1
+        opening.add_done_callback(late)
 
     def _join(self, line: Line, cls: type[Pipe], theirs: Mapping[str, Any]) -> None:
         _check(line)

@@ -208,16 +208,18 @@ class Links:
         check_shapes(self._station.worker, theirs)
         link.found, link.passed = choose_pipe(self._station.worker, theirs)
         line = self._first(link, theirs)
-        link.lines, link.pipe = [line], line.pipe
+        link.lines = [line]
         traits = self._take(link, line.name).traits
         rates = self._experience.rates(link.at)
         rivals = [other for other in link.spare if other.cls.traits.reach == traits.reach and other.name not in rates]
+        pipe: Pipe | Trial | None = line.pipe
         if rivals and self._auto.measure:
             link.passed |= {rival.name: f"as near as {line.name}, a large load will tell" for rival in rivals}
             layout = self._station.memory.layout
             setting = Setting(self._lines, self._crew, self._trials, layout, theirs, self._limit_s)
-            link.pipe = Trial(setting, link.lines, traits, rivals, lambda outcome: self._tried(link, outcome))
+            pipe = Trial(setting, link.lines, traits, rivals, lambda outcome: self._tried(link, outcome))
         self._say(link)
+        link.pipe = pipe
         return line
 
     def _first(self, link: Link, theirs: Mapping[str, Any]) -> Line:

@@ -113,6 +113,8 @@ class PipeServer:
             return theirs
 
         try:
+            if served.dropped:
+                raise ClosedError("the pipe was given up before its turn came")
             served.pipe = self._station.open(registry.pipe(name), name, "serves", exchange)
             if not served.opened.done():
                 served.opened.set_result({"message": {}})

@@ -428,3 +428,15 @@ def test_a_trial_leaves_no_thread_file_or_shared_memory(real):
         with engines(connect_timeout_s=10.0) as (p, d):
             load(p, d, blocks=24)
     assert_nothing_left(before)
+
+
+def test_a_medium_whose_openings_hang_is_not_opened_for_ever_more_peers(register, pair, monkeypatch, caplog):
+    monkeypatch.setattr("kvconnect.buffers.lines._SLACK_S", 0.1)
+    monkeypatch.setattr("kvconnect.buffers.lines._MAX_HANGING", 1)
+    known = register(a={"hangs": {"asks"}}, b={})
+    p, d = pair(connect_timeout_s=0.5)
+    load(p, d)
+    with closing(Engine("P2", produces=True, pipe="auto", shape=layout(BLOCKS, MB // 2, 2), group=group())) as p2:
+        load(p2, d, 2)
+        assert "not a: it cannot be opened: 1 such pipes hang still" in lines(caplog)[-1]
+    known["a"].gate.set()
