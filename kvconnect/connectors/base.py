@@ -87,7 +87,7 @@ class KvConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """See `SchedulerHalf.build_plan`."""
-        return self._s.build_plan()
+        return self._s.build_plan(idle=scheduler_output.total_num_scheduled_tokens == 0)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """See `SchedulerHalf.worker_output`."""
@@ -136,12 +136,12 @@ class KvConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Report loads that are over (before 0.32)."""
-        received, _ = self._w.take_results()
+        received, _ = self._w.take_results(self._plan())
         return None, received or None
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
         """Report loads that are over and which of them failed (0.32 and later)."""
-        received, failed = self._w.take_results()
+        received, failed = self._w.take_results(self._plan())
         return compat.make_results(received, failed)
 
     def get_block_ids_with_load_errors(self) -> set[int]:

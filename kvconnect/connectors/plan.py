@@ -52,6 +52,8 @@ class Plan(KVConnectorMetadata):
     loads: tuple[Load, ...] = ()
     #: Ask every worker to describe itself (`WorkerNews`): the scheduler does not know them yet.
     introduce: bool = False
+    #: The step computes nothing, and nobody waits for it: it may wait for loads.
+    patient: bool = False
 
 
 @dataclass(frozen=True)

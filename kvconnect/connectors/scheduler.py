@@ -98,14 +98,14 @@ class SchedulerHalf:
 
     # -- steps --------------------------------------------------------------------
 
-    def build_plan(self) -> Plan:
-        """``build_connector_meta``: this step's orders."""
+    def build_plan(self, *, idle: bool) -> Plan:
+        """``build_connector_meta``: this step's orders; an ``idle`` step computes nothing."""
         if self._lending is not None:
             self._lending.after_step()
         loads = () if self._fetching is None else self._fetching.take_loads()
         introduce = self._end is not None and not self._introduced
         self._asked += introduce
-        return Plan(loads, introduce)
+        return Plan(loads, introduce, patient=idle and self._engine.steps_alone)
 
     def worker_output(self, output: KVConnectorOutput) -> None:
         """``update_connector_output``: loads that are over, and the workers' introductions."""

@@ -35,6 +35,8 @@ class Engine:
         step_blocks: the most blocks one scheduling step can ask for on behalf of running requests.
         refusal: why this model's KV cannot be handed over, or ``None``.
         recomputes: whether vLLM computes a request whose load failed itself, rather than fail it.
+        steps_alone: whether nobody waits for this engine's empty steps: no later pipeline stage, no
+            other data-parallel rank.
 
     """
 
@@ -47,6 +49,7 @@ class Engine:
     step_blocks: int
     refusal: str | None
     recomputes: bool
+    steps_alone: bool
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that a sequence of ``tokens`` tokens takes, all groups together."""
@@ -99,6 +102,7 @@ def engine(vllm_config: VllmConfig, kv: KVCacheConfig, preset: str | None) -> En
         step_blocks=step_blocks,
         refusal=refusal,
         recomputes=transfer.kv_load_failure_policy == "recompute",
+        steps_alone=parallel.pipeline_parallel_size == parallel.data_parallel_size == 1,
     )
 
 

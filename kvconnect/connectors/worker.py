@@ -2,6 +2,8 @@
 
 Hooks run on the worker's main thread between forward and sampling, so they only
 start transfers and collect results; the moving happens in the buffer's threads.
+Where there is neither, in a step of an engine that has nothing to do but wait for
+loads, they wait for one: vLLM would sleep for a millisecond and look again, twice.
 """
 
 from __future__ import annotations
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+#: The longest wait of a step that computes nothing; new requests and aborts wait behind it.
+_PATIENCE_S = 2e-3
+
 
 @dataclass(frozen=True)
 class _Result:
@@ -47,7 +52,8 @@ class WorkerHalf:
         self._rank = rank
         self._end: WorkerEnd | None = None
         self._fence: Fence | None = None
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
+        self._running = 0
         self._over: list[_Result] = []
         self._bad_blocks: set[int] = set()
         self._by_request = compat.reports_failed_requests()
@@ -64,15 +70,19 @@ class WorkerHalf:
 
     def start(self, plan: Plan) -> None:
         """``start_load_kv``: start this step's loads. Works before and after the forward alike."""
+        with self._changed:
+            self._running += len(plan.loads)
         for load in plan.loads:
             if self._fence is None:
                 self._start(load)
             else:
                 self._fence.then(functools.partial(self._start, load))
 
-    def take_results(self) -> tuple[set[str], set[str]]:
+    def take_results(self, plan: Plan) -> tuple[set[str], set[str]]:
         """Return the requests whose load is over since the last call, and those of them that failed."""
-        with self._lock:
+        with self._changed:
+            if plan.patient:
+                self._changed.wait_for(lambda: self._over or not self._running, _PATIENCE_S)
             over, self._over = self._over, []
         failed = [result.load for result in over if result.error is not None]
         if not self._by_request:
@@ -119,8 +129,10 @@ class WorkerHalf:
         load, error = result.load, result.error
         if error is not None:
             log.warning("could not load the KV of %s: %s: %s", load.request_id, type(error).__name__, error)
-        with self._lock:
+        with self._changed:
+            self._running -= 1
             self._over.append(result)
+            self._changed.notify()
 
     def _log(self, result: _Result) -> None:
         """Write what a load brought and where its time went: one JSON object in one line.

@@ -36,8 +36,8 @@ def kv_config(kv_heads: int = 4, layers: int = 2) -> KVCacheConfig:
     return KVCacheConfig(num_blocks=32, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(names, spec)])
 
 
-def vllm_config(transfer: KVTransferConfig, *, tp: int = 1, dp_index: int = 0, draft: Any = None) -> Any:
-    """Return the part of vLLM's configuration that connectors read."""
+def vllm_config(transfer: KVTransferConfig, *, dp_index: int = 0, draft: Any = None, **shape: int) -> Any:
+    """Return the part of vLLM's configuration that connectors read; ``shape`` is ``tp``, ``pp``, ``dp``."""
     return SimpleNamespace(
         kv_transfer_config=transfer,
         model_config=SimpleNamespace(model="m", revision=None, dtype=torch.float32, quantization=None),
@@ -46,7 +46,10 @@ def vllm_config(transfer: KVTransferConfig, *, tp: int = 1, dp_index: int = 0, d
             max_num_batched_tokens=64, max_num_seqs=4, disable_hybrid_kv_cache_manager=False
         ),
         parallel_config=SimpleNamespace(
-            tensor_parallel_size=tp, pipeline_parallel_size=1, data_parallel_index=dp_index
+            tensor_parallel_size=shape.get("tp", 1),
+            pipeline_parallel_size=shape.get("pp", 1),
+            data_parallel_size=shape.get("dp", 1),
+            data_parallel_index=dp_index,
         ),
         speculative_config=draft,
     )
@@ -100,6 +103,13 @@ def test_data_parallel_engines_count_their_ports_from_the_configured_one() -> No
         for i in range(3)
     ]
     assert ports == [20_000, 20_001, 20_002]
+
+
+@pytest.mark.parametrize(("shape", "alone"), [({}, True), ({"tp": 2}, True), ({"pp": 2}, False), ({"dp": 2}, False)])
+def test_an_empty_step_waits_for_loads_where_no_other_stage_or_rank_waits_for_it(
+    shape: dict[str, int], *, alone: bool
+) -> None:
+    assert setup.engine(vllm_config(transfer_config(), **shape), kv_config(), "tcp").steps_alone is alone
 
 
 def test_a_port_for_the_last_data_parallel_engine_must_exist() -> None:

@@ -60,7 +60,7 @@ def run(half: WorkerHalf, load: Load) -> tuple[set[str], set[str]]:
     """Start a load as vLLM's worker does, and collect it."""
     half.start(Plan((pickle.loads(pickle.dumps(load)),)))  # noqa: S301 - as vLLM hands it to its workers
     eventually(lambda: half._over)
-    return half.take_results()
+    return half.take_results(Plan())
 
 
 def test_a_line_tells_when_each_phase_of_a_load_ended(pair: tuple[Engine, Engine], caplog: Any) -> None:
