@@ -9,22 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from kvconnect.config import Backend, parse_options
 from kvconnect.cuda import driver, nccl
 from kvconnect.cuda.copier import copier
-from kvconnect.errors import BusyError, ClosedError, ConfigError, HandshakeError, KVConnectError
-from kvconnect.paging import BlockIds, PagedLayout, PagedMemory
+from kvconnect.errors import ConfigError, HandshakeError
+from kvconnect.paging import PagedLayout, PagedMemory
 from kvconnect.pipes import companion, host, nccl_loop
-from kvconnect.pipes.base import YES, Channel, Message, Pipe, PipeSpec, Reach, Traits, Transfer, Verdict
+from kvconnect.pipes.base import YES, Channel, Message, PipeSpec, Reach, Traits, Verdict
 from kvconnect.pipes.nccl_blocks import NcclBlocks
 from kvconnect.pipes.nccl_lines import Wire
 from kvconnect.pipes.nccl_tensors import HostTensors
 from kvconnect.pipes.nccl_wire import RecvWire, SendWire, Setting
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from kvconnect.pipes.two_paths import TwoPathPipe
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class NcclOptions:
             raise ConfigError(f"pipe.max_ctas is {self.max_ctas}; it must be at most 64")
 
 
-class NcclPipe(Pipe):
+class NcclPipe(TwoPathPipe):
     """One end of a pipe between two GPUs."""
 
     name: ClassVar[str] = "nccl"
@@ -77,16 +75,13 @@ class NcclPipe(Pipe):
         """
         self._options = parse_options(NcclOptions, spec.options, "pipe")
         self._device = driver.index(spec.device)
-        self.timeout_s = spec.timeout_s
-        self._blocks: NcclBlocks | None = None
-        self._ended: KVConnectError | None = None
         mine = _card(self._device)
         joined = companion.join(spec, mine, self._options.companion)
         verdict = _fit(mine, joined.theirs)
         if not verdict:
             joined.abort()
             raise HandshakeError(f"{verdict.reason}; {verdict.cure}")
-        self._tensors = HostTensors(joined, f"cuda:{self._device}")
+        super().__init__(HostTensors(joined, f"cuda:{self._device}"), spec.timeout_s)
 
     # -- placing --------------------------------------------------------------------
 
@@ -112,64 +107,15 @@ class NcclPipe(Pipe):
         copier(driver.index(memory.device))
         return YES
 
-    # -- tensors ----------------------------------------------------------------------
-
-    def send_tensor(self, tensor: Tensor | None) -> None:
-        """See `Pipe.send_tensor`."""
-        self._tensors.send(tensor)
-
-    def recv_tensor(self) -> Tensor | None:
-        """See `Pipe.recv_tensor`."""
-        return self._tensors.receive()
-
-    def recv_tensor_into(self, out: Tensor) -> None:
-        """See `Pipe.recv_tensor_into`."""
-        self._tensors.receive_into(out)
-
-    def close(self) -> None:
-        """See `Pipe.close`."""
-        self._ended = self._ended or ClosedError("this end was closed")
-        if self._blocks is not None:
-            self._blocks.close(self._ended)
-        self._tensors.close()
-
-    def abort(self) -> None:
-        """See `Pipe.abort`."""
-        self._ended = self._ended or ClosedError("this end was closed")
-        if self._blocks is not None:
-            self._blocks.end(self._ended)
-        self._tensors.abort()
-
     # -- blocks -------------------------------------------------------------------------
 
-    def attach(self, local: PagedMemory, remote: PagedLayout, channel: Channel) -> None:
-        """See `Pipe.attach`."""
-        self._check_open()
-        if self._blocks is not None:
-            raise BusyError("this pipe is attached to paged memory already")
+    def make_blocks(self, local: PagedMemory, remote: PagedLayout, channel: Channel) -> NcclBlocks:
+        """See `TwoPathPipe.make_blocks`."""
         if driver.index(local.device) != self._device:
             raise HandshakeError(f"the memory is on {local.device}, this pipe was opened for cuda:{self._device}")
         wires = _NcclWires(self._device, local, self._options)
         size = self._options.slot_bytes
-        self._blocks = NcclBlocks(local, remote, channel, wires, slot_bytes=size, timeout_s=self.timeout_s)
-
-    def read_blocks(self, remote: BlockIds, local: BlockIds) -> Transfer:
-        """See `Pipe.read_blocks`."""
-        return self._block_path().read(remote, local)
-
-    def write_blocks(self, local: BlockIds, remote: BlockIds) -> Transfer:
-        """See `Pipe.write_blocks`."""
-        return self._block_path().write(local, remote)
-
-    def _block_path(self) -> NcclBlocks:
-        self._check_open()
-        if self._blocks is None:
-            raise ClosedError("attach() this pipe to paged memory before moving blocks")
-        return self._blocks
-
-    def _check_open(self) -> None:
-        if self._ended is not None:
-            raise ClosedError(str(self._ended)) from self._ended
+        return NcclBlocks(local, remote, channel, wires, slot_bytes=size, timeout_s=self.timeout_s)
 
 
 class _NcclWires:
