@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(60)]
 BUSY = 100_000_000
 keep_busy: Any = torch.cuda._sleep
 event: Any = torch.cuda.Event
+stream: Any = torch.cuda.Stream
 
 
 @pytest.fixture
@@ -27,8 +28,8 @@ def fence() -> Iterator[Fence]:
 
 
 def test_a_call_is_made_after_the_work_before_it_and_nobody_waits_for_that(fence: Fence) -> None:
-    stream, before, seen = torch.cuda.Stream(0), event(), queue.SimpleQueue[bool]()
-    with torch.cuda.stream(stream):
+    own, before, seen = stream(0), event(), queue.SimpleQueue[bool]()
+    with torch.cuda.stream(own):
         keep_busy(BUSY)
         before.record()
         fence.then(lambda: seen.put(before.query()))
@@ -37,11 +38,11 @@ def test_a_call_is_made_after_the_work_before_it_and_nobody_waits_for_that(fence
 
 
 def test_a_call_does_not_wait_for_other_streams(fence: Fence) -> None:
-    other, slow, seen = torch.cuda.Stream(0), event(), queue.SimpleQueue[bool]()
+    other, slow, seen = stream(0), event(), queue.SimpleQueue[bool]()
     with torch.cuda.stream(other):
         keep_busy(BUSY)
         slow.record()
-    with torch.cuda.stream(torch.cuda.Stream(0)):
+    with torch.cuda.stream(stream(0)):
         fence.then(lambda: seen.put(slow.query()))
     assert not seen.get(timeout=10)
     slow.synchronize()
