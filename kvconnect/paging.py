@@ -354,10 +354,12 @@ class Pieces:
         first = int(self._ends.searchsorted(np.uint64(start), side="right"))
         last = int(self._ends.searchsorted(np.uint64(stop), side="left"))
         out = self._iov[first : last + 1].copy()
-        skipped = np.uint64(start) - (self._ends[first] - self._iov[first, 1])
-        out[0, 0] += skipped
-        out[0, 1] -= skipped
-        out[-1, 1] -= self._ends[last] - np.uint64(stop)
+        # Most cuts lie between two pieces: arithmetic on single elements takes longer than all of the rest.
+        if skipped := start - self._ends.item(first) + self._iov.item(first, 1):
+            out[0, 0] += np.uint64(skipped)
+            out[0, 1] -= np.uint64(skipped)
+        if left := self._ends.item(last) - stop:
+            out[-1, 1] -= np.uint64(left)
         return out
 
 

@@ -22,7 +22,7 @@ from typing import Any, Final
 import numpy as np
 
 from kvconnect.errors import BrokenError, HandshakeError, KVConnectError
-from kvconnect.paging import Int64Array, IoVec
+from kvconnect.paging import IoVec
 from kvconnect.pipes import vectored
 
 _BEACON_BYTES: Final = 32
@@ -121,49 +121,6 @@ class PeerMemory:
     def close(self) -> None:
         """Let go of the process. Nobody may be copying."""
         self._pidfd.close()
-
-
-class Chunks:
-    """A stream of pieces, divided at every multiple of ``step`` bytes."""
-
-    def __init__(self, iov: IoVec, step: int) -> None:
-        """Divide once, so that taking a chunk costs a slice; ``iov`` is used up.
-
-        Args:
-            iov: the stream.
-            step: bytes a chunk.
-
-        """
-        if not iov[:, 1].all():
-            iov = iov[iov[:, 1] > 0]
-        ends = iov[:, 1].cumsum(dtype=np.int64)
-        total = int(ends[-1]) if len(ends) else 0
-        marks = np.arange(step, total, step, dtype=np.int64)
-        last = ends.searchsorted(marks)
-        if (ends[last] == marks).all():
-            # The usual case, and ten times cheaper: paged blocks and steps are powers of two.
-            self._iov = iov
-            self._bounds = [0, *(last + 1).tolist(), len(iov)] if total else [0]
-        else:
-            self._cut(iov, ends, marks)
-
-    def _cut(self, iov: IoVec, ends: Int64Array, marks: Int64Array) -> None:
-        """Divide where ``marks`` lie inside of pieces."""
-        starts: Int64Array = ends - iov[:, 1].astype(np.int64)
-        cuts = np.union1d(starts, marks)
-        piece = np.searchsorted(starts, cuts, side="right") - 1
-        self._iov = np.empty((cuts.size, 2), dtype=np.uint64)
-        self._iov[:, 0] = iov[piece, 0] + (cuts - starts[piece]).astype(np.uint64)
-        self._iov[:, 1] = np.diff(cuts, append=ends[-1]).astype(np.uint64)
-        self._bounds = [0, *np.searchsorted(cuts, marks).tolist(), cuts.size]
-
-    def __len__(self) -> int:
-        """Return the number of chunks."""
-        return len(self._bounds) - 1
-
-    def __getitem__(self, number: int) -> IoVec:
-        """Return the pieces of one chunk, as a view."""
-        return self._iov[self._bounds[number] : self._bounds[number + 1]]
 
 
 class SharedCopy:

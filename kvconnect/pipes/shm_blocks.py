@@ -22,11 +22,11 @@ import numpy.typing as npt
 
 from kvconnect import blocks as paged
 from kvconnect.errors import BrokenError, ClosedError, DeadlineError, HandshakeError, KVConnectError, LoadError
-from kvconnect.paging import BlockIds, PagedLayout, PagedMemory, place
+from kvconnect.paging import BlockIds, PagedLayout, PagedMemory, Pieces, place, spans
 from kvconnect.pipes import huge_pages, turns
 from kvconnect.pipes.base import Channel, Transfer
 from kvconnect.pipes.chunks import Threads, again
-from kvconnect.pipes.peer_memory import Chunks, PeerMemory, SharedCopy, unexpected, useful_threads
+from kvconnect.pipes.peer_memory import PeerMemory, SharedCopy, unexpected, useful_threads
 from kvconnect.pipes.stream import BlockStream
 
 log = logging.getLogger(__name__)
@@ -242,10 +242,10 @@ class ShmBlocks:
             raise BrokenError("the peer's memory is not known")
         # What was read from a stranger is found out in the end, what was written to one cannot be undone.
         guard.check_peer(closely=not ask.reads)
-        here = Chunks(self._local.iovec(ask.local), _STEP_BYTES)
-        there = Chunks(place(self._remote, theirs.bases, ask.remote), _STEP_BYTES)
+        here, there = Pieces(self._local.iovec(ask.local)), Pieces(place(self._remote, theirs.bases, ask.remote))
+        chunks = spans(here.nbytes, _STEP_BYTES)
         copy = peer.read if ask.reads else peer.write
-        if not len(here):
+        if not chunks:
             transfer.finish()
             return
 
@@ -271,8 +271,8 @@ class ShmBlocks:
                 transfer.finish(error)
 
         guard.enter()
-        work = SharedCopy(len(here), lambda i: copy(here[i], there[i]), check, end)
-        for _ in range(min(len(here), useful_threads())):
+        work = SharedCopy(len(chunks), lambda i: copy(here.cut(*chunks[i]), there.cut(*chunks[i])), check, end)
+        for _ in range(min(len(chunks), useful_threads())):
             turns.shared().add(work.step)
 
     def _end(self, error: KVConnectError) -> None:

@@ -7,12 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from kvconnect.errors import BrokenError, ClosedError, HandshakeError
 from kvconnect.pipes import turns, vectored
-from kvconnect.pipes.peer_memory import Beacon, Chunks, PeerMemory, SharedCopy
+from kvconnect.pipes.peer_memory import Beacon, PeerMemory, SharedCopy
 
 
 def _bytes_at(array):
@@ -97,26 +95,6 @@ def test_a_failed_look_leaves_no_file_open(bystander):
         with pytest.raises(BrokenError):
             PeerMemory(Beacon().card() | {"pid": bystander.pid})
     assert len(list(Path("/proc/self/fd").iterdir())) == before
-
-
-@given(
-    lengths=st.one_of(
-        st.lists(st.integers(0, 300), max_size=12), st.lists(st.sampled_from([0, 32, 64, 128]), max_size=12)
-    ),
-    step=st.one_of(st.integers(1, 200), st.just(64)),
-)
-def test_chunks_are_the_stream_in_order_and_none_is_longer_than_a_step(lengths, step):
-    starts = [10_000 * i for i in range(len(lengths))]
-    chunks = Chunks(vectored.pieces(*zip(starts, lengths, strict=True)), step)
-    expected = [start + i for start, length in zip(starts, lengths, strict=True) for i in range(length)]
-    parts = [chunks[i] for i in range(len(chunks))]
-    assert [a + i for part in parts for a, n in part.tolist() for i in range(n)] == expected
-    sizes = [vectored.nbytes(part) for part in parts]
-    total = len(expected)
-    whole = []
-    while sum(whole) < total:
-        whole.append(min(step, total - sum(whole)))
-    assert sizes == whole
 
 
 def test_a_shared_copy_does_each_chunk_once_and_ends_once():
