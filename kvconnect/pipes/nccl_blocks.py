@@ -130,7 +130,7 @@ class NcclBlocks:
             return transfer
         ask = {"number": key[1], "groups": pack(remote), "nbytes": transfer.nbytes}
         arrival = Arrival(key, _own(local), transfer.finish, ask)
-        self._loop.post(self._into, lambda: self._into.add(arrival))
+        self._loop.bring(self._into, lambda: self._into.add(arrival))
         return transfer
 
     def write(self, local: BlockIds, remote: BlockIds) -> Transfer:
@@ -141,7 +141,7 @@ class NcclBlocks:
             return transfer
         body = {"number": key[1], "groups": pack(remote), "nbytes": transfer.nbytes}
         ids = _own(local)
-        self._loop.post(self._out, lambda: self._offer(key, ids, body, transfer))
+        self._loop.bring(self._out, lambda: self._offer(key, ids, body, transfer))
         return transfer
 
     def _begin(self, kind: Kind, remote: BlockIds, local: BlockIds) -> tuple[Key, Transfer]:
@@ -267,7 +267,7 @@ class NcclBlocks:
             for key in drops:
                 self._out.forget(key)
 
-        self._loop.post(self._out, take)
+        self._loop.bring(self._out, take)
         return {}
 
     def _on_write(self, body: dict[str, Any]) -> Message:
@@ -278,7 +278,7 @@ class NcclBlocks:
                 raise BusyError(f"{MAX_WRITES} transfers of the other end are running here already")
             self._arriving += 1
         arrival = Arrival((Kind.WRITE, number), ids, lambda error: self._written(number, error))
-        self._loop.post(self._into, lambda: self._into.add(arrival))
+        self._loop.bring(self._into, lambda: self._into.add(arrival))
         return {}
 
     def _written(self, number: int, error: KVConnectError | None) -> None:

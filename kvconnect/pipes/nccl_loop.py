@@ -84,17 +84,28 @@ class Loop:
         return threading.current_thread() is self._thread
 
     def post(self, line: Stepped, call: Callable[[], object]) -> None:
-        """Make ``call``, start what it brought, then step ``line`` until it is idle. Any thread.
-
-        The call is made by this thread or by the loop's, in the order in which calls were posted.
-        """
+        """Have the loop's thread make ``call``, then step ``line`` until it is idle. Any thread."""
         self._posted.append((line, call))
-        if self._turn.acquire(blocking=False):
-            try:
-                with contextlib.suppress(KVConnectError), self._place.visited():
-                    self._take()
-            finally:
-                self._turn.release()
+        self._wake()
+
+    def bring(self, line: Stepped, call: Callable[[], object]) -> None:
+        """Do as `post` does; or, if nobody is at it, make ``call`` and start what it brought at once.
+
+        ``call`` must end nothing: whoever waits for an end hears of it on the loop's thread.
+        """
+        if self._posted or not self._turn.acquire(blocking=False):
+            self.post(line, call)
+            return
+        try:
+            with self._place.visited():
+                self._begin(line, call)
+        except KVConnectError:
+            self._posted.append((line, call))
+        finally:
+            self._turn.release()
+        self._wake()
+
+    def _wake(self) -> None:
         with self._changed:
             self._stirred = True
             self._changed.notify()
@@ -130,11 +141,13 @@ class Loop:
     def _take(self) -> bool:
         moved = bool(self._posted)
         while self._posted:
-            line, call = self._posted.popleft()
-            self._active[id(line)] = line
-            self._guard(line, call)
-            self._guard(line, line.start)
+            self._begin(*self._posted.popleft())
         return moved
+
+    def _begin(self, line: Stepped, call: Callable[[], object]) -> None:
+        self._active[id(line)] = line
+        self._guard(line, call)
+        self._guard(line, line.start)
 
     def _step(self, line: Stepped) -> Pace:
         pace = Pace.MOVED

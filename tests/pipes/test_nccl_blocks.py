@@ -104,6 +104,26 @@ def test_a_direction_that_is_not_used_costs_no_wire(pair):
     assert [wire.receives for wire in ends.there.wires.made] == [False]
 
 
+def test_who_waits_hears_on_the_loops_thread_whoever_ends_a_transfer(pair):
+    ends = _attached(pair)
+    ends.here.read_blocks([[1]], [[1]]).wait(LIMIT_S)
+    ends.here.wires.made[0].line.held = True
+    heard, over = [], threading.Event()
+
+    def hear(_):
+        heard.append(threading.current_thread().name)
+        ends.here.close()  # may wait for that thread, unless it is that thread
+        over.set()
+
+    ends.here.read_blocks([[2]], [[2]])
+    transfer = ends.here.read_blocks([list(range(3, 60))], [list(range(3, 60))])
+    transfer.add_done_callback(hear)
+    transfer.cancel()
+    ends.here.wires.made[0].line.held = False
+    assert over.wait(LIMIT_S / 2)
+    assert heard == ["kvconnect-nccl-test"]
+
+
 def test_a_wire_that_fails_ends_all_transfers_at_both_ends(pair):
     ends = _attached(pair)
     ends.here.read_blocks([[1]], [[1]]).wait(LIMIT_S)

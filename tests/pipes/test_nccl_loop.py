@@ -62,33 +62,41 @@ def test_work_is_started_by_the_thread_that_brings_it():
     mine, called = threading.current_thread().name, []
     for _ in range(50):
         line.idle.clear()
-        loop.post(line, lambda: called.append(threading.current_thread().name))
+        loop.bring(line, lambda: called.append(threading.current_thread().name))
         assert line.idle.wait(LIMIT_S)
         threading.Event().wait(0.002)
     assert len(called) == len(line.started) == 50
     assert called.count(mine) > 25, "the loop's thread is at it now and then, not always"
 
 
-def test_what_comes_while_another_thread_is_at_it_is_done_by_that_one_and_in_order():
+def test_what_may_end_something_is_left_to_the_loop():
+    loop, line, called = Loop("kvconnect-test-loop"), Line(), []
+    line.over = True
+    loop.post(line, lambda: called.append(threading.current_thread().name))
+    assert line.idle.wait(LIMIT_S)
+    assert called == ["kvconnect-test-loop"]
+
+
+def test_what_comes_while_a_thread_is_at_it_is_done_behind_it_and_in_order():
     loop, line = Loop("kvconnect-test-loop"), Line()
     entered, go_on, done, order = threading.Event(), threading.Event(), threading.Event(), []
 
     def first():
-        loop.post(line, lambda: order.append("posted within"))
+        loop.bring(line, lambda: order.append("brought within"))
         entered.set()
         go_on.wait(LIMIT_S)
         order.append("first")
 
-    thread = threading.Thread(target=lambda: loop.post(line, first))
+    thread = threading.Thread(target=lambda: loop.bring(line, first))
     thread.start()
     assert entered.wait(LIMIT_S)
     loop.post(line, lambda: order.append("second"))  # returns, though the first still runs
-    loop.post(line, done.set)
+    loop.bring(line, done.set)
     assert not order
     go_on.set()
     assert done.wait(LIMIT_S)
     thread.join(LIMIT_S)
-    assert order == ["first", "posted within", "second"]
+    assert order == ["first", "brought within", "second"]
 
 
 def test_a_thread_that_cannot_work_there_leaves_it_to_the_loop():
@@ -100,7 +108,7 @@ def test_a_thread_that_cannot_work_there_leaves_it_to_the_loop():
 
     loop, line, called = Loop("kvconnect-test-loop", Elsewhere()), Line(), []
     line.over = True
-    loop.post(line, lambda: called.append(threading.current_thread().name))
+    loop.bring(line, lambda: called.append(threading.current_thread().name))
     assert line.idle.wait(LIMIT_S)
     assert called == line.started == ["kvconnect-test-loop"]
 
@@ -113,8 +121,8 @@ def test_what_cannot_be_started_ends_the_line_and_not_the_loop():
         raise RuntimeError("no")
 
     line.start = fail
-    loop.post(line, lambda: None)
-    loop.post(other, lambda: None)
+    loop.bring(line, lambda: None)
+    loop.bring(other, lambda: None)
     assert other.idle.wait(LIMIT_S)
     assert line.idle.wait(LIMIT_S)
     assert [type(error) for error in line.failed] == [BrokenError]
