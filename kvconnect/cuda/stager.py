@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +20,10 @@ _MULTIPROCESSORS = 32
 
 
 class CudaStager:
-    """Copies within one CUDA device; every method returns when the device has done it. Thread-safe.
+    """Copies within one CUDA device, on a stream of their own. Thread-safe.
 
-    Each thread that calls has a stream of its own and waits for an event on it, without
-    spinning and without a device-wide synchronisation.
+    What gathers and scatters only enqueues, and returns what looks whether the device has
+    done it: to be told takes an interrupt, which is slower than most of these copies.
     """
 
     def __init__(self, device: str) -> None:
@@ -30,28 +31,28 @@ class CudaStager:
         self._copier = copier(self._index)
         self._lock = threading.Lock()
         self._tables: weakref.WeakKeyDictionary[PagedMemory, tuple[Table, Table]] = weakref.WeakKeyDictionary()
-        self._mine = threading.local()
+        self._stream: Any = None
 
     def allocate(self, nbytes: int) -> Tensor:
         """Return new memory on the device, uint8 ``[nbytes]``."""
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
-    def gather(self, memory: PagedMemory, blocks: BlockIds, out: Tensor) -> None:
-        """Copy the canonical stream of ``blocks`` into ``out``, uint8 of that size."""
+    def gather(self, memory: PagedMemory, blocks: BlockIds, out: Tensor) -> Callable[[], bool]:
+        """Begin to copy the canonical stream of ``blocks`` into ``out``, uint8 of that size."""
         parts = [
             Part(group, ids, range(len(ids)), to_shift=start) for group, ids, start in _places(memory, blocks, out)
         ]
-        self._run(self._tables_of(memory)[0], parts)
+        return self._enqueue(self._tables_of(memory)[0], parts)
 
-    def scatter(self, src: Tensor, memory: PagedMemory, blocks: BlockIds) -> None:
-        """Copy the canonical stream ``src`` into ``blocks``."""
+    def scatter(self, src: Tensor, memory: PagedMemory, blocks: BlockIds) -> Callable[[], bool]:
+        """Begin to copy the canonical stream ``src`` into ``blocks``."""
         parts = [
             Part(group, range(len(ids)), ids, from_shift=start) for group, ids, start in _places(memory, blocks, src)
         ]
-        self._run(self._tables_of(memory)[1], parts)
+        return self._enqueue(self._tables_of(memory)[1], parts)
 
     def copy(self, src: Tensor, out: Tensor) -> None:
-        """Copy ``src`` to ``out``, uint8 of one size, ordered after the caller's current stream."""
+        """Copy ``src`` to ``out``, uint8 of one size, ordered after the caller's current stream; return when done."""
         with torch.cuda.device(self._device):
             out.copy_(src, non_blocking=True)
             event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
@@ -67,16 +68,27 @@ class CudaStager:
                 self._tables[memory] = found
             return found
 
-    def _run(self, table: Table, parts: Sequence[Part]) -> None:
-        with driver.errors("gather or scatter blocks"), driver.use(self._index):
+    def _enqueue(self, table: Table, parts: Sequence[Part]) -> Callable[[], bool]:
+        with self._lock, driver.errors("gather or scatter blocks"), driver.use(self._index):
             cuda = driver.cupy().cuda
-            if not hasattr(self._mine, "stream"):
-                self._mine.stream = cuda.Stream(non_blocking=True, priority=-1)
-                self._mine.event = cuda.Event(block=True, disable_timing=True)
-            kept = [self._copier.launch(table, part, self._mine.stream, _MULTIPROCESSORS) for part in parts]
-            self._mine.event.record(self._mine.stream)
-            self._mine.event.synchronize()
-        del kept
+            if self._stream is None:
+                self._stream = cuda.Stream(non_blocking=True, priority=-1)
+            try:
+                kept = [self._copier.launch(table, part, self._stream, _MULTIPROCESSORS) for part in parts]
+            except BaseException:
+                self._stream.synchronize()  # what was enqueued before it is not in the way of whoever gives up
+                raise
+            event = cuda.Event(disable_timing=True)
+            event.record(self._stream)
+
+        def is_over() -> bool:
+            with driver.errors("gather or scatter blocks"):
+                over: bool = event.done
+            if over:
+                kept.clear()
+            return over
+
+        return is_over
 
 
 def _places(memory: PagedMemory, blocks: BlockIds, packed: Tensor) -> Iterator[tuple[int, Sequence[int], int]]:

@@ -23,7 +23,7 @@ from kvconnect.pipes.companion import join
 from kvconnect.pipes.nixl_agent import Agent, Peer, Read
 from kvconnect.pipes.nixl_blocks import NixlBlocks, check_device
 from kvconnect.pipes.nixl_place import Place, Registration, card, read_card
-from kvconnect.pipes.nixl_staging import PORTION_BYTES, STAGERS, stager_for, whole
+from kvconnect.pipes.nixl_staging import SIZES, STAGERS, stager_for, whole
 from kvconnect.pipes.staged import StagedTensors, Staging
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class NixlOptions:
             ``"staged"`` has the peer gather them, and reads and scatters whole portions;
             ``"auto"`` takes whichever proves quicker.
         portion_bytes: what a block transfer reads in one go, another has its turn after it;
-            0 chooses by device. Either end has six such slots for reading and as many for serving.
+            0 chooses by device. A process has 8 such slots on the CPU, 4 on a GPU, for all peers.
         slot_bytes: of each of four slots that large tensors go through.
         companion: the host pipe beside it, ``"auto"`` or a name with options; the options of
             ``"auto"`` are those of ``tcp`` (``{"name": "auto", "bind_host": "10.0.0.1"}``).
@@ -74,7 +74,9 @@ class NixlPipe(Pipe):
 
     name: ClassVar[str] = "nixl"
     # Not zero_copy: what is staged is copied twice, so that `tcp` is nearer where both carry the memory.
-    traits: ClassVar[Traits] = Traits(devices=frozenset(STAGERS), reach=Reach.NETWORK, one_sided=True)
+    traits: ClassVar[Traits] = Traits(
+        devices=frozenset(STAGERS), reach=Reach.NETWORK, one_sided=True, likes_long_runs=True
+    )
 
     def __init__(self, spec: PipeSpec) -> None:
         """Start the process's agent, if it is the first, and meet the other end.
@@ -147,7 +149,7 @@ class NixlPipe(Pipe):
                 remote,
                 channel,
                 mode=None if self._options.mode == "auto" else self._options.mode,
-                portion_bytes=self._options.portion_bytes or PORTION_BYTES[local.device.partition(":")[0]],
+                portion_bytes=self._options.portion_bytes or SIZES[local.device.partition(":")[0]].portion_bytes,
                 timeout_s=self.timeout_s,
             )
 

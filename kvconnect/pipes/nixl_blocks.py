@@ -1,10 +1,10 @@
 """The block path of a NIXL pipe: who reads what from whom, and how both ends agree on it.
 
 A read is a `Pull`; a write asks the other end to pull. Over the channel go the ids,
-what the peer's agent is called, and three things that NIXL has no word for: that a
-read begins (the target's agent has to be progressed meanwhile), that a portion is to
-be gathered, and whether the target still vouches for its blocks when they have
-arrived. Handlers never wait; gathering happens on threads that all pipes share.
+what the peer's agent is called, and two things that NIXL has no word for: that a
+read begins (the target's agent has to be progressed meanwhile, and perhaps to gather),
+and whether the target still vouches for its blocks when they have arrived. What is
+told while bytes move goes by `kvconnect.pipes.nixl_notes`. Handlers never wait.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from kvconnect.errors import (
     KVConnectError,
     LoadError,
 )
-from kvconnect.paging import BlockIds, PagedLayout, PagedMemory, place
+from kvconnect.paging import BlockIds, PagedLayout, PagedMemory
 from kvconnect.pipes import turns
 from kvconnect.pipes.base import Channel, Message, Transfer
 from kvconnect.pipes.chunks import Threads
@@ -38,10 +38,10 @@ from kvconnect.pipes.flows import count, pack, unpack
 from kvconnect.pipes.nixl_agent import Agent
 from kvconnect.pipes.nixl_choice import Mode, costs
 from kvconnect.pipes.nixl_lending import MAX_REQUESTS, Lending
-from kvconnect.pipes.nixl_meeting import Meeting
-from kvconnect.pipes.nixl_place import read_card
+from kvconnect.pipes.nixl_meeting import Meeting, Target
+from kvconnect.pipes.nixl_notes import Note, Notes, What
 from kvconnect.pipes.nixl_pull import Plan, Pull
-from kvconnect.pipes.nixl_staging import StagedMemory, failed, pair
+from kvconnect.pipes.nixl_staging import StagedMemory, failed
 from kvconnect.pipes.nixl_write import Write
 
 log = logging.getLogger(__name__)
@@ -92,11 +92,12 @@ class NixlBlocks:
     ) -> None:
         paged.check_shapes(local.layout, remote)
         self.shared = StagedMemory.open(agent, local, portion_bytes)
-        self.timeout_s, self.portion_bytes = timeout_s, portion_bytes
+        self.timeout_s = timeout_s
+        self.notes = Notes(agent, self)
         self._local, self._remote, self._channel, self._mode = local, remote, channel, mode
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
-        self._meeting = Meeting(self, local, remote)
+        self._meeting = Meeting(self, local, remote, self.notes.token)
         self._failure: KVConnectError | None = None
         self._closed = self._left = False
         self._running = _Running()
@@ -146,17 +147,16 @@ class NixlBlocks:
         else:
             self._meeting.introduce()
 
-    def _start(self, pull: Pull, remote: BlockIds, local: BlockIds) -> None:
-        target = self._meeting.target
-        if target is None:
-            return
+    def _start(self, pull: Pull, remote: BlockIds, local: BlockIds) -> bool:
         try:
-            ours, theirs = pair(self._local.iovec(local), place(self._remote, target.bases, remote))
-            known = costs(target.peer.name, self.shared.place.kind)
-            mode = self._mode or known.choose(len(ours), pull.nbytes)
-            pull.start(Plan(mode, remote, local, target.place, (theirs, ours)))
+            target = self.target()
+            runs = target.runs.count(remote, local)
+            mode = self._mode or costs(target.peer.name, self.shared.place.kind).choose(runs, pull.nbytes)
+            portion_bytes = min(target.slot_bytes, self.shared.slots.slot_bytes)
+            pull.start(Plan(mode, remote, local, runs, portion_bytes))
         except Exception as error:  # noqa: BLE001 - whatever it is, this transfer ends with it
             pull.fail(failed(error))
+        return False
 
     def _forget(self, pull: Pull) -> None:
         with self._lock:
@@ -165,7 +165,7 @@ class NixlBlocks:
         target, plan = self._meeting.target, pull.plan
         if pull.error is None and plan is not None and pull.nbytes and target is not None:
             known = costs(target.peer.name, self.shared.place.kind)
-            known.note(plan.mode, len(plan.pieces[0]), pull.nbytes, time.monotonic() - pull.begun)
+            known.note(plan.mode, plan.runs, pull.nbytes, time.monotonic() - pull.begun)
         self._leave_if_over()
 
     def forget_write(self, write: Write) -> None:
@@ -184,8 +184,8 @@ class NixlBlocks:
             failure.set_exception(failed(error))
             return failure
 
-    def peer_name(self) -> str:
-        """Return the other end's agent; raise `BrokenError` if it is unknown."""
+    def target(self) -> Target:
+        """Return the other end; raise `BrokenError` if it is unknown."""
         return self._meeting.check()
 
     def met(self) -> None:
@@ -194,11 +194,7 @@ class NixlBlocks:
             waiting = [(self._running.pulls[number], *ids) for number, ids in self._running.waiting.items()]
             self._running.waiting.clear()
         for pull, remote, local in waiting:
-            turns.shared().add(partial(self._start_late, pull, remote, local))
-
-    def _start_late(self, pull: Pull, remote: BlockIds, local: BlockIds) -> bool:
-        self._start(pull, remote, local)
-        return False
+            turns.shared().add(partial(self._start, pull, remote, local))
 
     # -- answering -------------------------------------------------------------------------
 
@@ -206,10 +202,10 @@ class NixlBlocks:
         return {
             "nixl.card": self._meeting.on_card,
             "nixl.begin": self._lent.on_begin,
-            "nixl.gather": self._lent.on_gather,
-            "nixl.taken": self._lent.on_taken,
             "nixl.end": self._lent.on_end,
-            "nixl.gathered": self._on_gathered,
+            "nixl.memory": self._meeting.on_memory,
+            "nixl.note": self.notes.on_note,
+            "nixl.refused": self._on_refused,
             "nixl.pull": self._on_pull,
             "nixl.pulled": self._on_pulled,
             "nixl.stop": self._on_stop,
@@ -217,26 +213,29 @@ class NixlBlocks:
             "nixl.closed": self._on_closed,
         }
 
-    def _on_gathered(self, body: dict[str, Any]) -> dict[str, Any]:
+    def noted(self, note: Note) -> None:
+        """The other end has told something. On the agent's thread."""
+        if note.what is What.TAKEN:
+            self._lent.taken(note.transfer, note.portion)
+        elif note.what is What.END:
+            self._lent.drop(note.transfer)
+            if self._failure is None:
+                self.notes.send(Note(What.ENDED, note.transfer))
+        else:
+            pull = self._pull(note.transfer)
+            if pull is not None and note.what is What.FULL:
+                pull.full(note.portion, note.address)
+            elif pull is not None:
+                pull.confirmed()
+
+    def _pull(self, number: int) -> Pull | None:
         with self._lock:
-            pull = self._running.pulls.get(count(body, "transfer"))
-        if pull is None:
-            return {}
-        number, address = count(body, "portion"), body.get("address")
-        error, memory = body.get("error"), body.get("memory")
-        if error is None and (not isinstance(address, int) or not 0 <= address < 1 << 64):
-            raise HandshakeError(f"address must be a number, got {address!r}")
+            return self._running.pulls.get(number)
 
-        def go_on() -> None:
-            try:
-                if isinstance(memory, dict):
-                    name, metadata, _ = read_card(memory)
-                    self.shared.agent.meet(name, metadata).leave()
-            except Exception as caught:  # noqa: BLE001 - NIXL's own
-                pull.fail(failed(caught))
-            pull.gathered(number, address or 0, None if error is None else str(error))
-
-        self.shared.agent.soon(go_on)
+    def _on_refused(self, body: dict[str, Any]) -> dict[str, Any]:
+        pull = self._pull(count(body, "transfer"))
+        if pull is not None:
+            pull.fail(LoadError(f"the other end could not go on: {body.get('error')}"))
         return {}
 
     def _on_pull(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -312,7 +311,7 @@ class NixlBlocks:
             pull.fail(error)
         for write in writes:
             write.over(error)
-        self._lent.drop_all()
+        self.shared.agent.soon(self._lent.drop_all)
 
     def close(self) -> None:
         """End all transfers with `ClosedError`, and tell the other end. Idempotent, never blocks."""
@@ -328,6 +327,7 @@ class NixlBlocks:
             if not self._closed or self._running.pulls or self._left:
                 return
             self._left = True
+        self.notes.end()
         self._meeting.end()
         self.shared.leave()
 
@@ -340,7 +340,7 @@ class NixlBlocks:
                 pull.fail(DeadlineError(f"nothing moved for {self.timeout_s} s"))
         for write in writes:
             write.check_time(now)
-        return bool(pulls or writes)
+        return self._lent.rested(now) or bool(pulls or writes)
 
 
 def _cancelled() -> KVConnectError:

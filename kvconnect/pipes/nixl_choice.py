@@ -4,6 +4,8 @@ Each transfer is measured, and what it took is kept for each peer: seconds a run
 runs of about its length, seconds a byte for staged transfers of about its size. Where
 nothing is known yet, a transfer that is not large tries it out, so that a bad guess
 costs little; the slower way is tried again now and then, since a link or a pool changes.
+Good news counts at once, bad news little by little: the first transfer of either kind
+also pays for connections and memory that the next ones find there.
 """
 
 from __future__ import annotations
@@ -14,13 +16,13 @@ from typing import ClassVar, Final, Literal
 
 Mode = Literal["runs", "staged"]
 
-#: Runs of this length on average are as good as one contiguous read.
+#: Runs of this length on average are read about as fast as contiguous memory.
 LONG_RUN_BYTES: Final = 1 << 20
 #: Transfers up to here may try what is not known to be quicker.
 TRIAL_BYTES: Final = 32 << 20
 #: So many choices after which the slower way is tried again.
 AGAIN: Final = 256
-_NEW: Final = 0.3  # share of a new measurement in the average
+_NEW: Final = 0.3  # share of a new measurement that is worse
 _MAX_PEERS: Final = 1024
 
 
@@ -28,7 +30,7 @@ class Costs:
     """What transfers from one peer took. Thread-safe.
 
     Args:
-        first: the mode that is taken while nothing is known.
+        first: the mode that is taken for short runs while nothing is known.
 
     """
 
@@ -40,17 +42,16 @@ class Costs:
 
     def choose(self, runs: int, nbytes: int) -> Mode:
         """Return the mode for a transfer of ``nbytes`` bytes in ``runs`` runs."""
-        if nbytes >= runs * LONG_RUN_BYTES:
-            return "runs"
+        first: Mode = "runs" if nbytes >= runs * LONG_RUN_BYTES else self._first
+        other: Mode = "staged" if first == "runs" else "runs"
         with self._lock:
             self._choices += 1
-            other: Mode = "staged" if self._first == "runs" else "runs"
-            took = {mode: self._predict(mode, runs, nbytes) for mode in (self._first, other)}
+            took = {mode: self._predict(mode, runs, nbytes) for mode in (first, other)}
             trial = nbytes <= TRIAL_BYTES
-            if took[self._first] is None:
-                return self._first
+            if took[first] is None:
+                return first
             if took[other] is None:
-                return other if trial else self._first
+                return other if trial else first
             best, worst = sorted(took, key=lambda mode: took[mode] or 0.0)
             return worst if trial and self._choices % AGAIN == 0 else best
 
@@ -58,8 +59,8 @@ class Costs:
         """Keep what a transfer took."""
         key, units = _bucket(mode, runs, nbytes), _units(mode, runs, nbytes)
         with self._lock:
-            old = self._units.get(key)
-            self._units[key] = took_s / units if old is None else old + _NEW * (took_s / units - old)
+            new, old = took_s / units, self._units.get(key)
+            self._units[key] = new if old is None or new < old else old + _NEW * (new - old)
 
     def known(self) -> Mapping[tuple[Mode, int], float]:
         """Return seconds a run or a byte, by mode and power of two of a run's or a transfer's bytes."""

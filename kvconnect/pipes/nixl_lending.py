@@ -1,19 +1,26 @@
-"""What one end does for the other one's reads: progress the agent, gather portions, vouch for the blocks."""
+"""What one end does for the other one's reads: progress the agent, gather portions, vouch for the blocks.
+
+The other end names all blocks at once. Portions are gathered ahead into whatever slots
+there are, up to `DEPTH`, and told of one by one; a slot is free again when the other end
+has read it.
+"""
 
 from __future__ import annotations
 
-import threading
+import time
+from collections import deque
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, Protocol
 
-from kvconnect.errors import BusyError, HandshakeError
-from kvconnect.paging import BlockIds
-from kvconnect.pipes import turns
+from kvconnect.errors import BusyError, DeadlineError, HandshakeError, KVConnectError
 from kvconnect.pipes.base import Message
+from kvconnect.pipes.chunks import Threads
 from kvconnect.pipes.flows import count, unpack
+from kvconnect.pipes.nixl_notes import Note, Notes, What
 from kvconnect.pipes.nixl_place import card
-from kvconnect.pipes.nixl_staging import Slot, StagedMemory, failed
+from kvconnect.pipes.nixl_staging import DEPTH, Blocks, Slot, StagedMemory, Use, failed, portions
 
 #: What the other end may have running here at once; the rest of its requests is refused.
 MAX_REQUESTS: Final = 1024
@@ -23,6 +30,7 @@ class Lender(Protocol):
     """What lending needs of its end of the pipe."""
 
     shared: StagedMemory
+    notes: Notes
     timeout_s: float
 
     def tell(self, op: str, body: Message) -> Future[dict[str, Any]]:
@@ -31,118 +39,153 @@ class Lender(Protocol):
     def check(self) -> None:
         """Raise if this end's block path is over."""
 
+    def check_time(self, now: float) -> bool:
+        """See `Threads.watch`."""
+
+
+@dataclass(eq=False)
+class _Lent:
+    """A read of the other end: portions to be gathered, and slots that wait for it to read them."""
+
+    transfer: int
+    portions: deque[tuple[int, Blocks]]
+    slots: dict[int, Slot] = field(default_factory=dict)
+    #: Portions that have a slot, or wait for one.
+    held: int = 0
+    over: bool = False
+    stamp: float = field(default_factory=time.monotonic)
+
 
 class Lending:
-    """What this end does for the other one's reads: progress the agent, gather portions, vouch for the blocks."""
+    """All reads of one other end. But for `on_begin` and `rested`, on the agent's thread."""
 
     def __init__(self, end: Lender) -> None:
         self._end = end
-        self._lock = threading.Lock()
-        self._running: set[int] = set()
-        self._slots: dict[tuple[int, int], Slot | None] = {}
-        self._telling = threading.Lock()
-        self._told_memory = False
+        self._lent: dict[int, _Lent] = {}
+        #: Reads that wait until the other end knows the memory that slots lie in; none once it does.
+        self._unknown: list[_Lent] | None = []
 
     def on_begin(self, body: dict[str, Any]) -> dict[str, Any]:
-        """A read begins."""
-        self._end.check()
-        self._hot(count(body, "transfer"))
-        return {}
-
-    def _hot(self, transfer: int) -> None:
-        with self._lock:
-            if transfer not in self._running and len(self._running) >= MAX_REQUESTS:
-                raise BusyError(f"{MAX_REQUESTS} transfers of the other end are running here already")
-            self._running.add(transfer)
-        self._end.shared.agent.watch((self, transfer), self._end.timeout_s)
-
-    def on_gather(self, body: dict[str, Any]) -> dict[str, Any]:
-        """A portion is to be gathered; `nixl.gathered` tells when it is."""
+        """A read begins, of the blocks named if they are to be gathered."""
         end = self._end
         end.check()
-        key, blocks = (count(body, "transfer"), count(body, "portion")), unpack(body.get("groups"))
-        layout = end.shared.memory.layout
+        transfer, blocks = count(body, "transfer"), unpack(body.get("groups"))
+        layout, portion_bytes = end.shared.memory.layout, count(body, "portion_bytes")
         layout.check(blocks)
-        nbytes = layout.nbytes(blocks)
-        if nbytes != body.get("nbytes") or nbytes > end.shared.serving.slot_bytes:
-            raise HandshakeError(f"a portion has {nbytes} bytes here, {body.get('nbytes')} at the other end")
-        with self._lock:
-            if key in self._slots or len(self._slots) >= MAX_REQUESTS:
-                raise BusyError("too many portions are asked for at once")
-            self._slots[key] = None
-        self._hot(key[0])
-        turns.shared().add(partial(self._open, key, blocks, nbytes))
+        if portion_bytes > end.shared.slots.slot_bytes:
+            raise HandshakeError(f"portions of {portion_bytes} bytes do not fit into {end.shared.slots.slot_bytes}")
+        if transfer in self._lent or len(self._lent) >= MAX_REQUESTS:
+            raise BusyError(f"transfer {transfer} runs already, or {MAX_REQUESTS} others do")
+        cut = deque(enumerate(portions(layout, blocks, portion_bytes)))
+        end.shared.agent.soon(partial(self._begin, _Lent(transfer, cut)))
         return {}
 
-    def _open(self, key: tuple[int, int], blocks: BlockIds, nbytes: int) -> bool:
-        try:
-            self._end.shared.serving.open()
-        except Exception as error:  # noqa: BLE001 - the device's allocator may raise anything; the peer hears of it
-            self._refuse(key, error)
-            return False
-        self._end.shared.serving.take(lambda slot: turns.shared().add(partial(self._gather, key, blocks, nbytes, slot)))
-        return False
+    def _begin(self, lent: _Lent) -> None:
+        self._lent[lent.transfer] = lent
+        self._end.shared.agent.watch((self, lent.transfer), self._end.timeout_s)
+        Threads.current().watch(self._end)
+        if not lent.portions:
+            return
+        if self._unknown is None:
+            self._go_on(lent)
+            return
+        self._unknown.append(lent)
+        if len(self._unknown) == 1:
+            self._introduce()
 
-    def _gather(self, key: tuple[int, int], blocks: BlockIds, nbytes: int, slot: Slot) -> bool:
+    def _introduce(self) -> None:
+        """Tell of the memory that slots lie in, before the first of them."""
         shared = self._end.shared
         try:
-            if key in self._slots:
-                shared.stager.gather(shared.memory, blocks, slot.tensor[:nbytes])
-        except Exception as error:  # noqa: BLE001 - kernels may raise anything; the peer hears of it
-            shared.serving.give(slot)
-            self._refuse(key, error)
-            return False
-        with self._lock:
-            # Not before: a slot that is lent is given to somebody else when the transfer ends.
-            wanted = key in self._slots
-            if wanted:
-                self._slots[key] = slot
-        if not wanted:
-            shared.serving.give(slot)
-            return False
-        body: dict[str, Any] = {"transfer": key[0], "portion": key[1], "address": slot.address}
-        registration = shared.serving.registration
-        # Several threads gather: none may tell of a portion before the memory that it lies in was told of.
-        with self._telling:
-            if not self._told_memory and registration is not None:
-                self._told_memory = True
-                body["memory"] = card(shared.agent.name, shared.place, registration)
-            self._end.tell("nixl.gathered", body)
-        return False
+            memory = card(shared.agent.name, shared.place, shared.slots.open())
+        except Exception as error:  # noqa: BLE001 - the device's allocator may raise anything; the other end hears of it
+            self._introduced(failed(error))
+            return
+        self._end.tell("nixl.memory", memory).add_done_callback(
+            lambda answer: shared.agent.soon(partial(self._introduced, answer.exception()))
+        )
 
-    def _refuse(self, key: tuple[int, int], error: Exception) -> None:
-        self._end.tell("nixl.gathered", {"transfer": key[0], "portion": key[1], "error": str(failed(error))})
-        self._give(key)
+    def _introduced(self, error: BaseException | None) -> None:
+        waiting, self._unknown = self._unknown or [], None if error is None else []
+        for lent in waiting:
+            if error is None:
+                self._go_on(lent)
+            else:
+                self._refuse(lent, error)
 
-    def on_taken(self, body: dict[str, Any]) -> dict[str, Any]:
+    # -- portions --------------------------------------------------------------------------
+
+    def _go_on(self, lent: _Lent) -> None:
+        while lent.portions and lent.held < DEPTH and not lent.over:
+            lent.held += 1
+            self._end.shared.slots.take(Use.LENDING, partial(self._gather, lent, *lent.portions.popleft()))
+
+    def _gather(self, lent: _Lent, number: int, blocks: Blocks, slot: Slot) -> None:
+        shared = self._end.shared
+        if lent.over:
+            shared.slots.give(slot)
+            return
+        try:
+            nbytes = shared.memory.layout.nbytes(blocks)
+            is_over = shared.stager.gather(shared.memory, blocks, slot.tensor[:nbytes])
+        except Exception as error:  # noqa: BLE001 - kernels may raise anything; the other end hears of it
+            shared.slots.give(slot)
+            self._refuse(lent, error)
+            return
+        shared.agent.follow(is_over, partial(self._gathered, lent, number, slot))
+
+    def _gathered(self, lent: _Lent, number: int, slot: Slot, error: KVConnectError | None) -> None:
+        if lent.over or error is not None:
+            self._end.shared.slots.give(slot)
+        else:
+            lent.slots[number] = slot
+            self._end.notes.send(Note(What.FULL, lent.transfer, number, slot.address))
+        if error is not None:
+            self._refuse(lent, error)
+
+    def taken(self, transfer: int, number: int) -> None:
         """A portion was read."""
-        self._give((count(body, "transfer"), count(body, "portion")))
-        return {}
+        lent = self._lent.get(transfer)
+        slot = None if lent is None else lent.slots.pop(number, None)
+        if lent is None or slot is None:
+            return
+        lent.stamp = time.monotonic()
+        lent.held -= 1
+        self._end.shared.slots.give(slot)
+        self._go_on(lent)
+
+    # -- ends ------------------------------------------------------------------------------
+
+    def _refuse(self, lent: _Lent, error: BaseException) -> None:
+        if not lent.over:
+            self._end.tell("nixl.refused", {"transfer": lent.transfer, "error": str(failed(error))})
+            self.drop(lent.transfer)
 
     def on_end(self, body: dict[str, Any]) -> dict[str, Any]:
-        """A read is over; the answer vouches for what was read."""
-        transfer = count(body, "transfer")
-        self._drop(transfer)
+        """A read is over; the answer vouches for what was read. On the channel's thread."""
+        self._end.shared.agent.soon(partial(self.drop, count(body, "transfer")))
         self._end.check()
         return {}
 
-    def _drop(self, transfer: int) -> None:
-        with self._lock:
-            self._running.discard(transfer)
-            keys = [key for key in self._slots if key[0] == transfer]
+    def drop(self, transfer: int) -> None:
+        """A read is over; unknown ones are ignored."""
+        lent = self._lent.pop(transfer, None)
+        if lent is None:
+            return
+        lent.over = True
         self._end.shared.agent.unwatch((self, transfer))
-        for key in keys:
-            self._give(key)
-
-    def _give(self, key: tuple[int, int]) -> None:
-        with self._lock:
-            slot = self._slots.pop(key, None)
-        if slot is not None:
-            self._end.shared.serving.give(slot)
+        for slot in lent.slots.values():
+            self._end.shared.slots.give(slot)
 
     def drop_all(self) -> None:
         """The pipe is over."""
-        with self._lock:
-            transfers = {key[0] for key in self._slots} | self._running
-        for transfer in transfers:
-            self._drop(transfer)
+        for transfer in list(self._lent):
+            self.drop(transfer)
+
+    def rested(self, now: float) -> bool:
+        """Take slots back from an end that does not read them; return whether any read is under way. Any thread."""
+        for lent in list(self._lent.values()):
+            if lent.slots and now - lent.stamp > self._end.timeout_s:
+                late = DeadlineError(f"a portion was not read within {self._end.timeout_s} s")
+                self._end.shared.agent.soon(partial(self._refuse, lent, late))
+        return bool(self._lent)

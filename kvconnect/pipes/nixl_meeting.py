@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from kvconnect.cuda.tiles import Paged
 from kvconnect.errors import BrokenError, HandshakeError, KVConnectError
 from kvconnect.paging import PagedLayout, PagedMemory
 from kvconnect.pipes.base import Message
-from kvconnect.pipes.nixl_agent import Peer
+from kvconnect.pipes.flows import count
+from kvconnect.pipes.nixl_agent import TOKEN_BYTES, Peer
 from kvconnect.pipes.nixl_place import Place, card, read_card
+from kvconnect.pipes.nixl_runs import Runs
 from kvconnect.pipes.nixl_staging import StagedMemory, failed
 
 
 @dataclass(frozen=True)
 class Target:
-    """The other end's paged memory: its agent, its kind, and where each region begins, ``uint64[regions]``."""
+    """The other end: its agent, the kind of its memory, its runs with ours, where its notes go, its slots' size."""
 
     peer: Peer
     place: Place
-    bases: npt.NDArray[np.uint64]
+    runs: Runs
+    token: bytes
+    slot_bytes: int
 
 
 class Attached(Protocol):
@@ -48,15 +53,16 @@ class Attached(Protocol):
 class Meeting:
     """Each end introduces itself when it is attached, and answers in kind: so either may be the first."""
 
-    def __init__(self, end: Attached, local: PagedMemory, remote: PagedLayout) -> None:
-        self._end, self._local, self._remote = end, local, remote
+    def __init__(self, end: Attached, local: PagedMemory, remote: PagedLayout, token: bytes) -> None:
+        self._end, self._local, self._remote, self._token = end, local, remote, token
         self._lock = threading.Lock()
         self._ended = False
         self.target: Target | None = None
 
     def _card(self) -> dict[str, Any]:
         shared = self._end.shared
-        return {**card(shared.agent.name, shared.place, shared.registration), "bases": self._local.bases.tolist()}
+        mine = {"bases": self._local.bases.tolist(), "token": self._token, "slot_bytes": shared.slots.slot_bytes}
+        return {**card(shared.agent.name, shared.place, shared.registration), **mine}
 
     def introduce(self) -> None:
         """Say where this end's memory is, and ask where the other one's is."""
@@ -80,12 +86,20 @@ class Meeting:
             bases = np.asarray(body.get("bases"), dtype=np.uint64)
             if bases.shape != (len(self._remote.region_bytes),):
                 raise HandshakeError("the other end did not say where each of its regions is")
+            token, slot_bytes = body.get("token"), count(body, "slot_bytes")
+            if not isinstance(token, bytes) or len(token) != TOKEN_BYTES:
+                raise HandshakeError(f"the other end's token is {token!r}")
         except (KVConnectError, TypeError, ValueError, OverflowError) as error:
             self._end.fail(failed(error))
             return
-        self._end.shared.agent.soon(lambda: self._meet(name, metadata, where, bases))
+        theirs = Paged(self._remote, bases.tolist())
 
-    def _meet(self, name: str, metadata: bytes, where: Place, bases: npt.NDArray[np.uint64]) -> None:
+        def found(peer: Peer) -> Target:
+            return Target(peer, where, Runs(theirs, Paged.of(self._local)), token, slot_bytes)
+
+        self._end.shared.agent.soon(lambda: self._meet(name, metadata, found))
+
+    def _meet(self, name: str, metadata: bytes, found: Callable[[Peer], Target]) -> None:
         if self.target is not None:
             return
         try:
@@ -93,20 +107,34 @@ class Meeting:
         except Exception as error:  # noqa: BLE001 - NIXL's own
             self._end.fail(failed(error))
             return
+        target = found(peer)
         with self._lock:
             ended = self._ended
             if not ended:
-                self.target = Target(peer, where, bases)
+                self.target = target
         if ended:
             peer.leave()
         else:
             self._end.met()
 
-    def check(self) -> str:
-        """Return the name of the other end's agent; raise `BrokenError` if it is unknown."""
+    def on_memory(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The other end has slots now. Their memory is known before anything that is told after the answer."""
+        name, metadata, _ = read_card(body)
+
+        def learn() -> None:
+            try:
+                self._end.shared.agent.meet(name, metadata).leave()
+            except Exception as error:  # noqa: BLE001 - NIXL's own
+                self._end.fail(failed(error))
+
+        self._end.shared.agent.soon(learn)
+        return {}
+
+    def check(self) -> Target:
+        """Return the other end; raise `BrokenError` if it is unknown."""
         if self.target is None:
             raise BrokenError("the other end has not said where its memory is")
-        return self.target.peer.name
+        return self.target
 
     def end(self) -> None:
         """The other end's memory is read no more."""

@@ -1,23 +1,28 @@
-"""One running read of a peer's blocks: in runs straight into place, or portion by portion through staging memory."""
+"""One running read of a peer's blocks: in runs straight into place, or portion by portion through staging memory.
+
+All of it happens on the agent's thread, so that there are no locks: whatever another
+thread wants of a read is done there in its turn.
+"""
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
-from kvconnect.errors import BrokenError, KVConnectError, LoadError
-from kvconnect.paging import BlockIds, IoVec, Pieces, spans
-from kvconnect.pipes import turns
+from kvconnect.errors import KVConnectError
+from kvconnect.paging import BlockIds, IoVec
 from kvconnect.pipes.base import Message
 from kvconnect.pipes.flows import pack
 from kvconnect.pipes.nixl_agent import Read
 from kvconnect.pipes.nixl_choice import Mode
-from kvconnect.pipes.nixl_place import Place
-from kvconnect.pipes.nixl_staging import DEPTH, Blocks, Slot, StagedMemory, failed, portions, whole
+from kvconnect.pipes.nixl_meeting import Target
+from kvconnect.pipes.nixl_notes import Note, Notes, What
+from kvconnect.pipes.nixl_staging import DEPTH, Blocks, Slot, StagedMemory, Use, failed, portions, whole
+from kvconnect.pipes.nixl_thread import Then
 
 OnOver = Callable[["Pull"], None]
 
@@ -26,14 +31,14 @@ class End(Protocol):
     """What a pull needs of its end of the pipe."""
 
     shared: StagedMemory
+    notes: Notes
     timeout_s: float
-    portion_bytes: int
 
     def tell(self, op: str, body: Message) -> Future[dict[str, Any]]:
         """Call the other end; failures are in the future."""
 
-    def peer_name(self) -> str:
-        """Return the other end's agent; raise `BrokenError` if it is unknown."""
+    def target(self) -> Target:
+        """Return the other end; raise `BrokenError` if it is unknown."""
 
 
 @dataclass(frozen=True)
@@ -44,39 +49,36 @@ class Plan:
         mode: how.
         remote: the peer's blocks.
         local: this end's.
-        place: the peer's kind of memory.
-        pieces: both streams, cut at each other's seams: the peer's and ours.
+        runs: in how many runs they lie.
+        portion_bytes: what is read in one go.
 
     """
 
     mode: Mode
     remote: BlockIds
     local: BlockIds
-    place: Place
-    pieces: tuple[IoVec, IoVec]
-
-
-@dataclass(eq=False)
-class _Portion:
-    number: int
-    remote: Blocks
-    local: Blocks
-    nbytes: int
-    slot: Slot | None = None
+    runs: int
+    portion_bytes: int
 
 
 @dataclass
 class _State:
-    """How far a pull is: parts under way, whether more are to begin, whether none will, whether that was told."""
+    """How far a read is."""
 
-    flying: int = 0
-    more: bool = True
-    over: bool = False
+    #: Portions that have not arrived; reads under way; reads and copies that touch local blocks right now.
+    left: int = 0
+    reading: int = 0
+    touching: int = 0
+    #: The peer knows of it.
+    heard: bool = False
+    #: Everything is here, and the peer was asked whether it counts; or it was given up, and the peer was told.
+    ended: bool = False
+    confirmed: bool = False
     reported: bool = False
 
 
 class Pull:
-    """A read under way. It calls ``on_over`` once, after the last access to local blocks."""
+    """A read under way. It calls ``on_over`` once, after the last access to local blocks, on the agent's thread."""
 
     def __init__(self, end: End, number: int, nbytes: int, on_over: OnOver) -> None:
         self.number, self.nbytes = number, nbytes
@@ -84,197 +86,177 @@ class Pull:
         self.stamp = self.begun = time.monotonic()
         self.plan: Plan | None = None
         self._end, self._on_over = end, on_over
-        self._lock = threading.Lock()
-        self._parts: Iterator[Callable[[], None]] = iter(())
         self._state = _State()
-        self._asked: dict[int, _Portion] = {}
-        #: Portions that are read into staging memory; given up, they may end late without harm.
-        self._reading: dict[int, _Portion] = {}
+        #: The peer's and our blocks of what is to be read straight into place.
+        self._direct: Iterator[tuple[Blocks, Blocks]] = iter(())
+        #: Our blocks of the portions that nothing was heard of.
+        self._staged: dict[int, Blocks] = {}
 
-    # -- from outside ----------------------------------------------------------------
+    # -- from any thread ---------------------------------------------------------------
 
     def start(self, plan: Plan) -> None:
         """Begin, unless it was given up before."""
-        with self._lock:
-            if self.error is not None:
-                return
-            self.plan = plan
         self.stamp = self.begun = time.monotonic()
-        self._end.tell("nixl.begin", {"transfer": self.number}).add_done_callback(self._told)
-        if plan.mode == "runs":
-            self._parts = self._runs(plan)
-            self._advance()
-        else:
-            self._parts = self._portions(plan)
-            turns.shared().add(self._open_landing)
+        # The peer's thread is woken before ours: both take their time.
+        groups = pack(plan.remote) if plan.mode == "staged" else []
+        body = {"transfer": self.number, "groups": groups, "portion_bytes": plan.portion_bytes}
+        answer = self._end.tell("nixl.begin", body)
+        self._soon(partial(self._begin, plan))
+        answer.add_done_callback(lambda answer: self._soon(partial(self._heard, answer.exception())))
 
     def fail(self, error: KVConnectError) -> None:
         """Give up: over once nothing of it touches local memory any more."""
-        with self._lock:
-            self.error = self.error or error
-            self._state.more = False
-            asked, self._asked = list(self._asked.values()), {}
-            reading, self._reading = list(self._reading.values()), {}
-            confirming = self._state.over
-        for portion in asked:
-            self._portion_over(portion, None)
-        for _ in reading:
-            self._part_over(None)  # its slot comes back when it has landed
-        if confirming:
-            self._report()
-        else:
-            self._finish_if_over()
+        self._soon(partial(self._fail, error))
 
-    def gathered(self, number: int, address: int, error: str | None) -> None:
-        """The peer has gathered a portion, or could not."""
-        with self._lock:
-            portion = self._asked.pop(number, None)
-        if portion is None or portion.slot is None:
+    def _soon(self, step: Callable[[], None]) -> None:
+        self._end.shared.agent.soon(step)
+
+    # -- the beginning -------------------------------------------------------------------
+
+    def _begin(self, plan: Plan) -> None:
+        if self.error is not None:
             return
-        self.stamp = time.monotonic()
+        self.plan = plan
+        self._end.shared.agent.watch(self, self._end.timeout_s)
+        layout = self._end.shared.memory.layout
+        ours = list(portions(layout, plan.local, plan.portion_bytes))
+        self._state.left = len(ours)
+        if not ours:
+            self._arrived()
+        elif plan.mode == "staged":
+            self._staged = dict(enumerate(ours))
+            try:
+                self._end.shared.slots.open()
+            except Exception as error:  # noqa: BLE001 - the device's allocator may raise anything
+                self._fail(failed(error))
+        else:
+            self._direct = zip(portions(layout, plan.remote, plan.portion_bytes), ours, strict=True)
+            self._read_on()
+
+    def _heard(self, error: BaseException | None) -> None:
+        self._state.heard = True
         if error is not None:
-            self._portion_over(portion, LoadError(f"the other end could not gather: {error}"))
+            self._fail(failed(error))
+
+    def _read(self, local: IoVec, remote: IoVec, then: Then) -> None:
+        target, shared = self._end.target(), self._end.shared
+
+        def over(error: KVConnectError | None) -> None:
+            self._state.reading -= 1
+            then(error)
+            self._say_if_given_up()
+
+        shared.agent.read(Read(target.peer.name, (shared.place, local), (target.place, remote), over, shared))
+        self._state.reading += 1
+
+    # -- straight into place ---------------------------------------------------------------
+
+    def _read_on(self) -> None:
+        try:
+            while self._state.touching < DEPTH and (blocks := next(self._direct, None)) is not None:
+                remote, local = self._end.target().runs.cut(*blocks)
+                self._read(local, remote, self._run_over)
+                self._state.touching += 1
+        except Exception as error:  # noqa: BLE001 - whatever it is, this transfer ends with it
+            self._fail(failed(error))
+
+    def _run_over(self, error: KVConnectError | None) -> None:
+        self._touched(error)
+        if error is None:
+            self._read_on()
+            self._arrived_one()
+
+    # -- through staging memory --------------------------------------------------------------
+
+    def full(self, number: int, address: int) -> None:
+        """The peer has gathered a portion."""
+        self._state.heard = True
+        self._end.shared.slots.take(Use.LANDING, partial(self._fetch, number, address))
+
+    def _fetch(self, number: int, address: int, slot: Slot) -> None:
+        blocks = self._staged.pop(number, None)
+        if blocks is None:  # it was given up
+            self._end.shared.slots.give(slot)
             return
-        local = whole(portion.slot.tensor[: portion.nbytes])
+        local = whole(slot.tensor[: self._end.shared.memory.layout.nbytes(blocks)])
         remote = local.copy()
         remote[0, 0] = address
-        with self._lock:
-            self._reading[number] = portion
         try:
-            self._read(local, remote, lambda failure: self._landed(portion, failure))
-        except KVConnectError as refused:
-            self._landed(portion, refused)
+            # It touches no blocks: given up, it may end late without harm.
+            self._read(local, remote, partial(self._landed, number, blocks, slot))
+        except KVConnectError as error:
+            self._landed(number, blocks, slot, error)
 
-    # -- parts -----------------------------------------------------------------------
-
-    def _runs(self, plan: Plan) -> Iterator[Callable[[], None]]:
-        theirs, ours = (Pieces(iov) for iov in plan.pieces)
-        for start, stop in spans(self.nbytes, self._end.portion_bytes):
-            remote, local = theirs.cut(start, stop), ours.cut(start, stop)
-            yield lambda local=local, remote=remote: self._read(local, remote, self._part_over)  # type: ignore[misc]
-
-    def _portions(self, plan: Plan) -> Iterator[Callable[[], None]]:
-        layout, pool = self._end.shared.memory.layout, self._end.shared.landing
-        cut = portions(layout, plan.remote, plan.local, self._end.portion_bytes)
-        for number, (remote, local) in enumerate(cut):
-            portion = _Portion(number, remote, local, layout.nbytes(local))
-            yield lambda portion=portion: pool.take(lambda slot: self._ask(portion, slot))  # type: ignore[misc]
-
-    def _open_landing(self) -> bool:
-        try:
-            self._end.shared.landing.open()
-        except Exception as error:  # noqa: BLE001 - the device's allocator may raise anything; the transfer hears of it
-            self.fail(failed(error))
-            return False
-        self._advance()
-        return False
-
-    def _advance(self) -> None:
-        """Begin parts up to `DEPTH`."""
-        depth = DEPTH[self._end.shared.kind]
-        while True:
-            with self._lock:
-                if not self._state.more or self._state.flying >= depth:
-                    break
-                part = next(self._parts, None)
-                if part is None:
-                    self._state.more = False
-                    break
-                self._state.flying += 1
-            try:
-                part()
-            except Exception as error:  # noqa: BLE001 - whatever it is, this transfer ends with it
-                self._part_over(failed(error))
-        self._finish_if_over()
-
-    def _ask(self, portion: _Portion, slot: Slot) -> None:
-        portion.slot = slot
-        with self._lock:
-            given_up = self.error is not None
-            if not given_up:
-                self._asked[portion.number] = portion
-        if given_up:
-            self._portion_over(portion, None)
-            return
-        body = {
-            "transfer": self.number,
-            "portion": portion.number,
-            "groups": pack(portion.remote),
-            "nbytes": portion.nbytes,
-        }
-        self._end.tell("nixl.gather", body).add_done_callback(self._told)
-
-    def _told(self, answer: Future[dict[str, Any]]) -> None:
-        error = answer.exception()
-        if error is not None:
-            self.fail(error if isinstance(error, KVConnectError) else BrokenError(f"the channel failed: {error!r}"))
-
-    def _read(self, local: IoVec, remote: IoVec, on_over: Callable[[KVConnectError | None], None]) -> None:
-        plan = self.plan
-        if plan is None:
-            raise BrokenError("a transfer went on that was not begun")
-        peer, shared = self._end.peer_name(), self._end.shared
-        places = (shared.place, local), (plan.place, remote)
-        shared.agent.read(Read(peer, *places, on_over, shared))
-
-    def _landed(self, portion: _Portion, failure: KVConnectError | None) -> None:
-        with self._lock:
-            given_up = self._reading.pop(portion.number, None) is None
-        if given_up:
-            if portion.slot is not None:
-                self._end.shared.landing.give(portion.slot)
-            return
-        self._end.tell("nixl.taken", {"transfer": self.number, "portion": portion.number})
-        if failure is not None or self.error is not None:
-            self._portion_over(portion, failure)
-        else:
-            turns.shared().add(lambda: self._scatter(portion))
-
-    def _scatter(self, portion: _Portion) -> bool:
-        failure: KVConnectError | None = None
+    def _landed(self, number: int, blocks: Blocks, slot: Slot, error: KVConnectError | None) -> None:
         shared = self._end.shared
-        try:
-            if self.error is None and portion.slot is not None:
-                shared.stager.scatter(portion.slot.tensor[: portion.nbytes], shared.memory, portion.local)
-        except Exception as error:  # noqa: BLE001 - kernels may raise anything; this transfer ends with it
-            failure = failed(error)
-        self._portion_over(portion, failure)
-        return False
-
-    def _portion_over(self, portion: _Portion, error: KVConnectError | None) -> None:
-        slot, portion.slot = portion.slot, None
-        if slot is not None:
-            self._end.shared.landing.give(slot)
-        self._part_over(error)
-
-    def _part_over(self, error: KVConnectError | None) -> None:
-        with self._lock:
-            self._state.flying -= 1
-            self.stamp = time.monotonic()
-        if error is not None:
-            self.fail(error)
-        self._advance()
-
-    def _finish_if_over(self) -> None:
-        with self._lock:
-            if self._state.over or self._state.more or self._state.flying:
+        self._end.notes.send(Note(What.TAKEN, self.number, number))
+        if error is None and self.error is None:
+            source = slot.tensor[: shared.memory.layout.nbytes(blocks)]
+            try:
+                shared.agent.follow(shared.stager.scatter(source, shared.memory, blocks), partial(self._placed, slot))
+            except Exception as caught:  # noqa: BLE001 - kernels may raise anything; this transfer ends with it
+                error = failed(caught)
+            else:
+                self._state.touching += 1
+                self._arrived_one()
                 return
-            self._state.over = True
-        # The bytes count only if the peer still vouches for its blocks now that they are here.
+        shared.slots.give(slot)
+        if error is not None:
+            self._fail(error)
+
+    def _placed(self, slot: Slot, error: KVConnectError | None) -> None:
+        self._end.shared.slots.give(slot)
+        self._touched(error)
+
+    # -- the end -----------------------------------------------------------------------------
+
+    def _touched(self, error: KVConnectError | None) -> None:
+        self._state.touching -= 1
+        if error is not None:
+            self._fail(error)
+        self._report_if_over()
+
+    def _arrived_one(self) -> None:
+        self.stamp = time.monotonic()
+        self._state.left -= 1
+        if self._state.left == 0:
+            self._arrived()
+
+    def _arrived(self) -> None:
+        """Ask whether the bytes count: only if the peer still vouches for its blocks now that they are here."""
+        if self._state.ended:
+            return
+        self._state.ended = True
+        if self._state.heard:
+            self._end.notes.send(Note(What.END, self.number))
+        # Also by the channel, which knows when nobody is there to answer.
         answer = self._end.tell("nixl.end", {"transfer": self.number})
-        if self.error is not None:
-            self._report()
-        else:
-            answer.add_done_callback(self._confirmed)
+        answer.add_done_callback(lambda answer: self._soon(partial(self.confirmed, answer.exception())))
 
-    def _confirmed(self, answer: Future[dict[str, Any]]) -> None:
-        error = answer.exception()
-        if error is not None and self.error is None:
-            self.error = error if isinstance(error, KVConnectError) else BrokenError(f"the channel failed: {error!r}")
-        self._report()
+    def confirmed(self, error: BaseException | None = None) -> None:
+        """The peer vouches for its blocks, or does not. Its second answer is ignored."""
+        if error is not None and not self._state.confirmed:
+            self._fail(failed(error))
+        self._state.confirmed = True
+        self._report_if_over()
 
-    def _report(self) -> None:
-        with self._lock:
-            first, self._state.reported = not self._state.reported, True
-        if first:
+    def _fail(self, error: KVConnectError) -> None:
+        if self._state.reported:
+            return
+        self.error = self.error or error
+        self._direct, self._staged = iter(()), {}
+        self._say_if_given_up()
+        self._report_if_over()
+
+    def _say_if_given_up(self) -> None:
+        """Tell the peer, once nothing is read of it: its agent has to be progressed until then."""
+        if self.error is not None and not self._state.ended and not self._state.reading:
+            self._state.ended = True
+            self._end.tell("nixl.end", {"transfer": self.number})
+
+    def _report_if_over(self) -> None:
+        over = self.error is not None or self._state.confirmed
+        if over and not self._state.touching and not self._state.reported:
+            self._state.reported = True
+            self._end.shared.agent.unwatch(self)
             self._on_over(self)

@@ -1,17 +1,19 @@
 """Staging memory for NIXL: gather, scatter, slots, and the portions that a transfer is cut into.
 
-`Stager` is all that differs between devices. Each of its methods returns when the
-device has done the work, so that the agent of the other end may read the memory,
-or vLLM reuse the blocks.
+`Stager` is all that differs between devices. What gathers or scatters only begins, and
+returns what tells whether the device has done it: only then may the agent of the other
+end read the memory, or vLLM reuse the blocks.
 """
 
 from __future__ import annotations
 
+import enum
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import ClassVar, Final, Protocol
+from concurrent.futures import Future
+from typing import ClassVar, Final, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,38 +22,48 @@ from torch import Tensor
 from kvconnect import blocks as paged
 from kvconnect.errors import KVConnectError, LoadError, UnavailableBackendError
 from kvconnect.paging import BlockIds, IoVec, PagedLayout, PagedMemory
-from kvconnect.pipes import vectored
+from kvconnect.pipes import turns, vectored
 from kvconnect.pipes.nixl_agent import Agent
 from kvconnect.pipes.nixl_place import Place, Registration
 
-#: Bytes of a portion, by kind of device: what is gathered, read and scattered in one go. A
-#: portion costs a round trip of the hosts, in which a GPU's link moves far more than a CPU's.
-PORTION_BYTES: Final = {"cpu": 8 << 20, "cuda": 32 << 20}
-#: Portions of one transfer under way at once, so that gather, wire and scatter overlap.
-DEPTH: Final = {"cpu": 3, "cuda": 6}
-#: Slots of a pool, shared by all pipes of a process that use the same memory.
-SLOTS: Final = 6
-
 Blocks = list[list[int]]
+#: Whether a copy is over; raises what it failed with. For one thread, which asks until it is.
+IsOver = Callable[[], bool]
+
+
+class Sizes(NamedTuple):
+    """Bytes of a portion, and how many slots there are for portions, by kind of device.
+
+    A portion costs the hosts some steps, in which a GPU's link moves far more than a
+    CPU's. The slots for GPUs take 59 MB in all.
+    """
+
+    portion_bytes: int
+    slots: int
+
+
+SIZES: Final = {"cpu": Sizes(8 << 20, 8), "cuda": Sizes(14 << 20, 4)}
+#: Portions of one transfer that are under way at once.
+DEPTH: Final = 3
 
 
 class Stager(Protocol):
-    """Copies within one device. Threads may use one at the same time."""
+    """Copies within one device."""
 
     def allocate(self, nbytes: int) -> Tensor:
         """Return new memory on the device, uint8 ``[nbytes]``."""
         ...
 
-    def gather(self, memory: PagedMemory, blocks: BlockIds, out: Tensor) -> None:
-        """Copy the canonical stream of ``blocks`` into ``out``, uint8 of that size."""
+    def gather(self, memory: PagedMemory, blocks: BlockIds, out: Tensor) -> IsOver:
+        """Begin to copy the canonical stream of ``blocks`` into ``out``, uint8 of that size."""
         ...
 
-    def scatter(self, src: Tensor, memory: PagedMemory, blocks: BlockIds) -> None:
-        """Copy the canonical stream ``src`` into ``blocks``."""
+    def scatter(self, src: Tensor, memory: PagedMemory, blocks: BlockIds) -> IsOver:
+        """Begin to copy the canonical stream ``src`` into ``blocks``."""
         ...
 
     def copy(self, src: Tensor, out: Tensor) -> None:
-        """Copy ``src`` to ``out``, uint8 of one size, ordered after the caller's current stream."""
+        """Copy ``src`` to ``out``, uint8 of one size, ordered after the caller's current stream; return when done."""
         ...
 
 
@@ -62,17 +74,36 @@ class HostStager:
         """Return new memory; its pages are touched when they are first used."""
         return torch.empty(nbytes, dtype=torch.uint8)
 
-    def gather(self, memory: PagedMemory, blocks: BlockIds, out: Tensor) -> None:
-        """One pass of plain copies."""
-        paged.gather(memory, memory.iovec(blocks), out)
+    def gather(self, memory: PagedMemory, blocks: BlockIds, out: Tensor) -> IsOver:
+        """One pass of plain copies, on a thread of its own."""
+        return _beside(lambda: paged.gather(memory, memory.iovec(blocks), out))
 
-    def scatter(self, src: Tensor, memory: PagedMemory, blocks: BlockIds) -> None:
-        """One pass of plain copies."""
-        paged.scatter(src, memory, memory.iovec(blocks))
+    def scatter(self, src: Tensor, memory: PagedMemory, blocks: BlockIds) -> IsOver:
+        """One pass of plain copies, on a thread of its own."""
+        return _beside(lambda: paged.scatter(src, memory, memory.iovec(blocks)))
 
     def copy(self, src: Tensor, out: Tensor) -> None:
         """One plain copy, without the GIL."""
         vectored.copy(whole(out), whole(src))
+
+
+def _beside(copy: Callable[[], None]) -> IsOver:
+    """Run ``copy`` on a thread that all pipes share."""
+    over: Future[bool] = Future()
+
+    def step() -> bool:
+        try:
+            copy()
+            over.set_result(True)
+        except Exception as error:  # noqa: BLE001 - whatever it is, its transfer ends with it
+            over.set_exception(error)
+        return False
+
+    def is_over() -> bool:
+        return over.done() and over.result()
+
+    turns.shared().add(step)
+    return is_over
 
 
 def stager_for(device: str) -> Stager:
@@ -104,12 +135,20 @@ def whole(tensor: Tensor) -> IoVec:
     return np.array([[tensor.data_ptr(), tensor.nbytes]], dtype=np.uint64)
 
 
+class Use(enum.IntEnum):
+    """What a slot is for: where this end gathers for its peers, or where what it reads arrives."""
+
+    LENDING = 0
+    LANDING = 1
+
+
 class Slot:
     """A part of a pool, held by one portion at a time."""
 
     def __init__(self, tensor: Tensor) -> None:
         """Be ``tensor``, registered uint8 memory."""
         self.tensor = tensor
+        self.use = Use.LENDING
 
     @property
     def address(self) -> int:
@@ -118,57 +157,61 @@ class Slot:
 
 
 class SlotPool:
-    """Registered staging memory in slots of one size, allocated when the first is asked for."""
+    """Registered staging memory in slots of one size, allocated when the first is asked for. For the agent's thread.
 
-    def __init__(self, agent: Agent, stager: Stager, place: Place, slot_bytes: int, slots: int = SLOTS) -> None:
+    Each use leaves the other one a slot: of two processes that read from each other,
+    neither can hold all of its slots for what the other one has no slot to read into.
+    """
+
+    def __init__(self, agent: Agent, stager: Stager, place: Place, slot_bytes: int, slots: int) -> None:
         self._agent, self._stager, self._place = agent, stager, place
         self.slot_bytes, self._slots = slot_bytes, slots
-        self._lock = threading.Lock()
-        self._free: deque[Slot] = deque()
-        self._waiting: deque[Callable[[Slot], None]] = deque()
+        self._free: list[Slot] = []
+        self._held = dict.fromkeys(Use, 0)
+        self._waiting: dict[Use, deque[Callable[[Slot], None]]] = {use: deque() for use in Use}
         self._memory: Tensor | None = None
-        self.registration: Registration | None = None
+        self._registration: Registration | None = None
 
     def open(self) -> Registration:
         """Allocate and register, once; may take milliseconds.
 
         Raises:
-            BrokenError: there is no memory, or NIXL refuses it.
+            BrokenError: NIXL refuses the memory; or whatever the device's allocator raises.
 
         """
-        with self._lock:
-            if self.registration is None:
-                memory = self._stager.allocate(self._slots * self.slot_bytes)
-                self.registration = self._agent.register(self._place, whole(memory), memory)
-                self._memory = memory
-                starts = range(0, memory.nbytes, self.slot_bytes)
-                self._free.extend(Slot(memory[start : start + self.slot_bytes]) for start in starts)
-            return self.registration
+        if self._registration is None:
+            memory = self._stager.allocate(self._slots * self.slot_bytes)
+            self._registration = self._agent.register(self._place, whole(memory), memory)
+            self._memory = memory
+            starts = range(0, memory.nbytes, self.slot_bytes)
+            self._free.extend(Slot(memory[start : start + self.slot_bytes]) for start in starts)
+        return self._registration
 
-    def take(self, then: Callable[[Slot], None]) -> None:
-        """Call ``then`` with a free slot: at once, or from whoever gives one back."""
-        with self._lock:
-            if not self._free:
-                self._waiting.append(then)
-                return
-            slot = self._free.popleft()
-        then(slot)
+    def take(self, use: Use, then: Callable[[Slot], None]) -> None:
+        """Call ``then`` with a free slot: at once, or when one is given back."""
+        self._waiting[use].append(then)
+        self._hand_out(use)
 
     def give(self, slot: Slot) -> None:
         """Give a slot back."""
-        with self._lock:
-            if not self._waiting:
-                self._free.append(slot)
-                return
-            then = self._waiting.popleft()
-        then(slot)
+        self._held[slot.use] -= 1
+        self._free.append(slot)
+        # The other one first: it has what this one leaves.
+        self._hand_out(Use(1 - slot.use))
+        self._hand_out(slot.use)
+
+    def _hand_out(self, use: Use) -> None:
+        while self._waiting[use] and self._free and self._held[use] < self._slots - 1:
+            slot = self._free.pop()
+            slot.use = use
+            self._held[use] += 1
+            self._waiting[use].popleft()(slot)
 
     def close(self) -> None:
         """Give the memory back."""
-        with self._lock:
-            registration, self.registration = self.registration, None
-            self._memory = None
-            self._free.clear()
+        registration, self._registration = self._registration, None
+        self._memory = None
+        self._free.clear()
         if registration is not None:
             self._agent.deregister(registration)
 
@@ -182,10 +225,7 @@ class StagedMemory:
         self.kind = torch.device(memory.device).type
         self.stager = stager_for(memory.device)
         slot_bytes = max(portion_bytes, *(memory.layout.block_bytes() or [1]))
-        #: Where this end gathers for peers, and where what it reads arrives: apart, so that
-        #: two processes that read from each other cannot wait for each other's slots.
-        self.serving = SlotPool(agent, self.stager, self.place, slot_bytes)
-        self.landing = SlotPool(agent, self.stager, self.place, slot_bytes)
+        self.slots = SlotPool(agent, self.stager, self.place, slot_bytes, SIZES[self.kind].slots)
         self._registration: Registration | None = None
         self._users = 0
 
@@ -219,8 +259,7 @@ class StagedMemory:
                 return
             for key in [key for key, other in _Open.memories.items() if other is self]:
                 del _Open.memories[key]
-        self.serving.close()
-        self.landing.close()
+        self.agent.soon(self.slots.close)
         self.agent.deregister(self.registration)
 
 
@@ -229,38 +268,17 @@ class _Open:
     memories: ClassVar[dict[tuple[str, int, int], StagedMemory]] = {}
 
 
-def portions(
-    layout: PagedLayout, remote: BlockIds, local: BlockIds, portion_bytes: int
-) -> Iterator[tuple[Blocks, Blocks]]:
-    """Cut a transfer into portions of whole blocks, the same on both sides.
+def portions(layout: PagedLayout, blocks: BlockIds, portion_bytes: int) -> Iterator[Blocks]:
+    """Cut a transfer into portions of whole blocks, the same for either side.
 
     Yields:
-        the remote and the local blocks of a portion, of at most ``portion_bytes`` bytes,
-        or one block if that is larger.
+        the blocks of a portion, of at most ``portion_bytes`` bytes, or one block if that is larger.
 
     """
-    for group, size in enumerate(layout.block_bytes()):
-        theirs, mine = (list(ids[group]) if group < len(ids) else [] for ids in (remote, local))
-        step = max(1, portion_bytes // size) if size else len(theirs)
-        for start in range(0, len(theirs) if size else 0, step):
-            before: Blocks = [[] for _ in range(group)]
-            yield [*before, theirs[start : start + step]], [*before, mine[start : start + step]]
-
-
-def pair(local: IoVec, remote: IoVec) -> tuple[IoVec, IoVec]:
-    """Cut two streams of one length at each other's seams, so that they go piece by piece."""
-    ends = [np.cumsum(iov[:, 1], dtype=np.uint64) for iov in (local, remote)]
-    cuts = np.union1d(*ends)
-    lengths = np.diff(cuts, prepend=np.uint64(0))
-    starts = cuts - lengths
-    rows = []
-    for iov, end in zip((local, remote), ends, strict=True):
-        index = np.searchsorted(end, starts, side="right")
-        row = np.empty((len(cuts), 2), dtype=np.uint64)
-        row[:, 0] = iov[index, 0] + (starts - (end[index] - iov[index, 1]))
-        row[:, 1] = lengths
-        rows.append(row)
-    return rows[0], rows[1]
+    for group, (ids, size) in enumerate(zip(blocks, layout.block_bytes(), strict=False)):
+        step = max(1, portion_bytes // size) if size else 1
+        for start in range(0, len(ids) if size else 0, step):
+            yield [*([] for _ in range(group)), list(ids[start : start + step])]
 
 
 def failed(error: BaseException) -> KVConnectError:

@@ -1,15 +1,21 @@
-"""The thread that NIXL is polled on.
+"""The thread that NIXL is polled on, and copies within a device beside it.
 
-NIXL tells of a completion to whoever asks (`check_xfer_state`) and in no other way:
+NIXL tells of a completion or a notification to whoever asks and in no other way:
 there is no callback, file descriptor or event to sleep on. So somebody has to
 poll. Its own progress thread does so without a pause and keeps a core busy in
 every process that has an agent, idle or not. Here one thread of ours does it: it
-sleeps on a condition while nothing is under way, looks a few times at once after
-something began, and then takes short timed waits, up to `_PAUSE_S`.
+sleeps on a condition while nothing is under way, looks at once again for a while
+after something happened, and then takes short timed waits, up to `_PAUSE_S`.
+
+Whatever belongs to a transfer happens on this thread, one step after the other:
+steps need no locks, and what one of them learns the next one uses without a change
+of threads, which takes as long as a GPU's link takes for 15 MB.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import heapq
 import itertools
 import logging
@@ -19,7 +25,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 from kvconnect.errors import BrokenError, DeadlineError, KVConnectError
 
@@ -27,16 +33,28 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: Rounds without news before the thread begins to pause.
-_SPIN_ROUNDS: Final = 32
-#: The pauses while transfers are under way grow from the first to the second.
-_FIRST_PAUSE_S, _PAUSE_S = 20e-6, 100e-6
+#: For so long after the last news the thread looks again without a pause.
+_SPIN_S: Final = 150e-6
+#: The pauses while something is under way grow from the first to the second.
+_FIRST_PAUSE_S, _PAUSE_S = 20e-6, 150e-6
 #: What takes longer is waited for more patiently: its peer hangs.
 _HOT_S: Final = 10.0
 #: For those, and while peers may read but are not known to.
 _COOL_PAUSE_S: Final = 5e-3
 #: How long making an agent, or a call on its thread, may take.
 _CALL_S: Final = 60.0
+#: ``PR_SET_TIMERSLACK``: a thread's time-outs are 50 µs late by default.
+_SET_TIMER_SLACK: Final = 29
+
+Then = Callable[[KVConnectError | None], None]
+
+
+class _Followed(NamedTuple):
+    """What is under way: how to see whether it is over, whom to tell, and when it began."""
+
+    is_over: Callable[[], bool]
+    then: Then
+    begun: float
 
 
 class PollingThread(ABC):
@@ -46,24 +64,18 @@ class PollingThread(ABC):
         """Start it as ``name``; everything that it uses must be there already."""
         self._wake = threading.Condition(threading.Lock())
         self._jobs: deque[Callable[[], None]] = deque()
+        self._long_jobs: deque[Callable[[], None]] = deque()
         self._later: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
         self._watches: dict[object, float] = {}
+        self._followed: list[_Followed] = []
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     @abstractmethod
-    def under_way(self) -> float:
-        """Return when the youngest of what there is to `look` at began; 0 if nothing is. On the thread."""
-
-    @abstractmethod
-    def look(self) -> bool:
-        """Look at what is under way; return whether there was news. On the thread."""
-
-    @abstractmethod
-    def progress(self) -> None:
-        """Do what peers wait for. On the thread, while `watch` lasts."""
+    def progress(self) -> bool:
+        """Do what peers wait for; return whether there was news. On the thread, while `watch` lasts."""
 
     # -- from any thread ----------------------------------------------------------------
 
@@ -91,6 +103,12 @@ class PollingThread(ABC):
             self._jobs.append(work)
             self._wake.notify()
 
+    def soon_long(self, work: Callable[[], None]) -> None:
+        """Run ``work``, which may copy as much as a portion, once nothing else waits but such work."""
+        with self._wake:
+            self._long_jobs.append(work)
+            self._wake.notify()
+
     def after(self, delay_s: float, work: Callable[[], None]) -> None:
         """Run ``work`` on the agent's thread in ``delay_s``."""
         with self._wake:
@@ -110,22 +128,31 @@ class PollingThread(ABC):
 
     # -- the thread -------------------------------------------------------------------------
 
+    def follow(self, is_over: Callable[[], bool], then: Then) -> None:
+        """Call ``is_over`` until it returns true or raises, then ``then``, with the error. On the thread."""
+        self._followed.append(_Followed(is_over, then, time.monotonic()))
+
     def _run(self) -> None:
-        quiet = 0
+        with contextlib.suppress(OSError, AttributeError):  # later looks are slower, no more
+            ctypes.CDLL(None).prctl(_SET_TIMER_SLACK, 1, 0, 0, 0)
+        stirred, pause = 0.0, _FIRST_PAUSE_S
         while not self._stopped:
-            busy = self._do_next()
-            busy |= self.look()
+            news = self._do_next()
+            news |= self._look()
             if self._watches:
-                self.progress()
-            quiet = 0 if busy else quiet + 1
-            self._rest(quiet)
+                news |= self.progress()
+            if news:
+                stirred, pause = time.monotonic(), _FIRST_PAUSE_S
+            elif not (self._followed or self._watches) or time.monotonic() - stirred > _SPIN_S:
+                self._rest(pause)
+                pause = min(pause * 1.1, _PAUSE_S)
 
     def _do_next(self) -> bool:
         with self._wake:
             if self._later and self._later[0][0] <= time.monotonic():
                 work = heapq.heappop(self._later)[2]
-            elif self._jobs:
-                work = self._jobs.popleft()
+            elif self._jobs or self._long_jobs:
+                work = (self._jobs or self._long_jobs).popleft()
             else:
                 return False
         try:
@@ -134,20 +161,35 @@ class PollingThread(ABC):
             log.exception("a step failed and was dropped")
         return True
 
-    def _rest(self, quiet: int) -> None:
-        if 0 < quiet <= _SPIN_ROUNDS and self.under_way():
-            return
-        with self._wake:
-            if not self._jobs and not self._stopped and quiet:
-                self._wake.wait(self._pause(quiet))
+    def _look(self) -> bool:
+        news = False
+        for one in list(self._followed):
+            error: KVConnectError | None = None
+            try:
+                if not one.is_over():
+                    continue
+            except Exception as failed:  # noqa: BLE001 - NIXL's own and CUDA's; handed to whoever follows
+                error = ours(failed)
+            news = True
+            self._followed.remove(one)
+            try:
+                one.then(error)
+            except Exception:  # one pipe's mistake must not end the thread of all
+                log.exception("what follows a transfer failed")
+        return news
 
-    def _pause(self, quiet: int) -> float | None:
+    def _rest(self, pause_s: float) -> None:
+        with self._wake:
+            if not (self._jobs or self._long_jobs or self._stopped):
+                self._wake.wait(self._until(pause_s))
+
+    def _until(self, pause_s: float) -> float | None:
         """Return how long to sleep; ``None`` until somebody wants something."""
         now = time.monotonic()
         pauses = [due - now for due, _, _ in self._later[:1]]
-        youngest = self.under_way()
+        youngest = max((one.begun for one in self._followed), default=0.0)
         if youngest + _HOT_S > now or any(hot > now for hot in self._watches.values()):
-            pauses.append(min(_FIRST_PAUSE_S * 1.1 ** min(quiet, 100), _PAUSE_S))
+            pauses.append(pause_s)
         elif self._watches or youngest:
             pauses.append(_COOL_PAUSE_S)
         return max(0.0, min(pauses)) if pauses else None

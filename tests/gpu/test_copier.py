@@ -150,15 +150,20 @@ def test_a_lane_tells_the_end_of_each_work_once_and_survives_errors() -> None:
     assert (None, True) in answers, "over was told before the device was done"
 
 
+def _finish(is_over) -> None:
+    torch.cuda.synchronize(0)
+    assert is_over(), "the device is done, and the copy is not over"
+
+
 def test_a_stager_gathers_and_scatters_the_canonical_stream() -> None:
     source, target = memory(layout(TILE_BYTES), 1), memory(layout(TILE_BYTES), 2)
     stager = CudaStager("cuda:0")
     from_ids, to_ids = [5, 0, 39, 7], [1, 2, 3, 30]
     buffer = stager.allocate(source.layout.nbytes([from_ids]))
-    stager.gather(source, [from_ids], buffer)
+    _finish(stager.gather(source, [from_ids], buffer))
     first = block(source, 0, from_ids[0])
     assert torch.equal(buffer[: first.nbytes], first)
-    stager.scatter(buffer, target, [to_ids])
+    _finish(stager.scatter(buffer, target, [to_ids]))
     for layer in range(LAYERS):
         for a, b in zip(from_ids, to_ids, strict=True):
             assert torch.equal(block(source, layer, a), block(target, layer, b))

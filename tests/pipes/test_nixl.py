@@ -14,14 +14,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvconnect.cuda.tiles import Paged
 from kvconnect.errors import BrokenError, ConfigError, UnavailableBackendError
+from kvconnect.paging import place
 from kvconnect.pipes.base import PipeSpec
 from kvconnect.pipes.nixl import NixlPipe
 from kvconnect.pipes.nixl_choice import AGAIN, TRIAL_BYTES, Costs
+from kvconnect.pipes.nixl_runs import Runs
 from kvconnect.pipes.nixl_staging import STAGERS, portions
-from kvconnect.pipes.nixl_staging import pair as pair_pieces
 from kvconnect.testing.block_laws import attach
-from kvconnect.testing.layouts import naive_stream, noisy_memory, random_ids, separate_layers
+from kvconnect.testing.layouts import naive_stream, noisy_memory, random_ids, separate_layers, shared_region
 from kvconnect.testing.peers import LIMIT_S, open_pair
 from kvconnect.testing.pipe_tests import PipeTests
 
@@ -204,41 +206,66 @@ def test_nothing_of_a_frozen_target_is_written_after_its_transfer_is_over(tmp_pa
     assert "well" in done.stdout.splitlines()
 
 
-# -- portions, and the choice between two ways ---------------------------------------------
+# -- portions -----------------------------------------------------------------------------------
 
 
 def test_portions_are_whole_blocks_and_cover_each_once():
     layout = separate_layers(2, 64, 1, 1000, 2)
-    remote, local = random_ids(1, 64, [13, 5]), random_ids(2, 64, [13, 5])
+    blocks = random_ids(1, 64, [13, 5])
     for portion_bytes in (1, 2000, 9000, 1 << 20):
-        cut = list(portions(layout, remote, local, portion_bytes))
-        for side, ids in ((0, remote), (1, local)):
-            whole = [[], []]
-            for portion in cut:
-                for group, some in enumerate(portion[side]):
-                    whole[group] += list(some)
-            assert whole == [list(group) for group in ids]
-        for theirs, mine in cut:
-            assert [len(x) for x in theirs] == [len(x) for x in mine]
-            assert layout.nbytes(mine) <= max(portion_bytes, 2000)
+        found = [[], []]
+        for portion in portions(layout, blocks, portion_bytes):
+            assert 0 < layout.nbytes(portion) <= max(portion_bytes, 2000)
+            for group, some in enumerate(portion):
+                found[group] += some
+        assert found == [list(group) for group in blocks]
 
 
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.data())
-def test_two_streams_are_cut_at_each_others_seams(lengths, data):
-    total = sum(lengths)
-    seams = sorted(data.draw(st.sets(st.integers(1, total), max_size=20)) | {total})
-    others = np.diff(seams, prepend=0)
+# -- runs --------------------------------------------------------------------------------------
 
-    def stream(sizes):
-        return np.array([[1000 * i, size] for i, size in enumerate(sizes)], dtype=np.uint64)
 
-    def bytes_of(iov):
-        return [int(address) + i for address, size in iov for i in range(int(size))]
+@given(st.integers(0, 1 << 30), st.booleans(), st.booleans())
+def test_runs_read_every_piece_of_every_block_from_its_own_place(seed, shared, neighbours):
+    theirs, ours = separate_layers(2, 40, 1, 1000, 2), (shared_region if shared else separate_layers)(2, 50, 1, 1000, 2)
+    remote, local = random_ids(seed, 40, [9, 4]), random_ids(seed + 1, 50, [9, 4])
+    if neighbours:
+        remote, local = [range(3, 12), [7, 8, 1, 2]], [range(30, 39), [0, 1, 2, 3]]
+    runs = Runs(_side(theirs), _side(ours))
+    far, near = runs.cut(remote, local)
+    assert np.array_equal(far[:, 1], near[:, 1])
+    assert len(far) <= runs.count(remote, local) <= 2 * 2 * (9 + 4)
+    wanted = zip(_bytes_of(theirs, remote), _bytes_of(ours, local), strict=True)
+    found = zip(_spread(far), _spread(near), strict=True)
+    assert sorted(found) == sorted(wanted)
 
-    local, remote = pair_pieces(stream(lengths), stream(others))
-    assert np.array_equal(local[:, 1], remote[:, 1])
-    assert bytes_of(local) == bytes_of(stream(lengths))
-    assert bytes_of(remote) == bytes_of(stream(others))
+
+def _side(layout):
+    return Paged(layout, _bases(layout))
+
+
+def _bases(layout):
+    return [(i + 1) << 30 for i in range(len(layout.region_bytes))]
+
+
+def _bytes_of(layout, blocks):
+    return _spread(place(layout, np.array(_bases(layout), dtype=np.uint64), blocks))
+
+
+def _spread(iov):
+    return [int(address) + i for address, size in iov for i in range(int(size))]
+
+
+def test_the_layers_of_a_block_and_neighbouring_blocks_are_read_in_one_run():
+    outermost, layers = shared_region(3, 40, 1, 1000, gap_bytes=0), separate_layers(3, 40, 1, 1000)
+    for layout, scattered, together in ((outermost, 5, 1), (layers, 15, 3)):
+        runs = Runs(_side(layout), _side(layout))
+        assert runs.count([[3, 9, 5, 30, 7]], [[1, 2, 3, 4, 5]]) == scattered
+        assert len(runs.cut([[3, 9, 5, 30, 7]], [[1, 2, 3, 4, 5]])[0]) == scattered
+        assert runs.count([[3, 4, 5]], [[10, 11, 12]]) == together
+        assert len(runs.cut([[3, 4, 5]], [[10, 11, 12]])[0]) == together
+
+
+# -- the choice ----------------------------------------------------------------------------------
 
 
 def test_the_quicker_way_is_taken_once_both_are_known():
@@ -253,12 +280,31 @@ def test_the_quicker_way_is_taken_once_both_are_known():
     assert known.choose(*small) == "runs"
 
 
-def test_a_large_transfer_tries_nothing_out_and_long_runs_are_never_staged():
+def test_a_large_transfer_tries_nothing_out():
     known = Costs("runs")
     large = (8192, TRIAL_BYTES * 4)
     known.note("runs", *large, 1.0)
     assert [known.choose(*large) for _ in range(2 * AGAIN)] == ["runs"] * 2 * AGAIN
-    assert Costs("staged").choose(2, 8 << 20) == "runs"
+
+
+def test_long_runs_are_staged_only_once_that_has_proved_quicker():
+    known = Costs("staged")
+    long = (4, 8 << 20)
+    assert known.choose(*long) == "runs"
+    known.note("runs", *long, 1.0)
+    assert known.choose(*long) == "staged"
+    known.note("staged", *long, 2.0)
+    assert known.choose(*long) == "runs"
+
+
+def test_what_the_first_transfer_paid_for_is_forgotten_with_the_second():
+    known = Costs("staged")
+    large = (8192, TRIAL_BYTES * 4)
+    known.note("staged", *large, 9.0)
+    known.note("runs", *large, 1.0)
+    assert known.choose(*large) == "runs"
+    known.note("staged", *large, 0.5)
+    assert known.choose(*large) == "staged"
 
 
 def test_the_slower_way_is_tried_again_now_and_then():
