@@ -67,15 +67,19 @@ class Loop:
             if not self._open:
                 return False
             self._posted.append(call)
-            # Waking costs a system call; one pending wake-up serves all that is posted.
-            if len(self._posted) == 1:
+            # Waking costs a system call; one pending wake-up serves all that is posted, and the
+            # thread itself looks before it waits.
+            if len(self._posted) == 1 and not self.on_thread:
                 os.eventfd_write(self._wake, 1)
             return True
 
     def later(self, delay_s: float, call: Callable[[], None]) -> Timer:
         """Make ``call`` on the thread in ``delay_s`` seconds, unless the loop ends before."""
         timer = Timer(time.monotonic() + delay_s, call)
-        self.soon(lambda: heapq.heappush(self._timers, (timer.when, next(self._order), timer)))
+        if self.on_thread:
+            self._push(timer)
+        else:
+            self.soon(lambda: self._push(timer))
         return timer
 
     def watch(self, sock: zmq.Socket[bytes], handler: Callable[[], None]) -> None:
@@ -140,6 +144,9 @@ class Loop:
     def _run_posted(self) -> None:
         for _ in range(len(self._posted)):
             self._guarded(self._posted.popleft())
+
+    def _push(self, timer: Timer) -> None:
+        heapq.heappush(self._timers, (timer.when, next(self._order), timer))
 
     def _run_timers(self) -> None:
         now = time.monotonic()
