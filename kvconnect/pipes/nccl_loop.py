@@ -116,9 +116,10 @@ class Loop:
             self._place.inhabit()
         except Exception:  # what lines do then fails, and they say so
             log.exception("the thread is not prepared")
-        pause, stirred = 0.0, time.monotonic()
+        pause, moved = 0.0, time.monotonic()
         while True:
-            self._rest(pause if self._active else None)
+            if self._rest(pause if self._active else None):
+                moved = time.monotonic()
             with self._turn:
                 pace = Pace.MOVED if self._take() else Pace.IDLE
                 for line in list(self._active.values()):
@@ -126,17 +127,19 @@ class Loop:
                     del line  # no line lives on because the thread waits
             now = time.monotonic()
             if pace is Pace.MOVED:
-                pause, stirred = 0.0, now
-            elif pace is Pace.WAITING and now - stirred < LATELY_S:
+                pause, moved = 0.0, now
+            elif pace is Pace.WAITING and now - moved < LATELY_S:
                 pause = SHORTEST_S
             else:
                 pause = LONGEST_S if pace is Pace.PATIENT else min(LONGEST_S, max(SHORTEST_S, pause * _GROWTH))
 
-    def _rest(self, pause: float | None) -> None:
+    def _rest(self, pause: float | None) -> bool:
+        """Wait for at most ``pause`` seconds, with ``None`` for ever; return whether somebody came."""
         with self._changed:
             if not self._stirred and pause != 0.0:
                 self._changed.wait(pause)
-            self._stirred = False
+            stirred, self._stirred = self._stirred, False
+            return stirred
 
     def _take(self) -> bool:
         moved = bool(self._posted)

@@ -46,6 +46,17 @@ def test_what_waits_for_long_is_looked_at_seldom_and_what_is_over_not_at_all():
     assert not line.failed
 
 
+def test_what_was_begun_by_another_thread_is_looked_at_often_as_well():
+    loop, line = Loop("kvconnect-test-loop"), Line()
+    loop.post(line, lambda: None)
+    threading.Event().wait(10 * LATELY_S)
+    looks = line.looks
+    with loop._turn:  # the loop's thread finds nothing to call
+        loop._wake()
+    threading.Event().wait(LATELY_S)
+    assert line.looks - looks > 2 * LATELY_S / LONGEST_S
+
+
 def test_what_nobody_waits_for_is_looked_at_seldom_from_the_beginning():
     loop, line = Loop("kvconnect-test-loop"), Line()
     line.pace = Pace.PATIENT
