@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from types import SimpleNamespace
 
+import pytest
+
+from kvconnect.cuda import driver
 from kvconnect.errors import BrokenError
-from kvconnect.pipes.nccl_loop import LATELY_S, LONGEST_S, SHORTEST_S, Loop, Pace, Place
+from kvconnect.pipes.nccl_loop import LATELY_S, LONGEST_S, SHORTEST_S, Loop, OnDevice, Pace, Place
 from kvconnect.testing.peers import LIMIT_S
 
 
@@ -137,3 +141,30 @@ def test_what_cannot_be_started_ends_the_line_and_not_the_loop():
     assert other.idle.wait(LIMIT_S)
     assert line.idle.wait(LIMIT_S)
     assert [type(error) for error in line.failed] == [BrokenError]
+
+
+def test_a_thread_that_visits_a_device_leaves_with_the_context_that_it_came_with(monkeypatch):
+    """It must not set a device back: that would make a context there."""
+    current = threading.local()
+    failed = type("CUDADriverError", (RuntimeError,), {})
+    calls = SimpleNamespace(
+        ctxGetCurrent=lambda: getattr(current, "context", 0),
+        ctxSetCurrent=lambda context: setattr(current, "context", context),
+        CUDADriverError=failed,
+    )
+    runtime = SimpleNamespace(
+        setDevice=lambda device: setattr(current, "context", 10 + device), CUDARuntimeError=failed
+    )
+    monkeypatch.setattr(driver, "cupy", lambda: SimpleNamespace(cuda=SimpleNamespace(driver=calls, runtime=runtime)))
+    place = OnDevice(1)
+    with pytest.raises(BrokenError, match="not prepared"), place.visited():
+        pass
+    thread = threading.Thread(target=place.inhabit)
+    thread.start()
+    thread.join(LIMIT_S)
+    for before in (0, 10, 11):
+        current.context = before
+        with contextlib.suppress(KeyError), place.visited():
+            assert current.context == 11
+            raise KeyError
+        assert current.context == before
