@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from kvconnect.cuda import driver
@@ -25,10 +27,26 @@ def copy(device: str, target: IoVec, source: IoVec) -> None:
     current = torch.cuda.current_stream(index)
     with driver.errors("gather or scatter pieces"), driver.use(index):
         cuda = driver.cupy().cuda
-        stream = cuda.ExternalStream(current.cuda_stream, index)
+        stream = _Given(current.cuda_stream).for_cupy(cuda, index)
         table = copier(index).listed(source, target, stream)
         kept = copier(index).launch(table, ONCE, stream, _MULTIPROCESSORS)
         event = cuda.Event(block=True, disable_timing=True)
         event.record(stream)
         event.synchronize()
     del table, kept
+
+
+class _Given:
+    """Another library's stream, as one that has ``__cuda_stream__`` shows it."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        """Return version 0 of the protocol, and the stream."""
+        return 0, self._handle
+
+    def for_cupy(self, cuda: Any, device: int) -> Any:
+        """Return it as a stream of CuPy's; releases before 14 do not know the protocol."""
+        given = getattr(cuda.Stream, "from_external", None)
+        return cuda.ExternalStream(self._handle, device) if given is None else given(self)
