@@ -60,6 +60,17 @@ def refusal(config: KVCacheConfig) -> str | None:
     return None
 
 
+def fatal_failure(config: KVCacheConfig) -> str | None:
+    """Return why a consumer must not fetch this model's KV, or ``None``: some releases do not survive a failed load.
+
+    They name failed blocks without their group, and stop where there are several groups.
+    """
+    several = len(config.kv_cache_groups)
+    if several == 1 or compat.reports_failed_requests():
+        return None
+    return f"the model has {several} KV-cache groups, of which this vLLM cannot take back a load that failed; 0.32 can"
+
+
 _SUPPORTED = frozenset(
     {"FullAttentionSpec", "MLAAttentionSpec", "SlidingWindowSpec", "SlidingWindowMLASpec", "SinkFullAttentionSpec"}
 )

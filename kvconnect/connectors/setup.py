@@ -88,6 +88,8 @@ def engine(vllm_config: VllmConfig, kv: KVCacheConfig, preset: str | None) -> En
         pipe=pipe,
     )
     refusal = groups.refusal(kv) or _context_parallel(marks)
+    if transfer.is_kv_consumer:
+        refusal = refusal or groups.fatal_failure(kv)
     members = () if refusal else groups.groups_of(kv)
     scheduler = vllm_config.scheduler_config
     smallest = min((group.block_size for group in members), default=1)

@@ -22,7 +22,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from kvconnect import _plugin
 from kvconnect.buffers.hello import Hello, check_fit
-from kvconnect.connectors import setup
+from kvconnect.connectors import compat, setup
 from kvconnect.connectors.named import KvConnectTcp
 from kvconnect.errors import ConfigError, HandshakeError
 
@@ -92,6 +92,22 @@ def test_another_draft_model_is_named_although_the_layers_differ_too(ours: Any, 
 def test_how_many_tokens_are_drafted_and_drafts_without_kv_do_not_matter() -> None:
     check_fit(hello(draft=draft(tokens=2)), hello(draft=draft(tokens=5)))
     check_fit(hello(), hello(draft=draft(method="ngram", model="ngram")))
+
+
+# -- what is refused ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("role", ["kv_producer", "kv_consumer", "kv_both"])
+def test_a_failed_load_never_meets_a_release_that_would_stop_at_it(role: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, several = kv_config(), kv_config()
+    several.kv_cache_groups *= 2
+    built = {}
+    for by_request in (True, False):
+        monkeypatch.setattr(compat, "reports_failed_requests", lambda known=by_request: known)
+        for name, kv in (("one", one), ("several", several)):
+            built[name, by_request] = setup.engine(vllm_config(transfer_config(role)), kv, "tcp").refusal
+    refused = {case for case, refusal in built.items() if refusal}
+    assert refused == (set() if role == "kv_producer" else {("several", False)})
 
 
 # -- ports ------------------------------------------------------------------------------
