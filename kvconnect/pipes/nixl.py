@@ -17,19 +17,20 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 import msgpack
 
 from kvconnect.config import Backend, parse_options
-from kvconnect.errors import BrokenError, BusyError, ClosedError, ConfigError, DeadlineError, KVConnectError
-from kvconnect.pipes.base import YES, Channel, Pipe, PipeSpec, Reach, Traits, Transfer, Verdict
+from kvconnect.errors import BrokenError, ClosedError, ConfigError, DeadlineError, KVConnectError
+from kvconnect.pipes.base import YES, Channel, PipeSpec, Reach, Traits, Verdict
 from kvconnect.pipes.companion import join
 from kvconnect.pipes.nixl_agent import Agent, Peer, Read
 from kvconnect.pipes.nixl_blocks import NixlBlocks, check_device
 from kvconnect.pipes.nixl_place import Place, Registration, card, read_card
 from kvconnect.pipes.nixl_staging import SIZES, STAGERS, stager_for, whole
 from kvconnect.pipes.staged import StagedTensors, Staging
+from kvconnect.pipes.two_paths import TwoPathPipe
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvconnect.paging import BlockIds, PagedLayout, PagedMemory
+    from kvconnect.paging import PagedLayout, PagedMemory
 
 _VERSION: Final = 1
 #: Given to a fetch of another thread to notice that it is too late.
@@ -69,7 +70,7 @@ class NixlOptions:
                 raise ConfigError(f"pipe.{name} must be 65536 to {1 << 30}, got {getattr(self, name)}")
 
 
-class NixlPipe(Pipe):
+class NixlPipe(TwoPathPipe):
     """One end of a pipe over NIXL."""
 
     name: ClassVar[str] = "nixl"
@@ -89,82 +90,31 @@ class NixlPipe(Pipe):
 
         """
         self._options = parse_options(NixlOptions, spec.options, "pipe")
-        self._device, self.timeout_s = spec.device, spec.timeout_s
+        self._device = spec.device
         stager_for(spec.device)
         self._agent = Agent.shared(self._options.backends, Place.of(spec.device))
-        self._state = threading.Lock()
-        self._closed = False
-        self._blocks: NixlBlocks | None = None
         companion = join(spec, {"nixl": _VERSION}, self._options.companion)
         if companion.theirs.get("nixl") != _VERSION:
             companion.abort()
             raise ConfigError(f"the other end is no NIXL pipe of version {_VERSION}")
         medium = NixlMedium(self._agent, spec.device, spec.timeout_s, self._options.slot_bytes)
-        self._tensors = StagedTensors(companion, medium, slot_bytes=self._options.slot_bytes, timeout_s=spec.timeout_s)
-
-    # -- tensors --------------------------------------------------------------------------
-
-    def send_tensor(self, tensor: Tensor | None) -> None:
-        """Send one message, a large one through slots that the peer reads."""
-        self._tensors.send(tensor)
-
-    def recv_tensor(self) -> Tensor | None:
-        """Receive the next message into a new tensor on this end's device."""
-        return self._tensors.receive()
-
-    def recv_tensor_into(self, out: Tensor) -> None:
-        """Receive the next message straight into ``out`` if its memory is the message's."""
-        self._tensors.receive_into(out)
-
-    def close(self) -> None:
-        """End the block path, and the tensors' once the peer has what was sent."""
-        self._end_blocks()
-        self._tensors.close()
-
-    def abort(self) -> None:
-        """End at once; what the peer has not received is lost."""
-        self._end_blocks()
-        self._tensors.abort()
-
-    def _end_blocks(self) -> None:
-        with self._state:
-            self._closed = True
-            blocks = self._blocks
-        if blocks is not None:
-            blocks.close()
+        tensors = StagedTensors(companion, medium, slot_bytes=self._options.slot_bytes, timeout_s=spec.timeout_s)
+        super().__init__(tensors, spec.timeout_s)
 
     # -- blocks -----------------------------------------------------------------------------
 
-    def attach(self, local: PagedMemory, remote: PagedLayout, channel: Channel) -> None:
+    def make_blocks(self, local: PagedMemory, remote: PagedLayout, channel: Channel) -> NixlBlocks:
         """Register ``local`` with NIXL, once for all pipes over it, and tell the peer where it is."""
         check_device(local, self._device)
-        with self._state:
-            if self._closed:
-                raise ClosedError("this end was closed")
-            if self._blocks is not None:
-                raise BusyError("this pipe is attached to paged memory already")
-            self._blocks = NixlBlocks(
-                self._agent,
-                local,
-                remote,
-                channel,
-                mode=None if self._options.mode == "auto" else self._options.mode,
-                portion_bytes=self._options.portion_bytes or SIZES[local.device.partition(":")[0]].portion_bytes,
-                timeout_s=self.timeout_s,
-            )
-
-    def read_blocks(self, remote: BlockIds, local: BlockIds) -> Transfer:
-        """Start to read the peer's blocks; see `Pipe.read_blocks`."""
-        return self._attached_blocks().read(remote, local)
-
-    def write_blocks(self, local: BlockIds, remote: BlockIds) -> Transfer:
-        """Have the peer read this end's blocks; see `Pipe.write_blocks`."""
-        return self._attached_blocks().write(local, remote)
-
-    def _attached_blocks(self) -> NixlBlocks:
-        if self._blocks is None:
-            raise ClosedError("attach() this pipe to paged memory before moving blocks")
-        return self._blocks
+        return NixlBlocks(
+            self._agent,
+            local,
+            remote,
+            channel,
+            mode=None if self._options.mode == "auto" else self._options.mode,
+            portion_bytes=self._options.portion_bytes or SIZES[local.device.partition(":")[0]].portion_bytes,
+            timeout_s=self.timeout_s,
+        )
 
     # -- where it works -----------------------------------------------------------------------
 

@@ -313,14 +313,16 @@ class NixlBlocks:
             write.over(error)
         self.shared.agent.soon(self._lent.drop_all)
 
-    def close(self) -> None:
-        """End all transfers with `ClosedError`, and tell the other end. Idempotent, never blocks."""
+    def close(self, error: KVConnectError) -> None:
+        """End all transfers with ``error``, and tell the other end. Idempotent, never blocks."""
         with self._lock:
             first, self._closed = not self._closed, True
         if first:
-            self.fail(ClosedError("this end was closed"))
+            self.fail(error)
             self.tell("nixl.closed", {})
             self._leave_if_over()
+
+    end = close
 
     def _leave_if_over(self) -> None:
         with self._lock:
