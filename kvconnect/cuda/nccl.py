@@ -6,14 +6,14 @@ thread for ever; without the second, one communicator takes most of a gigabyte.
 
 A communicator that does not block has a price: NCCL starts a thread for each of its
 calls. So the ranks meet over one that does not, and connect over it; then it is split
-into one that blocks and shares its connections, and itself ended. A send on what remains is a
-few microseconds of the caller's own thread, for nothing is left to wait for.
+into one that blocks and shares its connections. A send on that is a few microseconds
+of the caller's own thread, for nothing is left to wait for. The parent stays as long: ending it would
+free memory, which waits for what runs on the device, while that may wait for the other rank.
 
 What one costs in GPU memory, by NCCL 2.28's sources and as measured on H200: each of its
-allocations takes 2 MiB at least, and it has three for each CTA that it is allowed, one more at
-the sending end and a buffer of 10 MiB at the receiving one. So 8.4 and 16.8 MB for each CTA, and
-4.2 for as long as there are parent and child. A message of up to 16 MiB for each CTA
-that takes part is moved by half of the CTAs.
+allocations takes 2 MiB at least, and it has three for each CTA that it is allowed and two for the
+child, one more at the sending end and a buffer of 10 MiB at the receiving one. So 12.6 and 21
+MB for each CTA. A message of up to 16 MiB for each CTA that takes part is moved by half of the CTAs.
 """
 
 from __future__ import annotations
@@ -133,7 +133,6 @@ class _Stage(enum.Enum):
     MEETING = "the other rank"
     TRYING = "the connections"
     SPLITTING = "the communicator that blocks"
-    LEAVING = "the end of the one that does not"
     READY = "nothing"
 
 
@@ -166,7 +165,7 @@ class Communicator:
         self._trial = address, stream
         # The one that does not block, and its child; NCCL's own threads write the latter.
         self._comm, self._direct = ctypes.c_void_p(), ctypes.c_void_p()
-        self._stage, self._given_up = _Stage.MEETING, False
+        self._stage = _Stage.MEETING
         config = Config.narrow(max_ctas, blocking=False)
         named = UniqueId.from_buffer_copy(name)
         init = self._nccl.calls.ncclCommInitRankConfig
@@ -181,15 +180,12 @@ class Communicator:
             BrokenError: it failed, or something went wrong since.
 
         """
-        if self._given_up:
+        if self._comm.value is None:
             raise BrokenError("the communicator was given up")
         if self._stage is _Stage.READY:
             return self._look(self._direct)
-        return self._look(self._comm) and self._go_on()
-
-    def _go_on(self) -> bool:
-        """Begin the next stage, the one before it being over; return whether that is the last."""
-        calls = self._nccl.calls
+        if not self._look(self._comm):
+            return False
         if self._stage is _Stage.MEETING:
             self._stage = _Stage.TRYING
             # What connects would block, were it left to the first call that means it.
@@ -197,20 +193,16 @@ class Communicator:
         elif self._stage is _Stage.TRYING:
             self._stage = _Stage.SPLITTING
             config = Config.narrow(self._max_ctas, blocking=True)
-            code = calls.ncclCommSplit(self._comm, 0, self._rank, ctypes.byref(self._direct), ctypes.byref(config))
+            split = self._nccl.calls.ncclCommSplit
+            code = split(self._comm, 0, self._rank, ctypes.byref(self._direct), ctypes.byref(config))
             self._started(code, "split a communicator")
-        elif self._stage is _Stage.SPLITTING:
+        else:
             if self._direct.value is None:
                 raise BrokenError("NCCL made no communicator of a split")
             log.debug("rank %d: communicator %#x ready", self._rank, self._direct.value)
-            self._stage = _Stage.LEAVING
-            self._started(calls.ncclCommFinalize(self._comm), "finalize a communicator")
-        else:
-            parent, self._comm = self._comm, ctypes.c_void_p()
             self._stage = _Stage.READY
-            # Goes on in a thread of NCCL's; what both share lives as long as the child.
-            self._started(calls.ncclCommDestroy(parent), "end a communicator")
-        return self._stage is _Stage.READY
+            return True
+        return False
 
     def move(self, address: int, nbytes: int, stream: int) -> None:
         """Enqueue on ``stream`` (``cudaStream_t``): send ``nbytes`` at ``address``, or receive them there."""
@@ -221,11 +213,12 @@ class Communicator:
 
     def abort(self) -> None:
         """End it, and with it whatever waits for the other rank on the device. May take half a second. Idempotent."""
-        if not self._given_up:
-            self._given_up = True
-            # The child may come while its parent's end waits for what makes it.
-            for comm in (self._direct, self._comm, self._direct):
-                self._end(comm)
+        comm, self._comm = self._comm, ctypes.c_void_p()
+        if comm.value is not None:
+            self._end(self._direct)
+            self._end(comm)
+            # It may have come while its parent's end waited for what made it.
+            self._end(self._direct)
 
     def _end(self, comm: ctypes.c_void_p) -> None:
         if comm.value is not None:
@@ -247,7 +240,7 @@ class Communicator:
 
     def _started(self, code: int, doing: str) -> None:
         if code != _IN_PROGRESS:
-            _check(code, doing, self._comm if self._comm.value is not None else None)
+            _check(code, doing, self._comm)
 
 
 def _check(code: int, doing: str, comm: ctypes.c_void_p | None = None) -> None:
@@ -295,8 +288,6 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         "ncclCommInitRankConfig": [pointer, number, UniqueId, number, pointer],
         "ncclCommGetAsyncError": [pointer, pointer],
         "ncclCommSplit": [pointer, number, number, pointer, pointer],
-        "ncclCommFinalize": [pointer],
-        "ncclCommDestroy": [pointer],
         "ncclCommAbort": [pointer],
         "ncclSend": [pointer, size, number, number, pointer, pointer],
         "ncclRecv": [pointer, size, number, number, pointer, pointer],

@@ -32,7 +32,7 @@ class NcclOptions:
     Args:
         max_ctas: the most CTAs that a send or receive may occupy, of a multiprocessor each. NCCL
             counts in powers of two, takes half as many for chunks of up to 16 MiB each, and
-            buffers for all: on H200 16.8 MB at the receiving and 8.4 MB at the sending end for
+            buffers for all: on H200 21 MB at the receiving and 12.6 MB at the sending end for
             each, per direction that is used. Chunks of 28 MB are sent there at 134 GB/s with 8,
             at 253 with 16, at 295 with 32.
         multiprocessors: the most that a gather or scatter occupies beside it, shortly: with 16
