@@ -96,6 +96,8 @@ class Loop:
         if self._posted or not self._turn.acquire(blocking=False):
             self.post(line, call)
             return
+        # It wakes up meanwhile, waits for its turn and goes on.
+        self._wake()
         try:
             with self._place.visited():
                 self._begin(line, call)
@@ -103,7 +105,6 @@ class Loop:
             self._posted.append((line, call))
         finally:
             self._turn.release()
-        self._wake()
 
     def _wake(self) -> None:
         with self._changed:
