@@ -90,21 +90,29 @@ def measure(copier: Copier, address: int, nbytes: int, stream: Any, multiprocess
                 for i in range(count):
                     module.cuda.runtime.memcpyAsync(scratch + i * each, address + i * each, each, 4, stream.ptr)
 
-            # A part as well as the whole tells what a launch costs: as much as megabytes do within one GPU.
-            part, whole = kernel(max(size // 4, 1)), kernel(size)
-            engine = _time(lambda: copy(1, size), stream)
+            kernel_rate, start_s = fit(kernel, size)
+            engine_rate, _ = fit(lambda nbytes: _time(lambda: copy(1, nbytes), stream), size)
             calls = _wall(lambda: copy(_CALLS, min(size // _CALLS, 4096)), stream) / _CALLS
         finally:
             stream.synchronize()
             module.cuda.runtime.free(scratch)
-    start_s = line(size // 4, part, size, whole)
-    return Costs(size / (whole - start_s), start_s, size / engine, calls)
+    return Costs(kernel_rate, start_s, engine_rate, calls)
 
 
-def line(part: int, part_s: float, whole: int, whole_s: float) -> float:
-    """Return the seconds that no bytes would take, by two measurements; 0 if these do not tell."""
-    start_s = (part_s * whole - whole_s * part) / (whole - part)
-    return start_s if 0 < start_s < part_s else 0.0
+def fit(seconds: Callable[[int], float], nbytes: int) -> tuple[float, float]:
+    """Return bytes a second, and the seconds that no bytes would take: as much as megabytes do within one GPU.
+
+    Args:
+        seconds: measures a copy of so many bytes; called for ``nbytes`` and for a part of it.
+        nbytes: the most to copy.
+
+    """
+    part, whole_s = nbytes // 4, seconds(nbytes)
+    part_s = seconds(max(part, 1))
+    start_s = (part_s * nbytes - whole_s * part) / (nbytes - part)
+    # Otherwise the two do not tell: noise, or a part that lies in a cache.
+    start_s = start_s if 0 < start_s < part_s else 0.0
+    return nbytes / (whole_s - start_s), start_s
 
 
 def _time(enqueue: Callable[[], object], stream: Any) -> float:
