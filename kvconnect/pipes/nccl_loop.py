@@ -212,20 +212,23 @@ class OnDevice(Place):
 
     @contextlib.contextmanager
     def visited(self) -> Iterator[None]:
-        """See `Place.visited`. Neither needs nor makes a context on the device that the thread counted as its own."""
+        """See `Place.visited`. A thread that had no device keeps this one: setting none back is what CUDA cannot do."""
         if not self._context:
             raise BrokenError("the device is not prepared yet")
-        calls = driver.cupy().cuda.driver
+        cuda = driver.cupy().cuda
         with driver.errors("use the device"):
-            before = calls.ctxGetCurrent()
-            if before == self._context:
+            before = cuda.driver.ctxGetCurrent()
+            if before in {0, self._context}:
+                if not before:
+                    cuda.runtime.setDevice(self._device)
                 yield
                 return
-            calls.ctxSetCurrent(self._context)
+            own = cuda.runtime.getDevice()
+            cuda.runtime.setDevice(self._device)
             try:
                 yield
             finally:
-                calls.ctxSetCurrent(before)
+                cuda.runtime.setDevice(own)
 
 
 def bind(device: int) -> None:

@@ -143,28 +143,29 @@ def test_what_cannot_be_started_ends_the_line_and_not_the_loop():
     assert [type(error) for error in line.failed] == [BrokenError]
 
 
-def test_a_thread_that_visits_a_device_leaves_with_the_context_that_it_came_with(monkeypatch):
-    """It must not set a device back: that would make a context there."""
-    current = threading.local()
+def test_a_thread_that_visits_a_device_leaves_with_its_own_and_makes_no_context(monkeypatch):
+    current, made = threading.local(), {7}
     failed = type("CUDADriverError", (RuntimeError,), {})
-    calls = SimpleNamespace(
-        ctxGetCurrent=lambda: getattr(current, "context", 0),
-        ctxSetCurrent=lambda context: setattr(current, "context", context),
-        CUDADriverError=failed,
+
+    def set_device(device):
+        current.device, current.context = device, 10 + device
+        made.add(device)
+
+    cuda = SimpleNamespace(
+        driver=SimpleNamespace(ctxGetCurrent=lambda: getattr(current, "context", 0), CUDADriverError=failed),
+        runtime=SimpleNamespace(getDevice=lambda: current.device, setDevice=set_device, CUDARuntimeError=failed),
     )
-    runtime = SimpleNamespace(
-        setDevice=lambda device: setattr(current, "context", 10 + device), CUDARuntimeError=failed
-    )
-    monkeypatch.setattr(driver, "cupy", lambda: SimpleNamespace(cuda=SimpleNamespace(driver=calls, runtime=runtime)))
+    monkeypatch.setattr(driver, "cupy", lambda: SimpleNamespace(cuda=cuda))
     place = OnDevice(1)
     with pytest.raises(BrokenError, match="not prepared"), place.visited():
         pass
     thread = threading.Thread(target=place.inhabit)
     thread.start()
     thread.join(LIMIT_S)
-    for before in (0, 10, 11):
-        current.context = before
+    for before, after in ((0, 11), (11, 11), (17, 17)):
+        current.context, current.device = before, max(before - 10, 0)
         with contextlib.suppress(KeyError), place.visited():
             assert current.context == 11
             raise KeyError
-        assert current.context == before
+        assert current.context == after
+    assert made == {1, 7}, "a thread without a context counts device 0 as its own"
