@@ -1,10 +1,12 @@
 """Which of several pipes to a peer moves blocks fastest: measured with the first load that is large enough.
 
-The load is cut into slices. Each pipe reads some of them, first one that does not count
-(a pipe may have much to do before its first block), then more and more until it has had
-long enough; the fastest reads the rest. So nothing is moved that is not wanted, no
-memory is needed, and what a pipe has read stays read. Other loads go by the first pipe
-meanwhile. A pipe that cannot be opened, fails or hangs is passed over, each within a time.
+The load is cut into slices. Each pipe reads some of them, one, then two, then four at
+once, until it has had long enough, and each of these twice: what comes first pays for
+connections, buffers and calibration. The pipe whose best is the best reads the rest.
+So no memory is needed, and what a pipe has read stays read. The first pipe reads on
+while the others are opened: if that takes longer, they are measured with the next large
+load. Other loads go by the first pipe meanwhile. A pipe that cannot be opened, fails or
+hangs is passed over, each within a time.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,11 +28,11 @@ from kvconnect.pipes.base import Traits, Transfer
 
 #: Slices are at least this large, so that they take longer than their beginning and end.
 _SLICE_BYTES = 1 << 20
-#: For each pipe: one that does not count, then one, two and four.
-_LEAST_SLICES = 8
+#: For each pipe: one, two and four.
+_LEAST_SLICES = 7
 #: A pipe has been measured when it has read for so long, or so much.
-_ENOUGH_S = 0.02
-_ENOUGH_BYTES = 64 << 20
+_ENOUGH_S = 0.1
+_ENOUGH_BYTES = 256 << 20
 #: How long a pipe that was ended may take to let go of the blocks before others wait no longer for the verdict.
 _LET_GO_S = 1.0
 
@@ -44,6 +47,11 @@ class Slices:
         #: None if the blocks do not pair up: that is for a pipe to refuse.
         self.count = min(blocks, layout.nbytes(local) // _SLICE_BYTES) if paired else 0
         self._left = list(range(self.count))
+
+    @property
+    def left(self) -> int:
+        """How many are not read yet."""
+        return len(self._left)
 
     def take(self, count: int) -> list[int]:
         """Take up to ``count`` slices that are not read yet."""
@@ -161,6 +169,8 @@ class Trial:
         self._lock = threading.Lock()
         self._busy = 0  # loads over the first line beside the trial's
         self._decided = self._ended = False
+        self._opening: Future[None] | None = None
+        self._unopened: dict[str, str] = {}
 
     def read_blocks(self, remote: BlockIds, local: BlockIds) -> Transfer:
         """Read as a pipe does. The first load that is large enough is the trial."""
@@ -207,53 +217,73 @@ class Trial:
     def _try(self, load: _Load) -> None:
         began = time.monotonic()
         try:
-            if not self._decided:  # by a load that came just before
-                for rival in (None, *self._rivals):
-                    if not load.whole.cancelled:
-                        self._attempt(load, rival)
-                if load.whole.cancelled or self._ended:
-                    self._give_up()
-                else:
-                    self._decide(load, time.monotonic() - began)
+            if not self._decided and self._compare(load):  # a load that came just before may have decided
+                self._decide(load, time.monotonic() - began)
         finally:
             self._setting.turn.release()
         self._complete(load)
 
-    def _attempt(self, load: _Load, rival: Candidate | None) -> None:
-        """Open and measure one pipe, within its time."""
-        name, line = (rival or self._first).name, None
-        until = time.monotonic() + self._setting.limit_s
+    def _compare(self, load: _Load) -> bool:
+        """Measure each pipe; return whether it is known now which one is the best."""
+        if self._opening is None:
+            self._opening = self._setting.crew.call(self._open_rivals)
+        share = load.slices.count // (1 + len(self._rivals))
+        with self._limited(load, self._first) as until:
+            self._measure(load, self._first, share, until)
+        while self._works(load) and not self._opening.done() and load.slices.left and not load.whole.cancelled:
+            with self._limited(load, self._first) as until:  # the load need not wait until the others are open
+                self._move(load, self._first, load.slices.take(share), until)
+        if self._works(load):
+            if not self._opening.done():
+                return False
+        else:
+            wait([self._opening], self._setting.limit_s * len(self._rivals))
+        for line in self._opened[1:]:
+            if self._works(load) and load.slices.left < _LEAST_SLICES:
+                return False
+            with self._limited(load, line) as until:
+                self._measure(load, line, share, until)
+        load.failures.update(self._unopened)
+        return not load.whole.cancelled and not self._ended
+
+    def _works(self, load: _Load) -> bool:
+        return self._first.name in load.rates
+
+    def _open_rivals(self) -> None:
+        for rival in self._rivals:
+            try:
+                line = self._setting.lines.open(rival, self._setting.theirs, self._setting.limit_s)
+            except KVConnectError as error:
+                self._unopened[rival.name] = f"it cannot be opened: {error}"
+                continue
+            self._opened.append(line)
+            if self._ended:
+                self._setting.lines.end(line)
+
+    @contextlib.contextmanager
+    def _limited(self, load: _Load, line: Line) -> Iterator[float]:
+        """Say when the pipe's time is over; one that fails is out."""
         try:
-            line = self._first if rival is None else self._open(rival)
-            load.rates[name] = self._measure(load, line, until)
+            yield time.monotonic() + self._setting.limit_s
         except KVConnectError as error:
             if not load.whole.cancelled:
-                load.failures[name] = str(error)
-                if line is not None:
-                    self._setting.lines.end(line)
+                load.rates.pop(line.name, None)
+                load.failures[line.name] = str(error)
+                self._setting.lines.end(line)
 
-    def _open(self, rival: Candidate) -> Line:
-        line = self._setting.lines.open(rival, self._setting.theirs, self._setting.limit_s)
-        self._opened.append(line)
-        if self._ended:
-            self._setting.lines.end(line)
-        return line
-
-    def _measure(self, load: _Load, line: Line, until: float) -> float:
-        """Return how many bytes a second the line moves at its best."""
-        share = load.slices.count // (1 + len(self._rivals))
-        self._move(load, line, load.slices.take(1), until)  # connections, buffers, caches
+    def _measure(self, load: _Load, line: Line, share: int, until: float) -> None:
+        """Find how many bytes a second the line moves at its best, with up to ``share`` slices."""
         best, count, spent, moved = 0.0, 1, 0.0, 0
-        share -= 1
-        while share > 0 and spent < _ENOUGH_S and moved < _ENOUGH_BYTES:
-            slices = load.slices.take(min(count, share))
-            began = time.monotonic()
-            self._move(load, line, slices, until)
-            seconds = time.monotonic() - began
+        while spent < _ENOUGH_S and moved < _ENOUGH_BYTES and (slices := load.slices.take(min(count, share))):
             nbytes = load.slices.nbytes(slices)
-            best = max(best, nbytes / seconds)
-            spent, moved, share, count = spent + seconds, moved + nbytes, share - count, 2 * count
-        return best
+            for _ in range(2):  # for the first of its size a pipe makes connections and buffers
+                began = time.monotonic()
+                self._move(load, line, slices, until)
+                seconds = time.monotonic() - began
+                best = max(best, nbytes / seconds)
+                spent, moved = spent + seconds, moved + nbytes
+            share, count = share - len(slices), 2 * count
+        load.rates[line.name] = best
 
     def _move(self, load: _Load, line: Line, slices: Sequence[int], until: float) -> None:
         moving = load.start(self._setting.lines, line, slices)
@@ -270,12 +300,6 @@ class Trial:
             moving.wait(_LET_GO_S)
         load.held.append(moving)
         raise DeadlineError(f"it did not move {moving.nbytes} bytes within its {self._setting.limit_s:.3g} s")
-
-    def _give_up(self) -> None:
-        """Begin afresh with the next load."""
-        for line in self._opened[1:]:
-            self._setting.lines.end(line)
-        del self._opened[1:]
 
     def _decide(self, load: _Load, seconds: float) -> None:
         name = max(load.rates, key=load.rates.__getitem__, default=None)

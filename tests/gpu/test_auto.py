@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import time
+from concurrent.futures import wait
 from multiprocessing.connection import Connection
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from kvconnect import registry
 from kvconnect.buffers.base import Want
+from kvconnect.buffers.trial import Trial
 from kvconnect.cuda import ipc
 from kvconnect.errors import BrokenError
 from kvconnect.testing.layouts import noisy_memory
@@ -21,7 +23,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(75)]
 
 #: Blocks of 2 MiB in pieces of 64 KiB; a load has half of them.
 SHAPE = layout(256, 64 << 10, 32)
-LOADS, BLOCKS = 4, 128
+LOADS, BLOCKS = 6, 128
 LIMITS = {"connect_timeout_s": 20.0, "transfer_timeout_s": 40.0, "lease_s": 60.0}
 
 log = logging.getLogger("tests.gpu.test_auto")
@@ -77,11 +79,13 @@ def test_auto_takes_the_nearest_pipe_that_works_and_of_equally_near_ones_the_fas
             began = time.monotonic()
             d.read(claim, local=(blocks,), remote=(blocks,)).wait(60)
             log.info("%s: load %d took %.1f ms", "/".join(names), number, 1e3 * (time.monotonic() - began))
+            (link,) = d.workers[0]._links._links.values()
+            if isinstance(link.pipe, Trial) and link.pipe._opening is not None:
+                wait([link.pipe._opening], 30)  # they are measured with the next one
         wanted = noisy_memory(SHAPE, 1, "cuda:0")
         for got, want in zip(d.memories[0].owner, wanted.owner, strict=True):
             half = got.nbytes // 2
             assert torch.equal(got[:half], want[:half])
-        (link,) = d.workers[0]._links._links.values()
         assert link.name in taken
         said = [record.getMessage() for record in caplog.records if "reading from" in record.getMessage()]
         assert len(said) == (1 if len(taken) == 1 else 3 if not opens else 2), said
