@@ -217,6 +217,7 @@ class Agent(PollingThread):
         found = self._registered.get(key)
         if found is None:
             place.enter()
+            self.eager = self.eager or place.kind == "VRAM"
             rows = [(int(address), int(nbytes), place.device, "") for address, nbytes in iov]
             descriptors = self._nixl.register_memory(rows, place.kind)
             metadata = self._nixl.get_partial_agent_metadata(descriptors, inc_conn_info=True)

@@ -83,9 +83,9 @@ class Lending:
     def _begin(self, lent: _Lent) -> None:
         self._lent[lent.transfer] = lent
         self._end.shared.agent.watch((self, lent.transfer), self._end.timeout_s)
-        Threads.current().watch(self._end)
         if not lent.portions:
             return
+        Threads.current().watch(self._end)
         if self._unknown is None:
             self._go_on(lent)
             return

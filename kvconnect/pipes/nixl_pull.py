@@ -227,9 +227,9 @@ class Pull:
         if self._state.ended:
             return
         self._state.ended = True
-        if self._state.heard:
+        if self._state.heard and self._end.shared.agent.eager:
             self._end.notes.send(Note(What.END, self.number))
-        # Also by the channel, which knows when nobody is there to answer.
+        # By the channel as well, which knows when nobody is there to answer.
         answer = self._end.tell("nixl.end", {"transfer": self.number})
         answer.add_done_callback(lambda answer: self._soon(partial(self.confirmed, answer.exception())))
 

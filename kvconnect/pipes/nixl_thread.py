@@ -33,10 +33,10 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: For so long after the last news the thread looks again without a pause.
+#: For so long after the last news an eager thread looks again without a pause.
 _SPIN_S: Final = 150e-6
-#: The pauses while something is under way grow from the first to the second.
-_FIRST_PAUSE_S, _PAUSE_S = 20e-6, 150e-6
+#: The first pause while something is under way, for an eager thread and for others, and what it grows to.
+_EAGER_PAUSE_S, _FIRST_PAUSE_S, _PAUSE_S = 20e-6, 75e-6, 150e-6
 #: What takes longer is waited for more patiently: its peer hangs.
 _HOT_S: Final = 10.0
 #: For those, and while peers may read but are not known to.
@@ -69,6 +69,9 @@ class PollingThread(ABC):
         self._numbers = itertools.count()
         self._watches: dict[object, float] = {}
         self._followed: list[_Followed] = []
+        #: Whether to be quick is worth a core for a moment: where GPUs' links wait, not where
+        #: processors themselves copy.
+        self.eager = False
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -135,15 +138,15 @@ class PollingThread(ABC):
     def _run(self) -> None:
         with contextlib.suppress(OSError, AttributeError):  # later looks are slower, no more
             ctypes.CDLL(None).prctl(_SET_TIMER_SLACK, 1, 0, 0, 0)
-        stirred, pause = 0.0, _FIRST_PAUSE_S
+        stirred, pause = 0.0, 0.0
         while not self._stopped:
             news = self._do_next()
             news |= self._look()
             if self._watches:
                 news |= self.progress()
             if news:
-                stirred, pause = time.monotonic(), _FIRST_PAUSE_S
-            elif not (self._followed or self._watches) or time.monotonic() - stirred > _SPIN_S:
+                stirred, pause = time.monotonic(), _EAGER_PAUSE_S if self.eager else _FIRST_PAUSE_S
+            elif not self.eager or time.monotonic() - stirred > _SPIN_S or not (self._followed or self._watches):
                 self._rest(pause)
                 pause = min(pause * 1.1, _PAUSE_S)
 
