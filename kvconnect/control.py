@@ -1,18 +1,14 @@
-"""The control channel: requests and replies between engines (msgpack in frames over TCP).
+"""The control channel: requests and replies between engines (pyzmq + msgpack).
 
 Hellos, claims and pipe openings travel here; blocks never do. A server runs on
-one thread and a client on one thread, whatever the number of peers; what is sent leaves on
-the caller's own thread, for a change of threads costs more than the message. By default
+one thread and a client on one thread, whatever the number of peers. By default
 everything binds to loopback: the channel is neither encrypted nor authenticated,
 so do not bind it to a network that you do not trust.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
-import select
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -20,9 +16,11 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
 from kvconnect import messages
 from kvconnect.errors import BrokenError, ClosedError, ConfigError, DeadlineError, KVConnectError
-from kvconnect.frames import Frames
 from kvconnect.loop import Loop, Timer
 
 logger = logging.getLogger(__name__)
@@ -30,36 +28,27 @@ logger = logging.getLogger(__name__)
 Reply = Mapping[str, Any]
 Handler = Callable[[dict[str, Any]], "Reply | Future[Reply]"]
 
-_BACKLOG = 1024
-_ACCEPT_AGAIN_S = 1.0  # after there were no file descriptors left
-_LINGER_S = 0.2
-_IDLE_S = 300.0  # a connection not used for this long is closed: each costs a descriptor
+_BATCH = 64  # messages taken from one socket before the loop looks at the others
+_HEARTBEAT_MS = 5_000
+_HEARTBEAT_LIMIT_MS = 15_000
+_LINGER_MS = 200
+_IDLE_S = 300.0  # a connection not used for this long is closed: each costs sockets and descriptors
 
 
-def address(endpoint: str) -> tuple[str, int]:
-    """Return host and port of ``"host:port"``; raise `ConfigError` if it is none."""
+def _tune(sock: zmq.Socket[bytes]) -> None:
+    sock.setsockopt(zmq.LINGER, 0)
+    sock.setsockopt(zmq.MAXMSGSIZE, messages.MAX_MESSAGE_BYTES)
+    # A host that vanishes without closing its connections is noticed by these only.
+    sock.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
+    sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_LIMIT_MS)
+
+
+def address(endpoint: str) -> str:
+    """Return the ZeroMQ address of ``"host:port"``; raise `ConfigError` if it is none."""
     host, _, port = endpoint.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ConfigError(f"a control address must look like 'host:port', got {endpoint!r}")
-    return host.strip("[]"), int(port)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """Bind a socket and listen; on all addresses of both families for ``"::"`` and ``"*"``."""
-    name = "::" if host == "*" and socket.has_dualstack_ipv6() else host.strip("[]*") or None
-    family, kind, _, _, where = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    sock = socket.socket(family, kind)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        sock.bind(where)
-        sock.listen(_BACKLOG)
-        sock.setblocking(False)
-    except OSError:
-        sock.close()
-        raise
-    return sock
+    return f"tcp://{host}:{port}"
 
 
 class ControlServer:
@@ -79,17 +68,21 @@ class ControlServer:
         """
         self.malformed = 0
         self._handlers: dict[str, Handler] = {}
-        self._connections: set[Frames] = set()
+        self._loop = Loop(name)
+        self._socket: zmq.Socket[bytes] = self._loop.context.socket(zmq.ROUTER)
+        _tune(self._socket)
+        self._socket.setsockopt(zmq.IPV6, int(":" in host))
+        self._loop.watch(self._socket, self._receive)
         try:
-            self._socket = _listen(host, port)
-        except OSError as error:
+            self._socket.bind(f"tcp://{host}:{port or '*'}")
+        except zmq.ZMQError as error:
+            self._loop.close()
             raise ConfigError(
                 f"cannot listen on {host}:{port}: {error.strerror}; "
                 "choose another bind_host or port (0 takes a free one)"
             ) from error
-        self._loop = Loop(name)
-        self._loop.watch(self._socket, self._accept)
-        self.port: int = self._socket.getsockname()[1]
+        bound = bytes(self._socket.getsockopt(zmq.LAST_ENDPOINT))
+        self.port = int(bound.rstrip(b"\0").rpartition(b":")[2])
         self.endpoint = f"{host}:{self.port}"
         self._loop.start()
 
@@ -99,47 +92,28 @@ class ControlServer:
 
     def close(self) -> None:
         """Stop answering. Idempotent, callable from any thread."""
-        self._loop.soon(self._end_all)
-        self._loop.close()
+        self._loop.close(_LINGER_MS)
 
     # -- on the thread ----------------------------------------------------------
 
-    def _accept(self, _: int) -> None:
+    def _receive(self) -> None:
+        for _ in range(_BATCH):
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._answer(frames)
+
+    def _answer(self, frames: list[bytes]) -> None:
         try:
-            sock, _ = self._socket.accept()
-        except (BlockingIOError, ConnectionError):
-            return  # it has gone meanwhile
-        except OSError as error:  # no more file descriptors: whoever waits is looked after when there may be some
-            logger.warning("cannot accept a connection now: %s", error.strerror)
-            self._loop.await_events(self._socket, 0)
-            self._loop.later(_ACCEPT_AGAIN_S, lambda: self._loop.await_events(self._socket, select.EPOLLIN))
-            return
-        connection = Frames(
-            self._loop,
-            messages.MAX_MESSAGE_BYTES,
-            lambda data: self._answer(connection, data),
-            lambda reason: self._lost(connection, reason),
-        )
-        self._connections.add(connection)
-        connection.accept(sock)
-
-    def _lost(self, connection: Frames, reason: str) -> None:
-        logger.debug("a peer %s", reason)
-        self._connections.discard(connection)
-
-    def _end_all(self) -> None:
-        for connection in self._connections:
-            connection.close(_LINGER_S)
-        self._connections.clear()
-
-    def _answer(self, connection: Frames, data: bytes) -> None:
-        try:
-            message = messages.unpack(data)
+            if len(frames) != 2:
+                raise messages.MalformedError("wrong number of frames")
+            message = messages.unpack(frames[1])
         except messages.MalformedError as error:
             self.malformed += 1
             logger.debug("dropped a malformed request: %s", error)
             return
-        reply = partial(_reply, connection, message["id"])
+        reply = partial(self._reply, frames[0], message["id"])
         try:
             answer = self._call(message)
         except KVConnectError as error:
@@ -149,7 +123,7 @@ class ControlServer:
             reply(KVConnectError(f"internal error in {message.get('op')!r}: {type(error).__name__}"))
         else:
             if isinstance(answer, Future):
-                answer.add_done_callback(lambda done: reply(_outcome(done)))
+                answer.add_done_callback(lambda done: self._loop.soon(lambda: reply(_outcome(done))) and None)
             else:
                 reply(answer)
 
@@ -161,20 +135,19 @@ class ControlServer:
             raise KVConnectError(f"unknown operation {op!r}")
         return handler(body)
 
-
-def _reply(connection: Frames, number: int, answer: Reply | KVConnectError) -> None:
-    try:
-        data = (
-            messages.pack_error(number, answer)
-            if isinstance(answer, KVConnectError)
-            else messages.pack_reply(number, answer)
-        )
-    except KVConnectError as error:
-        data = messages.pack_error(number, error)
-    try:
-        connection.send(data)  # if its peer is gone, so is the question
-    except KVConnectError as error:
-        logger.debug("a reply was dropped: %s", error)
+    def _reply(self, peer: bytes, number: int, answer: Reply | KVConnectError) -> None:
+        try:
+            data = (
+                messages.pack_error(number, answer)
+                if isinstance(answer, KVConnectError)
+                else messages.pack_reply(number, answer)
+            )
+        except KVConnectError as error:
+            data = messages.pack_error(number, error)
+        try:
+            self._socket.send_multipart([peer, data], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            logger.debug("a reply was dropped, its peer is gone: %s", error)
 
 
 def _outcome(done: Future[Reply]) -> Reply | KVConnectError:
@@ -192,11 +165,9 @@ class ControlClient:
     def __init__(self, name: str = "kvconnect-control-client") -> None:
         """Start the thread, called ``name``."""
         self._loop = Loop(name)
-        self._lock = threading.Lock()
         self._peers: dict[str, _Peer] = {}
-        self._numbers = itertools.count(1)
+        self._number = 0
         self._sweep: Timer | None = None
-        self._closed = False
         self._loop.start()
 
     def call(self, endpoint: str, op: str, body: Mapping[str, Any], timeout_s: float) -> Future[dict[str, Any]]:
@@ -205,26 +176,13 @@ class ControlClient:
         The future fails with `DeadlineError` (no answer in time; the request may
         still have been carried out), `BrokenError` (the peer is gone or refuses
         connections; likewise), `ClosedError` (this client was closed) or the
-        `KVConnectError` that the peer answered with. Calls of one thread to one peer arrive
-        in order. Its callbacks run on the client's thread.
+        `KVConnectError` that the peer answered with. Calls to one peer arrive in order.
+        Its callbacks run on the client's thread.
         """
         future: Future[dict[str, Any]] = Future()
         future.set_running_or_notify_cancel()  # from here on nobody can cancel: results never clash
-        number = next(self._numbers)
-        try:
-            data = messages.pack_request(number, op, body)
-            peer = self._join(endpoint, number, future)
-        except KVConnectError as error:
-            future.set_exception(error)
-            return future
-        what = f"{endpoint} did not answer {op!r} within {timeout_s:g} s"
-        timer = self._loop.later(timeout_s, lambda: self._expire(peer, number, what))
-        future.add_done_callback(lambda _: timer.cancel())
-        try:
-            peer.connection.send(data)
-        except KVConnectError as error:
-            reason = BrokenError(f"{endpoint}: {error}")
-            self._loop.soon(lambda: peer.answer(number, reason))
+        if not self._loop.soon(lambda: self._send(endpoint, op, body, timeout_s, future)):
+            future.set_exception(ClosedError("the control client was closed"))
         return future
 
     def later(self, delay_s: float, call: Callable[[], None]) -> Timer:
@@ -243,90 +201,124 @@ class ControlClient:
 
     def close(self) -> None:
         """Fail what is unanswered and end the thread. Idempotent, callable from any thread."""
-        with self._lock:
-            self._closed = True
         self._loop.soon(self._close_peers)
-        self._loop.close()
-
-    def _join(self, endpoint: str, number: int, future: Future[dict[str, Any]]) -> _Peer:
-        """Have a call wait on the connection to a peer, a new one if need be."""
-        with self._lock:
-            if self._closed:
-                raise ClosedError("the control client was closed")
-            peer = self._peers.get(endpoint)
-            if peer is None:
-                host, port = address(endpoint)
-                peer = self._peers[endpoint] = _Peer(endpoint, self._loop, self._lost)
-                self._loop.soon(lambda: self._connect(peer, host, port))
-            peer.pending[number] = future
-            peer.used = time.monotonic()
-            return peer
+        self._loop.close(_LINGER_MS)
 
     # -- on the thread ----------------------------------------------------------
 
-    def _connect(self, peer: _Peer, host: str, port: int) -> None:
-        peer.connection.connect(host, port)
+    def _send(
+        self, endpoint: str, op: str, body: Mapping[str, Any], timeout_s: float, future: Future[dict[str, Any]]
+    ) -> None:
+        self._number += 1
+        late = DeadlineError(f"{endpoint} did not answer {op!r} within {timeout_s:g} s")
+        # First of all, so that the call ends whatever happens.
+        timer = self._loop.later(timeout_s, partial(self._expire, endpoint, self._number, future, late))
+        future.add_done_callback(lambda _: timer.cancel())
+        try:
+            data = messages.pack_request(self._number, op, body)
+            peer = self._peers.get(endpoint) or self._connect(endpoint)
+            peer.send(self._number, data, future)
+        except KVConnectError as error:
+            future.set_exception(error)
+
+    def _connect(self, endpoint: str) -> _Peer:
+        peer = _Peer(endpoint, self._loop, self._lost)
+        self._peers[endpoint] = peer
         if self._sweep is None:
             self._sweep = self._loop.later(_IDLE_S / 2, self._close_idle)
+        return peer
 
     def _close_idle(self) -> None:
         """End connections that were not used for long; the next call opens another."""
         before = time.monotonic() - _IDLE_S
-        with self._lock:
-            idle = [peer for peer in self._peers.values() if not peer.pending and peer.used < before]
-            for peer in idle:
-                del self._peers[peer.endpoint]
-            self._sweep = self._loop.later(_IDLE_S / 2, self._close_idle) if self._peers else None
-        for peer in idle:
-            peer.connection.close()
+        for peer in list(self._peers.values()):
+            if not peer.pending and peer.used < before:
+                self._lost(peer, f"{peer.endpoint} was not asked for long")
+        self._sweep = self._loop.later(_IDLE_S / 2, self._close_idle) if self._peers else None
 
-    def _expire(self, peer: _Peer, number: int, what: str) -> None:
-        peer.answer(number, DeadlineError(what))
-        if not peer.connection.ready:
+    def _expire(self, endpoint: str, number: int, future: Future[dict[str, Any]], late: DeadlineError) -> None:
+        if future.done():
+            return
+        peer = self._peers.get(endpoint)
+        if peer is not None:
+            peer.pending.pop(number, None)
+        future.set_exception(late)
+        if peer is not None and not peer.connected:
             # Not to be delivered late, when the caller has long acted on the failure.
-            self._lost(peer, "cannot be reached")
+            self._lost(peer, f"{endpoint} cannot be reached")
 
     def _lost(self, peer: _Peer, reason: str) -> None:
-        with self._lock:
-            if self._peers.get(peer.endpoint) is peer:
-                del self._peers[peer.endpoint]
-        peer.end(BrokenError(f"{peer.endpoint} {reason}"))
+        if self._peers.get(peer.endpoint) is peer:
+            del self._peers[peer.endpoint]
+        peer.end(BrokenError(reason))
 
     def _close_peers(self) -> None:
-        with self._lock:
-            peers, self._peers = self._peers, {}
+        peers, self._peers = self._peers, {}
         for peer in peers.values():
-            peer.end(ClosedError("the control client was closed"), _LINGER_S)
+            peer.fail(ClosedError("the control client was closed"))
+
+
+_ENDED = {
+    zmq.EVENT_DISCONNECTED: "closed the connection",
+    zmq.EVENT_CLOSED: "refuses connections",
+    zmq.EVENT_CONNECT_RETRIED: "cannot be reached",
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "does not speak the control protocol",
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "does not speak the control protocol",
+}
+
+
+def _sockets(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+    """Return a connection's socket and its monitor."""
+    sock: zmq.Socket[bytes] = context.socket(zmq.DEALER)
+    try:
+        _tune(sock)
+        # A reconnecting socket would replay what it had queued; a new one never does.
+        sock.setsockopt(zmq.RECONNECT_IVL, -1)
+        sock.setsockopt(zmq.IPV6, int(endpoint.count(":") > 1))
+        return sock, sock.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | sum(_ENDED))
+    except zmq.ZMQError:
+        sock.close(linger=0)
+        raise
 
 
 class _Peer:
-    """One connection of the client, and the calls that wait on it.
-
-    Whoever finds it among the client's peers, under the client's lock, may add a call;
-    calls end on the client's thread.
-    """
+    """One connection of the client, and the calls that wait on it. Lives on the client's thread."""
 
     def __init__(self, endpoint: str, loop: Loop, lost: Callable[[_Peer, str], None]) -> None:
         self.endpoint = endpoint
         self.pending: dict[int, Future[dict[str, Any]]] = {}
-        self.used = 0.0
-        self.connection = Frames(loop, messages.MAX_MESSAGE_BYTES, self._take, lambda reason: lost(self, reason))
+        self.connected = False
+        self.used = time.monotonic()
+        self._loop, self._lost = loop, lost
+        try:
+            self._socket, self._monitor = _sockets(loop.context, endpoint)
+        except zmq.ZMQError as error:  # out of sockets or file descriptors
+            raise BrokenError(f"{endpoint} cannot be reached: {error.strerror}") from error
+        loop.watch(self._socket, self._receive)
+        loop.watch(self._monitor, self._notice)
+        try:
+            self._socket.connect(address(endpoint))
+        except (zmq.ZMQError, ConfigError) as error:
+            self.end(BrokenError(str(error)))
+            raise BrokenError(f"{endpoint} cannot be reached: {error}") from error
 
-    def answer(self, number: int, answer: dict[str, Any] | KVConnectError) -> None:
-        """End a call; one that is over already stays what it is."""
-        future = self.pending.pop(number, None)
-        if future is None:
-            return
-        if isinstance(answer, KVConnectError):
-            future.set_exception(answer)
-        else:
-            future.set_result(answer)
+    def send(self, number: int, data: bytes, future: Future[dict[str, Any]]) -> None:
+        try:
+            self._socket.send(data, zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            raise BrokenError(f"{self.endpoint} takes no more requests: {error.strerror}") from error
+        self.pending[number] = future
+        self.used = time.monotonic()
 
-    def end(self, error: KVConnectError, linger_s: float = 0.0) -> None:
-        """Close the connection; its calls fail."""
-        self.connection.close(linger_s)
-        for number in list(self.pending):
-            self.answer(number, error)
+    def _receive(self) -> None:
+        for _ in range(_BATCH):
+            if self._socket.closed:
+                return
+            try:
+                data = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._take(data)
 
     def _take(self, data: bytes) -> None:
         try:
@@ -334,6 +326,9 @@ class _Peer:
         except messages.MalformedError as error:
             logger.debug("dropped a malformed reply of %s: %s", self.endpoint, error)
             return
+        future = self.pending.pop(message["id"], None)
+        if future is None:
+            return  # came after its deadline
         try:
             messages.check_version(message)
             if "error" in message:
@@ -342,9 +337,30 @@ class _Peer:
             if not isinstance(body, dict):
                 raise BrokenError(f"{self.endpoint} sent a reply without a body")
         except KVConnectError as error:
-            self.answer(message["id"], error)
+            future.set_exception(error)
         else:
-            self.answer(message["id"], body)
+            future.set_result(body)
+
+    def _notice(self) -> None:
+        event = zmq.Event(parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))["event"])
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self.connected = True
+        elif event in _ENDED:
+            if event == zmq.EVENT_DISCONNECTED:
+                self._receive()  # replies that arrived before the connection ended
+            self._lost(self, f"{self.endpoint} {_ENDED[event]}")
+
+    def fail(self, error: KVConnectError) -> None:
+        pending, self.pending = self.pending, {}
+        for future in pending.values():
+            future.set_exception(error)
+
+    def end(self, error: KVConnectError) -> None:
+        if not self._socket.closed:
+            self._socket.disable_monitor()
+            self._loop.unwatch(self._monitor)
+            self._loop.unwatch(self._socket)
+        self.fail(error)
 
 
 def wait_for(future: Future[dict[str, Any]], timeout_s: float) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Every error that kvconnect raises on purpose.
 
 Each docstring says what happened and whether the object it came from can
-still be used. Foreign exceptions (``OSError``, ``msgpack``'s, …) are mapped
+still be used. Foreign exceptions (``OSError``, ``zmq.ZMQError``, …) are mapped
 to one of these where they arise, with the cause chained.
 """
 

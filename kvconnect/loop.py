@@ -1,7 +1,7 @@
 """One thread that waits for sockets, timers and posted calls, all at once.
 
-The control channel's server and client each run on one. What arrives belongs to the
-thread; everything else reaches it through `Loop.soon` and `Loop.later`.
+The control channel's server and client each run on one. ZeroMQ sockets belong to
+the thread; everything else reaches it through `Loop.soon` and `Loop.later`.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ import heapq
 import itertools
 import logging
 import os
-import select
-import socket
 import threading
 import time
 from collections.abc import Callable
 
+import zmq
+
 logger = logging.getLogger(__name__)
 
 _JOIN_S = 5.0
-
-Handler = Callable[[int], None]
+_MAX_SOCKETS = 1 << 16
 
 
 class Timer:
@@ -40,11 +39,14 @@ class Timer:
 
 
 class Loop:
-    """A named daemon thread around epoll. Thread-safe, except where noted."""
+    """A named daemon thread around a poller. Thread-safe, except where noted."""
 
     def __init__(self, name: str) -> None:
-        self._epoll = select.epoll()
-        self._handlers: dict[int, tuple[socket.socket, Handler]] = {}
+        self.context = zmq.Context()
+        # The default of 1023 is used up by a few hundred peers.
+        self.context.set(zmq.MAX_SOCKETS, min(_MAX_SOCKETS, self.context.get(zmq.SOCKET_LIMIT)))
+        self._poller = zmq.Poller()
+        self._handlers: dict[zmq.Socket[bytes], Callable[[], None]] = {}
         self._posted: collections.deque[Callable[[], None]] = collections.deque()
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
@@ -52,7 +54,7 @@ class Loop:
         self._open = True
         self._pid = os.getpid()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._epoll.register(self._wake, select.EPOLLIN)
+        self._poller.register(self._wake, zmq.POLLIN)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -74,69 +76,66 @@ class Loop:
     def later(self, delay_s: float, call: Callable[[], None]) -> Timer:
         """Make ``call`` on the thread in ``delay_s`` seconds, unless the loop ends before."""
         timer = Timer(time.monotonic() + delay_s, call)
-        with self._gate:
-            if self._open:
-                heapq.heappush(self._timers, (timer.when, next(self._order), timer))
-                # Whoever waits for an earlier one will look again in time.
-                if self._timers[0][2] is timer and not self.on_thread:
-                    os.eventfd_write(self._wake, 1)
+        if self.on_thread:
+            self._push(timer)
+        else:
+            self.soon(lambda: self._push(timer))
         return timer
 
-    def watch(self, sock: socket.socket, handler: Handler, events: int = select.EPOLLIN) -> None:
-        """Call ``handler(events)`` while ``sock`` is ready for any. Only on the thread (or before `start`)."""
-        self._handlers[sock.fileno()] = sock, handler
-        self._epoll.register(sock, events)
+    def watch(self, sock: zmq.Socket[bytes], handler: Callable[[], None]) -> None:
+        """Call ``handler`` while ``sock`` can be read. Only on the thread (or before `start`)."""
+        self._handlers[sock] = handler
+        self._poller.register(sock, zmq.POLLIN)
 
-    def await_events(self, sock: socket.socket, events: int) -> None:
-        """Wait for other events of a socket that is watched (and stays so meanwhile)."""
-        self._epoll.modify(sock, events)
-
-    def unwatch(self, sock: socket.socket) -> None:
+    def unwatch(self, sock: zmq.Socket[bytes]) -> None:
         """Stop watching and close ``sock``. Only on the thread."""
-        if self._handlers.pop(sock.fileno(), None) is not None:
-            self._epoll.unregister(sock)
-        sock.close()
+        if self._handlers.pop(sock, None) is not None:
+            self._poller.unregister(sock)
+        sock.close(linger=0)
 
     @property
     def on_thread(self) -> bool:
         """Whether the caller runs on the loop's thread."""
-        return threading.get_ident() == self._thread.ident
+        return threading.current_thread() is self._thread
 
-    def close(self) -> None:
-        """End the thread and close its sockets."""
+    def close(self, linger_ms: int = 0) -> None:
+        """End the thread and close its sockets; what was sent has ``linger_ms`` to leave."""
         if os.getpid() != self._pid:
             self._open = False  # a forked child has no such thread, and the eventfd is its parent's
             return
         with self._gate:
             was_open, self._open = self._open, False
             if was_open:
+                self._linger_ms = linger_ms
                 os.eventfd_write(self._wake, 1)
         if self._thread.ident is None:
-            if was_open:
-                self._finish()
+            self._finish()
         elif not self.on_thread:
             self._thread.join(_JOIN_S)
+
+    _linger_ms = 0
 
     # -- on the thread ----------------------------------------------------------
 
     def _run(self) -> None:
         while self._open:
-            for fd, events in self._epoll.poll(self._wait_s()):
-                if fd == self._wake:
+            ready = self._poller.poll(self._wait_ms())
+            for sock, _ in ready:
+                if isinstance(sock, int):
                     self._clear_wake()
-                elif fd in self._handlers:
-                    handler = self._handlers[fd][1]
-                    self._guarded(lambda handler=handler, events=events: handler(events))  # type: ignore[misc]
+                elif sock in self._handlers:
+                    self._guarded(self._handlers[sock])
             self._run_posted()
             self._run_timers()
         self._run_posted()  # what was posted before the end may still send
         self._finish()
 
-    def _wait_s(self) -> float | None:
-        with self._gate:
-            if self._posted:
-                return 0
-            return max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else None
+    def _wait_ms(self) -> int | None:
+        if self._posted:
+            return 0
+        if not self._timers:
+            return None
+        return max(0, int((self._timers[0][0] - time.monotonic()) * 1000) + 1)
 
     def _clear_wake(self) -> None:
         with contextlib.suppress(BlockingIOError):  # several wake-ups may have been merged into one
@@ -146,16 +145,15 @@ class Loop:
         for _ in range(len(self._posted)):
             self._guarded(self._posted.popleft())
 
+    def _push(self, timer: Timer) -> None:
+        heapq.heappush(self._timers, (timer.when, next(self._order), timer))
+
     def _run_timers(self) -> None:
-        while (timer := self._due()) is not None:
+        now = time.monotonic()
+        while self._timers and self._timers[0][0] <= now:
+            timer = heapq.heappop(self._timers)[2]
             if timer.call is not None:
                 self._guarded(timer.call)
-
-    def _due(self) -> Timer | None:
-        with self._gate:
-            if self._timers and self._timers[0][0] <= time.monotonic():
-                return heapq.heappop(self._timers)[2]
-        return None
 
     def _guarded(self, call: Callable[[], None]) -> None:
         try:
@@ -164,9 +162,9 @@ class Loop:
             logger.exception("a callback on %s failed", self._thread.name)
 
     def _finish(self) -> None:
-        for sock, _ in self._handlers.values():
-            sock.close()
+        for sock in self._handlers:
+            sock.close(linger=self._linger_ms)
         self._handlers.clear()
-        self._epoll.close()
+        self.context.term()
         with self._gate:
             os.close(self._wake)

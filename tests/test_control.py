@@ -2,15 +2,15 @@
 
 import errno
 import socket
-import struct
 import threading
 import time
 from concurrent.futures import Future
 
 import msgpack
 import pytest
+import zmq
 
-from kvconnect import control, frames, messages
+from kvconnect import control, messages
 from kvconnect.control import ControlClient, ControlServer
 from kvconnect.errors import (
     BrokenError,
@@ -169,41 +169,6 @@ def nested(depth):
     return body
 
 
-class Raw:
-    """A peer that sends what the test says."""
-
-    def __init__(self, port, greeting=frames._GREETING):
-        self.socket = socket.create_connection(("127.0.0.1", port), timeout=5)
-        self.socket.sendall(greeting)
-
-    def __enter__(self):
-        assert self.read(len(frames._GREETING)) == frames._GREETING
-        return self
-
-    def __exit__(self, *_):
-        self.socket.close()
-
-    def send(self, data):
-        self.socket.sendall(struct.pack("<I", len(data)) + data)
-
-    def receive(self):
-        return self.read(*struct.unpack("<I", self.read(4)))
-
-    def read(self, size):
-        data = b""
-        while len(data) < size:
-            piece = self.socket.recv(size - len(data))
-            assert piece, "the server closed the connection"
-            data += piece
-        return data
-
-    def is_closed(self):
-        try:
-            return self.socket.recv(1) == b""
-        except ConnectionResetError:
-            return True
-
-
 MALFORMED = {
     "nothing": b"",
     "no msgpack": b"\xc1\xc1",
@@ -222,20 +187,30 @@ MALFORMED = {
 
 @pytest.mark.parametrize("data", MALFORMED.values(), ids=MALFORMED)
 def test_malformed_requests_are_dropped_and_counted(server, data):
-    with Raw(server.port) as raw:
-        raw.send(data)
-        raw.send(messages.pack_request(7, "echo", {"ok": 1}))
-        assert messages.unpack(raw.receive())["id"] == 7, "a malformed request was answered"
+    context = zmq.Context()
+    raw = context.socket(zmq.DEALER)
+    raw.connect(f"tcp://{server.endpoint}")
+    raw.send(data)
+    raw.send(messages.pack_request(7, "echo", {"ok": 1}))
+    assert raw.poll(5000)
+    assert messages.unpack(raw.recv())["id"] == 7, "a malformed request was answered"
     assert server.malformed == 1
+    raw.close(0)
+    context.term()
 
 
 @pytest.mark.parametrize("versions", [[2, 3], [0, 0]])
 def test_versions_that_do_not_meet_are_named(server, versions):
-    with Raw(server.port) as raw:
-        raw.send(msgpack.packb({"p": versions, "id": 1, "op": "echo", "body": {}}))
-        error = messages.error_of(messages.unpack(raw.receive()))
+    context = zmq.Context()
+    raw = context.socket(zmq.DEALER)
+    raw.connect(f"tcp://{server.endpoint}")
+    raw.send(msgpack.packb({"p": versions, "id": 1, "op": "echo", "body": {}}))
+    assert raw.poll(5000)
+    error = messages.error_of(messages.unpack(raw.recv()))
     assert isinstance(error, HandshakeError)
     assert "protocol versions differ" in str(error)
+    raw.close(0)
+    context.term()
 
 
 def test_a_newer_peer_that_still_speaks_our_version_is_served():
@@ -308,20 +283,20 @@ def test_hundreds_of_peers_are_answered(client):
     server.close()
 
 
-def test_what_there_are_no_descriptors_for_fails_its_call_and_no_other(server, client, monkeypatch):
+def test_what_the_context_has_no_sockets_for_fails_its_call_and_no_other(server, client):
     assert outcome(client.call(server.endpoint, "echo", {"n": 1}, 5)) == {"n": 1}
 
     def refuse(*_):
-        raise OSError(errno.EMFILE, "Too many open files")
+        raise zmq.ZMQError(errno.EMFILE)
 
-    monkeypatch.setattr(frames.socket, "socket", refuse)
+    client._loop.context.socket = refuse
     with pytest.raises(BrokenError, match="open files"):
         outcome(client.call("127.0.0.2:9", "echo", {}, 5))
     assert outcome(client.call(server.endpoint, "echo", {"n": 2}, 5)) == {"n": 2}
 
 
 def test_a_call_that_cannot_be_sent_ends_at_its_deadline_at_the_latest(server, client, monkeypatch):
-    monkeypatch.setattr(client, "_connect", lambda *_: {}["missing"])
+    monkeypatch.setattr(client, "_connect", lambda _: {}["missing"])
     with pytest.raises(DeadlineError):
         outcome(client.call(server.endpoint, "echo", {}, 0.1))
 
@@ -350,111 +325,3 @@ def test_closing_leaves_nothing_behind():
     client.close()
     server.close()
     assert_nothing_left(before)
-
-
-# -- frames ---------------------------------------------------------------------------------
-
-
-def test_a_frame_over_the_limit_ends_its_connection_and_no_other(server, client):
-    with Raw(server.port) as raw:
-        raw.socket.sendall(struct.pack("<I", messages.MAX_MESSAGE_BYTES + 1) + b"x" * 100)
-        assert raw.is_closed()
-    assert outcome(client.call(server.endpoint, "echo", {"n": 1}, 5)) == {"n": 1}
-
-
-def test_whoever_speaks_another_protocol_is_disconnected(server, client):
-    raw = Raw(server.port, b"GET / HTTP/1.1\r\n\r\n")
-    raw.read(len(frames._GREETING))
-    assert raw.is_closed()
-    raw.socket.close()
-    assert outcome(client.call(server.endpoint, "echo", {"n": 1}, 5)) == {"n": 1}
-
-
-def test_a_server_that_speaks_another_protocol_is_named(client):
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        call = client.call(f"127.0.0.1:{other.getsockname()[1]}", "echo", {}, 5)
-        connection, _ = other.accept()
-        connection.sendall(b"SSH-2.0-other\r\n")
-        with pytest.raises(BrokenError, match="does not speak the control protocol"):
-            outcome(call)
-        connection.close()
-
-
-def test_frames_may_arrive_in_pieces_and_several_at_once(server):
-    requests = [messages.pack_request(n, "echo", {"n": n}) for n in range(5)]
-    data = b"".join(struct.pack("<I", len(request)) + request for request in requests)
-    raw = Raw(server.port, b"")
-    for start in range(0, len(frames._GREETING + data), 7):
-        raw.socket.sendall((frames._GREETING + data)[start : start + 7])
-        threading.Event().wait(0.001)
-    with raw:
-        assert [messages.unpack(raw.receive())["body"] for _ in requests] == [{"n": n} for n in range(5)]
-
-
-def test_large_messages_pass_both_ways_beside_small_ones(server, client):
-    big = {"data": b"x" * (messages.MAX_MESSAGE_BYTES - 100)}
-    calls = [client.call(server.endpoint, "echo", body, 20) for body in (big, {"n": 1}, big, {"n": 2})]
-    assert [outcome(call, 20) for call in calls] == [big, {"n": 1}, big, {"n": 2}]
-
-
-def test_nothing_is_asked_of_a_host_that_has_not_greeted(client):
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        call = client.call(f"127.0.0.1:{silent.getsockname()[1]}", "echo", {}, 0.3)
-        connection, _ = silent.accept()
-        with pytest.raises(DeadlineError):
-            outcome(call)
-        data = b""
-        while piece := connection.recv(4096):
-            data += piece
-        assert data == frames._GREETING
-        connection.close()
-
-
-def test_a_peer_that_does_not_read_is_told_no_more_than_so_much(monkeypatch):
-    monkeypatch.setattr(frames, "_MOST_WAITING_BYTES", 1 << 20)
-    client = ControlClient()
-    with socket.create_server(("127.0.0.1", 0)) as deaf:
-        endpoint = f"127.0.0.1:{deaf.getsockname()[1]}"
-        first = client.call(endpoint, "echo", {}, 10)
-        connection, _ = deaf.accept()
-        connection.sendall(frames._GREETING)
-        calls = [client.call(endpoint, "echo", {"x": b"x" * (1 << 20)}, 10) for _ in range(40)]
-        with pytest.raises(BrokenError, match="takes no more"):
-            outcome(calls[-1])
-        assert not first.done()
-        connection.close()
-        for call in (first, *calls):
-            with pytest.raises(BrokenError):
-                outcome(call)
-    client.close()
-
-
-def test_a_server_out_of_descriptors_accepts_when_there_are_some(server, client, monkeypatch):
-    monkeypatch.setattr(control, "_ACCEPT_AGAIN_S", 0.05)
-    real, refusals = server._socket, []
-
-    class Full:
-        fileno = staticmethod(real.fileno)
-
-        def accept(self):
-            if len(refusals) < 3:
-                refusals.append(1)
-                raise OSError(errno.EMFILE, "Too many open files")
-            return real.accept()
-
-    server._socket = Full()
-    assert outcome(client.call(server.endpoint, "echo", {"n": 1}, 5)) == {"n": 1}
-    assert len(refusals) == 3
-
-
-def test_what_was_sent_before_closing_arrives(server):
-    seen, over = [], threading.Event()
-    server.handle("note", lambda body: seen.append(len(body["x"])) or {})
-    server.handle("last", lambda _: over.set() or {})
-    client = ControlClient()
-    outcome(client.call(server.endpoint, "note", {"x": b""}, 5))
-    client.call(server.endpoint, "note", {"x": b"x" * (8 << 20)}, 5)
-    client.call(server.endpoint, "last", {}, 5)
-    client.close()
-    assert over.wait(5)
-    assert seen == [0, 8 << 20]
