@@ -5,6 +5,8 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,13 +17,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvconnect.cuda.tiles import Paged
-from kvconnect.errors import BrokenError, ConfigError, UnavailableBackendError
+from kvconnect.errors import BrokenError, ConfigError, KVConnectError, UnavailableBackendError
 from kvconnect.paging import place
 from kvconnect.pipes.base import PipeSpec
 from kvconnect.pipes.nixl import NixlPipe
+from kvconnect.pipes.nixl_agent import Agent
 from kvconnect.pipes.nixl_choice import AGAIN, TRIAL_BYTES, Costs
+from kvconnect.pipes.nixl_notes import Note, What
+from kvconnect.pipes.nixl_place import Place
+from kvconnect.pipes.nixl_pull import Pull
 from kvconnect.pipes.nixl_runs import Runs
-from kvconnect.pipes.nixl_staging import STAGERS, portions
+from kvconnect.pipes.nixl_staging import STAGERS, SlotPool, Use, portions
 from kvconnect.testing.block_laws import attach
 from kvconnect.testing.layouts import naive_stream, noisy_memory, random_ids, separate_layers, shared_region
 from kvconnect.testing.peers import LIMIT_S, open_pair
@@ -139,6 +145,101 @@ def test_metadata_of_another_agent_than_it_says_are_refused(pair):
         pair.here._agent.meet("somebody else", card["metadata"])
     with pytest.raises(BrokenError):
         pair.here._agent.meet("somebody else", b"nonsense")
+
+
+# -- what the two ends tell each other --------------------------------------------------
+
+
+def _staged(timeout_s=10.0):
+    pair = open_pair(NixlPipe, {"mode": "staged", "portion_bytes": 4 * BLOCK}, timeout_s=timeout_s)
+    return pair, _attached(pair)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_without_notifications_the_channel_carries_notes(monkeypatch, eager):
+    monkeypatch.setattr(Agent, "notify", lambda *_: False)
+    pair, ends = _staged()
+    monkeypatch.setattr(pair.here._agent, "eager", eager)
+    ids = [list(range(40))]
+    ends.here.read_blocks(ids, [ids[0][::-1]]).wait(LIMIT_S)
+    assert naive_stream(ends.mine, [ids[0][::-1]]).equal(naive_stream(ends.theirs, ids))
+    pair.close()
+
+
+def test_an_eager_agent_is_told_by_notes_that_the_bytes_count(monkeypatch):
+    pair, ends = _staged()
+    monkeypatch.setattr(pair.here._agent, "eager", True)
+    ends.here.read_blocks([[1]], [[1]]).wait(LIMIT_S)
+    blocks, tell = pair.here._blocks, pair.here._blocks.tell
+    monkeypatch.setattr(blocks, "tell", lambda op, body: Future() if op == "nixl.end" else tell(op, body))
+    ends.here.read_blocks([[2, 3]], [[5, 6]]).wait(LIMIT_S)
+    assert naive_stream(ends.mine, [[5, 6]]).equal(naive_stream(ends.theirs, [[2, 3]]))
+    pair.close()
+
+
+@pytest.mark.parametrize("note", [b"", b"\xff" * 25, Note(What.ENDED, 1).pack()])
+def test_notes_that_make_no_sense_or_are_not_the_peers_change_nothing(note):
+    pair, ends = _staged()
+    agent, token = pair.here._agent, pair.here._blocks.notes.token
+    for name in (agent.name, "somebody else"):
+        agent.soon(partial(agent._hear, name, token + note))
+    ends.here.read_blocks([[1]], [[2]]).wait(LIMIT_S)
+    assert naive_stream(ends.mine, [[2]]).equal(naive_stream(ends.theirs, [[1]]))
+    pair.close()
+
+
+def test_slots_are_taken_back_from_an_end_that_does_not_read_them(monkeypatch):
+    pair, ends = _staged(timeout_s=1.0)
+    monkeypatch.setattr(Pull, "full", lambda *_: None)
+    blocks, tell = pair.here._blocks, pair.here._blocks.tell
+    monkeypatch.setattr(blocks, "tell", lambda op, body: Future() if op == "nixl.end" else tell(op, body))
+    transfer = ends.here.read_blocks([list(range(40))], [list(range(40))])
+    with pytest.raises(KVConnectError):
+        transfer.wait(LIMIT_S)
+    pool = pair.there._blocks.shared.slots
+    free = pool._slots - pool._held[Use.LENDING]
+    deadline = time.monotonic() + LIMIT_S
+    while free < pool._slots and time.monotonic() < deadline:
+        threading.Event().wait(0.05)
+        free = pool._slots - pair.here._agent.call(lambda: pool._held[Use.LENDING])
+    assert free == pool._slots
+    pair.close()
+
+
+def test_each_use_of_a_pool_leaves_the_other_one_a_slot(pair):
+    agent = pair.here._agent
+    pool = SlotPool(agent, STAGERS["cpu"]("cpu"), Place.of("cpu"), BLOCK, 4)
+    agent.call(pool.open)
+    landing, lending = [], []
+
+    def fill():
+        for _ in range(5):
+            pool.take(Use.LANDING, landing.append)
+        for _ in range(2):
+            pool.take(Use.LENDING, lending.append)
+
+    agent.call(fill)
+    assert (len(landing), len(lending)) == (3, 1)
+    agent.call(lambda: pool.give(landing[0]))
+    assert (len(landing), len(lending)) == (3, 2)
+    agent.call(lambda: pool.give(lending[0]))
+    assert (len(landing), len(lending)) == (4, 2)
+    agent.call(pool.close)
+
+
+def test_what_copies_a_portion_waits_for_shorter_steps(pair):
+    agent, done = pair.here._agent, []
+
+    def queue():
+        for number in range(3):
+            agent.soon_long(partial(done.append, f"long {number}"))
+        agent.soon(partial(done.append, "short"))
+
+    agent.call(queue)
+    over = threading.Event()
+    agent.soon_long(over.set)
+    assert over.wait(LIMIT_S)
+    assert done == ["short", "long 0", "long 1", "long 2"]
 
 
 # -- a target that does not answer ------------------------------------------------------
