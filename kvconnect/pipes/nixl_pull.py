@@ -97,11 +97,11 @@ class Pull:
     def start(self, plan: Plan) -> None:
         """Begin, unless it was given up before."""
         self.stamp = self.begun = time.monotonic()
-        # The peer's thread is woken before ours: both take their time.
+        # Before the peer hears of it: its first note may be here before this thread goes on.
+        self._soon(partial(self._begin, plan))
         groups = pack(plan.remote) if plan.mode == "staged" else []
         body = {"transfer": self.number, "groups": groups, "portion_bytes": plan.portion_bytes}
         answer = self._end.tell("nixl.begin", body)
-        self._soon(partial(self._begin, plan))
         answer.add_done_callback(lambda answer: self._soon(partial(self._heard, answer.exception())))
 
     def fail(self, error: KVConnectError) -> None:

@@ -177,6 +177,23 @@ def test_an_eager_agent_is_told_by_notes_that_the_bytes_count(monkeypatch):
     pair.close()
 
 
+def test_a_lender_may_answer_before_the_reader_goes_on(monkeypatch):
+    pair, ends = _staged(timeout_s=2.0)
+    ends.here.read_blocks([[1]], [[1]]).wait(LIMIT_S)  # from now on nothing has to be learnt first
+    blocks, tell = pair.here._blocks, pair.here._blocks.tell
+
+    def slowly(op, body):
+        told = tell(op, body)
+        if op == "nixl.begin":
+            threading.Event().wait(0.1)  # as a thread does that is preempted
+        return told
+
+    monkeypatch.setattr(blocks, "tell", slowly)
+    ends.here.read_blocks([[2, 3]], [[5, 6]]).wait(LIMIT_S)
+    assert naive_stream(ends.mine, [[5, 6]]).equal(naive_stream(ends.theirs, [[2, 3]]))
+    pair.close()
+
+
 @pytest.mark.parametrize("note", [b"", b"\xff" * 25, Note(What.ENDED, 1).pack()])
 def test_notes_that_make_no_sense_or_are_not_the_peers_change_nothing(note):
     pair, ends = _staged()
