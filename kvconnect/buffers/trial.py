@@ -231,8 +231,7 @@ class Trial:
         with self._limited(load, self._first) as until:
             self._measure(load, self._first, share, until)
         while self._works(load) and not self._opening.done() and load.slices.left and not load.whole.cancelled:
-            with self._limited(load, self._first) as until:  # the load need not wait until the others are open
-                self._move(load, self._first, load.slices.take(share), until)
+            self._read_on(load)
         if self._works(load):
             if not self._opening.done():
                 return False
@@ -245,6 +244,13 @@ class Trial:
                 self._measure(load, line, share, until)
         load.failures.update(self._unopened)
         return not load.whole.cancelled and not self._ended
+
+    def _read_on(self, load: _Load) -> None:
+        """Have the first pipe move what it moves in a short time: the load need not wait until the others are open."""
+        slices_a_second = load.rates[self._first.name] * load.slices.count / load.nbytes
+        slices = load.slices.take(max(1, int(slices_a_second * _ENOUGH_S)))
+        with self._limited(load, self._first) as until:
+            self._move(load, self._first, slices, until)
 
     def _works(self, load: _Load) -> bool:
         return self._first.name in load.rates

@@ -306,6 +306,14 @@ def test_a_load_does_not_wait_until_other_pipes_are_open(register, pair):
     assert known["b"].reads
 
 
+def test_a_slow_pipe_is_not_taken_for_one_that_hangs_while_others_are_opened(register, pair, caplog):
+    register(a={"seconds_per_mb": 0.05}, b={"hangs": {"asks"}})
+    p, d = pair(connect_timeout_s=0.6)
+    choose(p, d, blocks=30)
+    assert link(d).name == "a"
+    assert "not b: it cannot be opened: it did not open within 0.6 s" in lines(caplog)[-1]
+
+
 def test_loads_that_are_too_small_go_by_the_first_pipe_and_open_no_other(register, pair):
     known = register(a={}, b={})
     p, d = pair()
