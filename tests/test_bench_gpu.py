@@ -260,18 +260,19 @@ def measure(*chosen):
 
 @pytest.fixture(scope="module")
 def book():
-    hand = Entrant("hand", "shm", "hand-over", "read", LAYERWISE, {"pipe": "shm", "layout": LAYERWISE}, assisted=True)
+    hand = Entrant("hand", "shm", "hand-over", "claim", LAYERWISE, {"pipe": "shm", "layout": LAYERWISE}, assisted=True)
+    ticket = dataclasses.replace(hand, label="from the ticket", way="ticket")
     written = dataclasses.replace(shm(way="write"), label="written")
     blockwise = dataclasses.replace(shm(BLOCKWISE), label="blockwise")
     never = bad("no-such-pipe")
     goals = (Goal("shm", "ratio", 0.001, "written"), Goal("shm", "p50_us", 1e9))
     compared = {"shm": ("blockwise", "no-such-pipe")}
-    case = Case("read 4 blocks", 4, (shm(), written, blockwise, never, hand), goals, compared, repeats=2)
+    case = Case("read 4 blocks", 4, (shm(), written, blockwise, never, hand, ticket), goals, compared, repeats=2)
     return measure(case)
 
 
 def test_a_run_measures_two_processes_and_checks_their_bytes(book):
-    assert {row.backend for row in book.rows} == {"shm", "written", "blockwise", "hand"}
+    assert {row.backend for row in book.rows} == {"shm", "written", "blockwise", "hand", "from the ticket"}
     assert [row.met for row in book.rows if row.goal is not None] == [True, True]
     assert all(row.gb_per_s > 0 and row.bytes == 4 * BLOCK_BYTES for row in book.rows)
     assert {row.reference for row in book.rows if row.backend == "shm"} == {None, "written", "blockwise"}

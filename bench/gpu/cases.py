@@ -190,18 +190,19 @@ def writes(blocks: int) -> Case:
 
 
 def hand_over(blocks: int) -> Case:
-    """A claimed hand-over with every control round trip."""
+    """A hand-over with its control messages: from the granted claim, and from no more than the ticket."""
     entrants = tuple(
         Entrant(
-            name,
+            label,
             f"{name} hand-over",
             "hand-over",
-            "read",
+            way,
             LAYERWISE,
             {"pipe": name, "layout": LAYERWISE},
             assisted=True,
         )
         for name in PIPES
+        for label, way in ((name, "claim"), (f"{name}, from the ticket", "ticket"))
     )
     goals = (Goal("cuda_ipc", "p50_us", 500.0),) if blocks == 8 else ()
     return Case(f"hand-over {title(blocks)}", blocks, entrants, goals, rounds=5, repeats=40)
