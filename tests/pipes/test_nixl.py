@@ -194,6 +194,23 @@ def test_a_lender_may_answer_before_the_reader_goes_on(monkeypatch):
     pair.close()
 
 
+def test_a_portion_may_be_there_before_the_reader_goes_on(monkeypatch):
+    pair, ends = _staged()
+    blocks, tell = pair.here._blocks, pair.here._blocks.tell
+
+    def slowly(op, body):
+        answer = tell(op, body)
+        if op == "nixl.begin":
+            threading.Event().wait(0.3)
+        return answer
+
+    monkeypatch.setattr(blocks, "tell", slowly)
+    for _ in range(2):  # the first meets the other end's memory, too
+        ends.here.read_blocks([[1, 2]], [[3, 4]]).wait(LIMIT_S)
+        assert naive_stream(ends.mine, [[3, 4]]).equal(naive_stream(ends.theirs, [[1, 2]]))
+    pair.close()
+
+
 @pytest.mark.parametrize("note", [b"", b"\xff" * 25, Note(What.ENDED, 1).pack()])
 def test_notes_that_make_no_sense_or_are_not_the_peers_change_nothing(note):
     pair, ends = _staged()
