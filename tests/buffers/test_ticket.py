@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvconnect.buffers.base import LookupKey
@@ -12,6 +12,7 @@ TICKET = Ticket("127.0.0.1:5", "P", "abc", "e1", 7, LookupKey("ns", b"\x01" * 16
 BLOCKS = st.lists(st.lists(st.integers(0, 1 << 30), max_size=50).map(tuple), max_size=4).map(tuple)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(BLOCKS, st.binary(min_size=1, max_size=32), st.integers(0, 1 << 30))
 def test_a_ticket_survives_json(blocks, digest, length):
     ticket = Ticket("h:1", "P", "i", "e", 0, LookupKey("ns", digest, length), blocks)
@@ -66,6 +67,7 @@ def test_a_wrong_field_is_named(name, value):
         Ticket.from_wire({**TICKET.to_wire(), name: value})
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.binary(max_size=60))
 def test_no_bytes_make_reading_ids_fail_otherwise(data):
     import base64
