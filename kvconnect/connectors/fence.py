@@ -7,10 +7,14 @@ that has ended meanwhile. Current releases hand such a block out only after that
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 
 import torch
+
+log = logging.getLogger(__name__)
 
 
 class Fence:
@@ -19,19 +23,26 @@ class Fence:
     def __init__(self, device: str) -> None:
         """Watch ``device``, a CUDA device."""
         self._device = torch.device(device)
-        self._waiter = ThreadPoolExecutor(1, thread_name_prefix="kvconnect-fence")
+        self._waiting: SimpleQueue[tuple[torch.cuda.Event, Callable[[], object]] | None] = SimpleQueue()
+        self._closed = False
+        threading.Thread(target=self._run, name="kvconnect-fence", daemon=True).start()
 
     def then(self, call: Callable[[], object]) -> None:
         """Make ``call`` once the work has finished that the caller's current stream has now."""
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
-        self._waiter.submit(self._make, event, call)
+        self._waiting.put((event, call))
 
     def close(self) -> None:
         """Make no more calls."""
-        self._waiter.shutdown(wait=False, cancel_futures=True)
+        self._closed = True
+        self._waiting.put(None)
 
-    @staticmethod
-    def _make(event: torch.cuda.Event, call: Callable[[], object]) -> None:
-        event.synchronize()
-        call()
+    def _run(self) -> None:
+        while (item := self._waiting.get()) is not None and not self._closed:
+            event, call = item
+            try:
+                event.synchronize()
+                call()
+            except Exception:  # whatever one of them raises, those behind it are to be made
+                log.exception("a load could not be started")

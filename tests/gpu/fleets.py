@@ -23,7 +23,8 @@ SMALL = (
     *("--num-gpu-blocks-override", "2000", "--block-size", str(BLOCK)),
     *("--kv-cache-memory-bytes", str(1 << 30), "--gpu-memory-utilization", "0.05"),
 )
-#: Other batches give other last bits, of which bfloat16 has so few that tokens change places.
+#: Other batches give other last bits, of which bfloat16 has so few that tokens change places. VLLM_BATCH_INVARIANT
+#: does not help: prefill and decode still differ, in 24 of 1,470 tokens by one or two steps of bfloat16 (0.32.0).
 FLOAT32 = ("--dtype", "float32", "--attention-backend", "TRITON_ATTN")
 GRAPHS = (
     "--no-enforce-eager",
@@ -52,7 +53,6 @@ CASES = {
     "graphs": Case("KvConnectCudaIpc", FLOAT32 + GRAPHS),
     "one_gpu": Case("KvConnectCudaIpc", FLOAT32, devices=TOGETHER),
     "block_outermost": Case("KvConnectCudaIpc", FLOAT32, {"VLLM_KV_CACHE_LAYOUT": "BLHNC"}),
-    "batch_invariant": Case("KvConnectCudaIpc", env={"VLLM_BATCH_INVARIANT": "1"}),
 }
 
 

@@ -48,8 +48,9 @@ def test_a_call_does_not_wait_for_other_streams(fence: Fence) -> None:
     slow.synchronize()
 
 
-def test_calls_are_made_in_order(fence: Fence) -> None:
+def test_calls_are_made_in_order_whatever_one_of_them_raises(fence: Fence) -> None:
     seen = queue.SimpleQueue[int]()
+    fence.then(lambda: 1 // 0)
     for number in range(20):
         keep_busy(BUSY // 100)
         fence.then(lambda number=number: seen.put(number))  # type: ignore[misc]
