@@ -39,10 +39,11 @@ class Fence:
         self._waiting.put(None)
 
     def _run(self) -> None:
-        while (item := self._waiting.get()) is not None and not self._closed:
+        while (item := self._waiting.get()) is not None:
             event, call = item
             try:
                 event.synchronize()
-                call()
+                if not self._closed:
+                    call()
             except Exception:  # whatever one of them raises, those behind it are to be made
                 log.exception("a load could not be started")

@@ -38,7 +38,7 @@ def thread() -> threading.Thread | None:
     return next((each for each in threading.enumerate() if each.name == "kvconnect-fence"), None)
 
 
-def test_its_thread_never_keeps_a_process_alive_and_ends_with_it(recorded: list[Work]) -> None:
+def test_its_thread_never_keeps_a_process_alive_and_ends_with_it_without_another_call(recorded: list[Work]) -> None:
     fence = Fence("cuda:0")
     waiter = thread()
     assert waiter is not None
@@ -49,6 +49,7 @@ def test_its_thread_never_keeps_a_process_alive_and_ends_with_it(recorded: list[
     recorded[0].over.set()
     waiter.join(10)
     assert not waiter.is_alive()
+    assert made.empty()
 
 
 def test_a_call_that_raises_holds_nobody_up(recorded: list[Work]) -> None:
