@@ -47,7 +47,7 @@ class NixlOptions:
             ``"staged"`` has the peer gather them, and reads and scatters whole portions;
             ``"auto"`` takes whichever proves quicker.
         portion_bytes: what a block transfer reads in one go, another has its turn after it;
-            0 chooses by device. A process has 8 such slots on the CPU, 4 on a GPU, for all peers.
+            0 chooses by device. A process has 8 such slots on the CPU, 3 on a GPU, for all peers.
         slot_bytes: of each of four slots that large tensors go through.
         companion: the host pipe beside it, ``"auto"`` or a name with options; the options of
             ``"auto"`` are those of ``tcp`` (``{"name": "auto", "bind_host": "10.0.0.1"}``).

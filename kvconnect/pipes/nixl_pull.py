@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kvconnect.errors import KVConnectError
 from kvconnect.paging import BlockIds, IoVec
@@ -23,6 +23,9 @@ from kvconnect.pipes.nixl_meeting import Target
 from kvconnect.pipes.nixl_notes import Note, Notes, What
 from kvconnect.pipes.nixl_staging import DEPTH, Blocks, Slot, StagedMemory, Use, failed, portions, whole
 from kvconnect.pipes.nixl_thread import Then
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OnOver = Callable[["Pull"], None]
 
@@ -178,20 +181,21 @@ class Pull:
         if blocks is None:  # it was given up
             self._end.shared.slots.give(slot)
             return
-        local = whole(slot.tensor[: self._end.shared.memory.layout.nbytes(blocks)])
+        source = slot.tensor[: self._end.shared.memory.layout.nbytes(blocks)]
+        local = whole(source)
         remote = local.copy()
         remote[0, 0] = address
+        then = partial(self._landed, number, blocks, slot, source)
         try:
             # It touches no blocks: given up, it may end late without harm.
-            self._read(local, remote, partial(self._landed, number, blocks, slot))
+            self._read(local, remote, then)
         except KVConnectError as error:
-            self._landed(number, blocks, slot, error)
+            then(error)
 
-    def _landed(self, number: int, blocks: Blocks, slot: Slot, error: KVConnectError | None) -> None:
+    def _landed(self, number: int, blocks: Blocks, slot: Slot, source: Tensor, error: KVConnectError | None) -> None:
         shared = self._end.shared
         self._end.notes.send(Note(What.TAKEN, self.number, number))
         if error is None and self.error is None:
-            source = slot.tensor[: shared.memory.layout.nbytes(blocks)]
             try:
                 shared.agent.follow(shared.stager.scatter(source, shared.memory, blocks), partial(self._placed, slot))
             except Exception as caught:  # noqa: BLE001 - kernels may raise anything; this transfer ends with it

@@ -151,6 +151,8 @@ class PollingThread(ABC):
                 pause = min(pause * 1.1, _PAUSE_S)
 
     def _do_next(self) -> bool:
+        if not (self._jobs or self._long_jobs or self._later):
+            return False
         with self._wake:
             if self._later and self._later[0][0] <= time.monotonic():
                 work = heapq.heappop(self._later)[2]

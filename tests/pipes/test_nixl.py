@@ -240,24 +240,26 @@ def test_slots_are_taken_back_from_an_end_that_does_not_read_them(monkeypatch):
     pair.close()
 
 
-def test_each_use_of_a_pool_leaves_the_other_one_a_slot(pair):
+def test_lending_leaves_a_slot_to_what_lands(pair):
     agent = pair.here._agent
-    pool = SlotPool(agent, STAGERS["cpu"]("cpu"), Place.of("cpu"), BLOCK, 4)
+    pool = SlotPool(agent, STAGERS["cpu"]("cpu"), Place.of("cpu"), BLOCK, 3)
     agent.call(pool.open)
     landing, lending = [], []
 
     def fill():
-        for _ in range(5):
-            pool.take(Use.LANDING, landing.append)
-        for _ in range(2):
+        for _ in range(3):
             pool.take(Use.LENDING, lending.append)
+        for _ in range(3):
+            pool.take(Use.LANDING, landing.append)
 
     agent.call(fill)
-    assert (len(landing), len(lending)) == (3, 1)
+    assert (len(lending), len(landing)) == (2, 1)
     agent.call(lambda: pool.give(landing[0]))
-    assert (len(landing), len(lending)) == (3, 2)
+    assert (len(lending), len(landing)) == (2, 2)
     agent.call(lambda: pool.give(lending[0]))
-    assert (len(landing), len(lending)) == (4, 2)
+    assert (len(lending), len(landing)) == (2, 3)
+    agent.call(lambda: pool.give(landing[1]))
+    assert (len(lending), len(landing)) == (3, 3)
     agent.call(pool.close)
 
 
