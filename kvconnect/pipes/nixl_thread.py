@@ -140,7 +140,7 @@ class PollingThread(ABC):
             ctypes.CDLL(None).prctl(_SET_TIMER_SLACK, 1, 0, 0, 0)
         stirred, pause = 0.0, 0.0
         while not self._stopped:
-            news = self._do_next()
+            news = self._work()
             news |= self._look()
             if self._watches:
                 news |= self.progress()
@@ -150,21 +150,31 @@ class PollingThread(ABC):
                 self._rest(pause)
                 pause = min(pause * 1.1, _PAUSE_S)
 
-    def _do_next(self) -> bool:
-        if not (self._jobs or self._long_jobs or self._later):
-            return False
+    def _work(self) -> bool:
+        """Do what waits: every step, then one that may be long; return whether there was any."""
+        news = False
+        while (step := self._next()) is not None:
+            news = True
+            self._do(step)
+        if self._long_jobs:
+            news = True
+            self._do(self._long_jobs.popleft())
+        return news
+
+    def _next(self) -> Callable[[], None] | None:
+        if not (self._jobs or self._later):
+            return None
         with self._wake:
             if self._later and self._later[0][0] <= time.monotonic():
-                work = heapq.heappop(self._later)[2]
-            elif self._jobs or self._long_jobs:
-                work = (self._jobs or self._long_jobs).popleft()
-            else:
-                return False
+                return heapq.heappop(self._later)[2]
+            return self._jobs.popleft() if self._jobs else None
+
+    @staticmethod
+    def _do(step: Callable[[], None]) -> None:
         try:
-            work()
+            step()
         except Exception:  # a bug in one pipe must not end the thread of all
             log.exception("a step failed and was dropped")
-        return True
 
     def _look(self) -> bool:
         news = False
