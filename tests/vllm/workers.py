@@ -36,7 +36,7 @@ def each_worker_fetches_its_part(fleet: Fleet, prompt: Prompt, route: Callable[[
 
 
 def is_refused(fleet: Fleet, producer: Server, consumer: Server, reason: str, seed: int) -> None:
-    """Two hand-overs between engines that do not fit: all is computed, and the ``reason`` is said once."""
+    """Two hand-overs between engines that do not fit: all is computed, and the ``reason`` is said once of each peer."""
     for prompt in (fleet.prompt(150, seed, max_tokens=4), fleet.prompt(150, seed + 1, max_tokens=4)):
         params = fleet.ticket(producer, prompt)
         answer, fetched = fleet.fetched(
@@ -44,5 +44,9 @@ def is_refused(fleet: Fleet, producer: Server, consumer: Server, reason: str, se
         )  # type: ignore[misc]
         assert fetched == 0
         assert answer.texts == fleet.reference(prompt).texts
-    (said,) = differences(consumer)
-    assert reason in said
+    said = differences(consumer)
+    assert said
+    assert all(reason in line for line in said)
+    # Engines that lend to each other are all peers: it is said once of each.
+    peers = [re.findall(r"peer (\S+): mismatch", line) for line in said]
+    assert all(peers.count(peer) == 1 for peer in peers)
