@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -39,9 +40,8 @@ def is_refused(fleet: Fleet, producer: Server, consumer: Server, reason: str, se
     """Two hand-overs between engines that do not fit: all is computed, and the ``reason`` is said once of each peer."""
     for prompt in (fleet.prompt(150, seed, max_tokens=4), fleet.prompt(150, seed + 1, max_tokens=4)):
         params = fleet.ticket(producer, prompt)
-        answer, fetched = fleet.fetched(
-            consumer, lambda p=prompt, t=params: fleet.ask(consumer, p, kv_transfer_params=t)
-        )  # type: ignore[misc]
+        call = functools.partial(fleet.ask, consumer, prompt, kv_transfer_params=params)
+        answer, fetched = fleet.fetched(consumer, call)
         assert fetched == 0
         assert answer.texts == fleet.reference(prompt).texts
     said = differences(consumer)
