@@ -344,10 +344,12 @@ def test_a_first_token_is_held_against_the_floor_of_its_own_pool_and_mode():
     assert late["met"] is False
 
 
-def test_the_lower_floor_is_shown_and_sets_no_goal():
-    (found,) = compared([row(LOWER_FLOOR, 16.0), row("cuda_ipc", 28.0)], "ttft_ms", LOWER_FLOOR)
+def test_the_lower_floor_is_shown_and_sets_the_goal_only_where_the_other_is_not_known():
+    (found,) = compared([row(FLOOR, 20.0), row(LOWER_FLOOR, 16.0), row("cuda_ipc", 28.0)], "ttft_ms", LOWER_FLOOR)
     assert found["goal"] is None
     assert found["ratio"] == pytest.approx(16 / 28, abs=0.001)
+    (alone,) = compared([row(LOWER_FLOOR, 16.0), row("cuda_ipc", 28.0)], "ttft_ms", LOWER_FLOOR)
+    assert (alone["goal"], alone["met"]) == (pytest.approx(25.937, abs=0.001), False)
 
 
 def test_nixl_is_compared_by_its_better_layout():
@@ -355,6 +357,11 @@ def test_nixl_is_compared_by_its_better_layout():
     (found,) = compared(rows, "ttft_ms", f"{NIXL} BLHNC")
     assert found["ratio"] == 4.0
     assert not compared(rows, "ttft_ms", NIXL)
+
+
+def test_what_stands_on_one_gpu_is_not_compared_with_what_stands_on_two():
+    rows = [row(FLOOR, 20.0), row(NIXL, 60.0), row("cuda_ipc", 30.0, place="one GPU")]
+    assert goals.judge(rows) == rows
 
 
 def test_totals_must_be_below_those_of_both_others_at_16_000_tokens_only():

@@ -53,10 +53,12 @@ def _hand_over(row: Row, rows: Sequence[Row]) -> Iterator[Row]:
     wire_ms = row["bytes"] / ENGINE_RATE * 1e3
     slack_ms = SLACK_MS.get(row["backend"].split(" ")[0])
     held = row["place"] == "two GPUs" and slack_ms is not None
-    for floor in _alike(row, rows, "pool", "mode", "vllm"):
-        if floor["backend"] in {FLOOR, LOWER_FLOOR}:
-            goal = floor["ttft_ms"] + WIRE_FACTOR * wire_ms + (slack_ms or 0.0)
-            yield _at_most(row, "ttft_ms", floor, goal if held and floor["backend"] == FLOOR else None)
+    floors = [each for each in _alike(row, rows, "pool", "mode", "vllm") if each["backend"] in {FLOOR, LOWER_FLOOR}]
+    for floor in floors:
+        goal = floor["ttft_ms"] + WIRE_FACTOR * wire_ms + (slack_ms or 0.0)
+        # The lower one sets the goal only where the other was not measured.
+        sets = held and (floor["backend"] == FLOOR or len(floors) == 1)
+        yield _at_most(row, "ttft_ms", floor, goal if sets else None)
     nixl = best_nixl(row, rows, "ttft_ms")
     if nixl is not None:
         yield _at_most(row, "ttft_ms", nixl, None)
@@ -81,8 +83,8 @@ def _load(row: Row, rows: Sequence[Row]) -> Iterator[Row]:
 
 
 def _alike(row: Row, rows: Iterable[Row], *also: str) -> list[Row]:
-    """Return the rows of others about the same case; floors and P2pNcclConnector only stand on two GPUs."""
-    fields = ("case", *also)
+    """Return the other rows about the same case in the same place."""
+    fields = ("case", "place", *also)
     return [each for each in rows if each is not row and all(each.get(name) == row.get(name) for name in fields)]
 
 

@@ -46,7 +46,8 @@ class Load:
         lead_s: how long before an arrival its ticket is asked for.
         streams: that D decodes all the time.
         stream_tokens: of each stream's prompt.
-        prefills: that P computes at any time, next to the tickets.
+        prefills: that stand before P at any time, next to the tickets: more than one step takes, so that P
+            never waits for this process.
         prefill_tokens: of each of them.
 
     """
@@ -56,10 +57,10 @@ class Load:
     tokens: int
     prompts: int
     fresh_tokens: int = 32
-    lead_s: float = 1.5
+    lead_s: float = 2.0
     streams: int = 16
     stream_tokens: int = 512
-    prefills: int = 4
+    prefills: int = 8
     prefill_tokens: int = 2048
 
     def arrivals_s(self) -> list[float]:
