@@ -13,8 +13,6 @@ A sleep lasts 50 µs longer than it was asked to unless the thread says that thi
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import logging
 import queue
 import threading
@@ -22,6 +20,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from kvconnect import timers
 from kvconnect.cuda import driver
 from kvconnect.errors import BrokenError, KVConnectError
 
@@ -34,7 +33,6 @@ LANES = 4
 _LOOK_S, _PATIENCE_S = 20e-6, 2e-3
 #: A wait shorter than this is not slept through at all: going to sleep and waking take as long.
 _SHORT_S = 40e-6
-_PR_SET_TIMERSLACK = 29
 #: Share of the expected time that is slept through: what is expected was measured on short copies.
 _SURE = 0.75
 
@@ -130,7 +128,7 @@ class _Lane:
             self._works.put(_Started(event, kept, error, over, now + _SURE * expected_s, now + expected_s))
 
     def _wait(self) -> None:
-        _sleep_precisely()
+        timers.keep_time()
         while True:
             work = self._works.get()
             error = work.error
@@ -153,12 +151,6 @@ def _await(work: _Started) -> None:
     while not work.event.done and (now := time.monotonic()) < work.due + _PATIENCE_S:
         time.sleep(0 if abs(now - work.due) < _SHORT_S else _LOOK_S)
     work.event.synchronize()  # also raises what the work failed with
-
-
-def _sleep_precisely() -> None:
-    """Have the kernel wake this thread when it asked to be woken: no slack to group its timers with others'."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
 
 
 @driver.per_process

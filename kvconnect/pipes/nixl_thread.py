@@ -14,8 +14,6 @@ of threads, which takes as long as a GPU's link takes for 15 MB.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import heapq
 import itertools
 import logging
@@ -27,6 +25,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Final, NamedTuple, TypeVar
 
+from kvconnect import timers
 from kvconnect.errors import BrokenError, DeadlineError, KVConnectError
 
 log = logging.getLogger(__name__)
@@ -43,8 +42,6 @@ _HOT_S: Final = 10.0
 _COOL_PAUSE_S: Final = 5e-3
 #: How long making an agent, or a call on its thread, may take.
 _CALL_S: Final = 60.0
-#: ``PR_SET_TIMERSLACK``: a thread's time-outs are 50 µs late by default.
-_SET_TIMER_SLACK: Final = 29
 
 Then = Callable[[KVConnectError | None], None]
 
@@ -136,8 +133,7 @@ class PollingThread(ABC):
         self._followed.append(_Followed(is_over, then, time.monotonic()))
 
     def _run(self) -> None:
-        with contextlib.suppress(OSError, AttributeError):  # later looks are slower, no more
-            ctypes.CDLL(None).prctl(_SET_TIMER_SLACK, 1, 0, 0, 0)
+        timers.keep_time()
         stirred, pause = 0.0, 0.0
         while not self._stopped:
             news = self._work()
