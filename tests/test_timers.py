@@ -11,7 +11,7 @@ PR_GET_TIMERSLACK = 30
 
 
 def slack_ns() -> int:
-    return ctypes.CDLL(None).prctl(PR_GET_TIMERSLACK, 0, 0, 0, 0)
+    return int(ctypes.CDLL(None).prctl(PR_GET_TIMERSLACK, 0, 0, 0, 0))
 
 
 def test_only_the_thread_that_says_so_is_woken_exactly() -> None:
