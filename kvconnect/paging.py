@@ -111,7 +111,7 @@ class PagedLayout:
         for layer in self.layers:
             _check_layer(layer, self.region_bytes)
 
-    @property
+    @functools.cached_property
     def num_groups(self) -> int:
         """Number of KV-cache groups."""
         return 1 + max((layer.group for layer in self.layers), default=-1)
@@ -124,23 +124,31 @@ class PagedLayout:
         """What must agree between two peers: ``[layer name, group, bytes a block, order]`` per layer."""
         return [[layer.name, layer.group, layer.block_bytes, layer.order] for layer in self.layers]
 
-    def block_bytes(self) -> list[int]:
+    @functools.cached_property
+    def block_bytes(self) -> tuple[int, ...]:
         """Bytes of one block of each group; 0 where a group has no layer here."""
-        return [sum(layer.block_bytes for layer in self.in_group(group)) for group in range(self.num_groups)]
+        return tuple(sum(layer.block_bytes for layer in self.in_group(group)) for group in range(self.num_groups))
+
+    @functools.cached_property
+    def num_blocks(self) -> tuple[int, ...]:
+        """How many blocks all layers of each group have."""
+        # A pipeline stage may have no layer of a group in between: its blocks have no bytes here.
+        return tuple(
+            min((layer.num_blocks for layer in self.in_group(group)), default=_MAX_BLOCKS)
+            for group in range(self.num_groups)
+        )
 
     def nbytes(self, blocks: BlockIds) -> int:
         """Length of the canonical stream of ``blocks``, in bytes."""
-        return sum(len(ids) * layer.block_bytes for group, ids in enumerate(blocks) for layer in self.in_group(group))
+        return sum(len(ids) * size for ids, size in zip(blocks, self.block_bytes, strict=False))
 
     def check(self, blocks: BlockIds) -> None:
         """Raise `HandshakeError` if a block id (from a peer, say) lies outside this memory."""
         if len(blocks) > self.num_groups:
             raise HandshakeError(f"{len(blocks)} block groups asked for, this memory has {self.num_groups}")
-        for group, ids in enumerate(blocks):
-            # A pipeline stage may have no layer of a group in between: its blocks have no bytes here.
-            limit = min((layer.num_blocks for layer in self.in_group(group)), default=_MAX_BLOCKS)
-            bad = next((b for b in ids if not 0 <= b < limit), None)
-            if bad is not None:
+        for group, (ids, limit) in enumerate(zip(blocks, self.num_blocks, strict=False)):
+            if len(ids) and (min(ids) < 0 or max(ids) >= limit):
+                bad = next(b for b in ids if not 0 <= b < limit)
                 raise HandshakeError(f"block {bad} of group {group} is outside 0..{limit - 1}")
 
     def pieces(self, blocks: BlockIds) -> tuple[Int64Array, Int64Array, Int64Array]:

@@ -46,7 +46,7 @@ class Chunk:
 
 def slot_bytes(layout: PagedLayout, ours: int, theirs: int) -> int:
     """Return how large a chunk may be between two ends that wish for these sizes: a block at least."""
-    return max(min(ours, theirs), max(layout.block_bytes(), default=0), 1)
+    return max(min(ours, theirs), max(layout.block_bytes, default=0), 1)
 
 
 def counts(blocks: BlockIds) -> list[int]:
@@ -110,7 +110,7 @@ class Selectable:
     def __init__(self, layout: PagedLayout) -> None:
         self._layout = layout
         #: Bytes of one block of each group.
-        self.block_bytes = layout.block_bytes()
+        self.block_bytes = layout.block_bytes
         # A group without layers here has no bytes, so that any number of its blocks is one.
         blocks = [[layer.num_blocks for layer in layout.in_group(group)] for group in range(layout.num_groups)]
         self._most = [max(some, default=_ANY) for some in blocks]

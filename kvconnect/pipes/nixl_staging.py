@@ -226,7 +226,7 @@ class StagedMemory:
         self.place = Place.of(memory.device)
         self.kind = torch.device(memory.device).type
         self.stager = stager_for(memory.device)
-        slot_bytes = max(portion_bytes, *(memory.layout.block_bytes() or [1]))
+        slot_bytes = max(portion_bytes, *(memory.layout.block_bytes or (1,)))
         self.slots = SlotPool(agent, self.stager, self.place, slot_bytes, SIZES[self.kind].slots)
         self._registration: Registration | None = None
         self._users = 0
@@ -277,7 +277,7 @@ def portions(layout: PagedLayout, blocks: BlockIds, portion_bytes: int) -> Itera
         the blocks of a portion, of at most ``portion_bytes`` bytes, or one block if that is larger.
 
     """
-    for group, (ids, size) in enumerate(zip(blocks, layout.block_bytes(), strict=False)):
+    for group, (ids, size) in enumerate(zip(blocks, layout.block_bytes, strict=False)):
         step = max(1, portion_bytes // size) if size else 1
         for start in range(0, len(ids) if size else 0, step):
             yield [*([] for _ in range(group)), list(ids[start : start + step])]

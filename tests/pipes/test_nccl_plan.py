@@ -71,7 +71,7 @@ def test_a_chunk_that_makes_no_sense_is_refused(row):
 
 def test_a_slot_holds_a_block_and_is_no_larger_than_either_end_wishes():
     layout = separate_layers(2, 8, 2, 100)
-    assert layout.block_bytes() == [400]
+    assert layout.block_bytes == (400,)
     assert slot_bytes(layout, 5000, 3000) == 3000
     assert slot_bytes(layout, 100, 3000) == 400
 
