@@ -128,8 +128,7 @@ def check_counts(layout: PagedLayout, blocks: BlockIds) -> None:
 
     Each id costs memory before it is looked at.
     """
-    for group, ids in enumerate(blocks):
-        limit = max((layer.num_blocks for layer in layout.in_group(group)), default=len(ids))
+    for group, (ids, limit) in enumerate(zip(blocks, layout.num_blocks, strict=False)):
         if len(ids) > limit:
             raise HandshakeError(f"{len(ids)} blocks of group {group} asked for, this memory has {limit}")
 

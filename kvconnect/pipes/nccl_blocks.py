@@ -38,7 +38,7 @@ from kvconnect.pipes.base import Channel, Message, Transfer
 from kvconnect.pipes.flows import Kind, count, pack
 from kvconnect.pipes.nccl_lines import Arrival, Line, Receiver, Sender, Wire, ending
 from kvconnect.pipes.nccl_loop import Loop
-from kvconnect.pipes.nccl_plan import Key, Selectable, slot_bytes
+from kvconnect.pipes.nccl_plan import Key, read_selection, slot_bytes
 from kvconnect.pipes.turns import Turns
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,6 @@ class NcclBlocks:
     ) -> None:
         check_shapes(local.layout, remote)
         self._layout, self._remote, self._channel = local.layout, remote, channel
-        self._selectable = Selectable(local.layout)
         self._wires, self._loop, self._slot_bytes = wires, wires.loop, slot_bytes
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
@@ -105,7 +104,7 @@ class NcclBlocks:
         self._writes: dict[int, Transfer] = {}
         self._arriving = 0
         self._met = False
-        sizes = self._selectable.block_bytes
+        sizes = local.layout.block_bytes
         self._into = Receiver(self, timeout_s, sizes, self._meet)
         self._out = Sender(self, timeout_s, sizes, self._released)
         handlers: dict[str, Callable[[dict[str, Any]], Message]] = {
@@ -254,7 +253,7 @@ class NcclBlocks:
 
     def _on_orders(self, body: dict[str, Any]) -> Message:
         self._check_usable()
-        asks = [self._selectable.read(ask) for ask in _rows(body, "asks")]
+        asks = [read_selection(self._layout, ask) for ask in _rows(body, "asks")]
         first, rows = count(body, "first"), _rows(body, "rows")
         drops = [(Kind(kind), int(number)) for kind, number in map(_pair, _rows(body, "drops"))]
 
@@ -272,7 +271,7 @@ class NcclBlocks:
 
     def _on_write(self, body: dict[str, Any]) -> Message:
         self._check_usable()
-        number, ids = self._selectable.read(body)
+        number, ids = read_selection(self._layout, body)
         with self._lock:
             if self._arriving >= MAX_WRITES:
                 raise BusyError(f"{MAX_WRITES} transfers of the other end are running here already")

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvconnect import blocks as paged
 from kvconnect.errors import HandshakeError
 from kvconnect.paging import BlockIds, PagedLayout
 from kvconnect.pipes.flows import Kind, count, unpack
@@ -25,7 +26,6 @@ FIRST_BYTES = 8 << 20
 #: Slots' worth of bytes that may be under way: more than a wire carries during one round trip of
 #: a message. A small transfer waits for so many (0.75 ms of NVLink).
 WINDOW_SLOTS = 10
-_ANY = 1 << 32
 
 
 @dataclass(frozen=True)
@@ -104,30 +104,17 @@ class Plan:
         return chunk
 
 
-class Selectable:
-    """This end's blocks as a peer may select them; what a request is checked against is counted once."""
-
-    def __init__(self, layout: PagedLayout) -> None:
-        self._layout = layout
-        #: Bytes of one block of each group.
-        self.block_bytes = layout.block_bytes
-        # A group without layers here has no bytes, so that any number of its blocks is one.
-        blocks = [[layer.num_blocks for layer in layout.in_group(group)] for group in range(layout.num_groups)]
-        self._most = [max(some, default=_ANY) for some in blocks]
-
-    def read(self, body: Any) -> tuple[int, BlockIds]:
-        """Read a transfer's number and this end's blocks from a peer; raise `HandshakeError` if malformed."""
-        if not isinstance(body, dict):
-            raise HandshakeError(f"a transfer of the peer is malformed: {body!r}")
-        ids = unpack(body.get("groups"))
-        self._layout.check(ids)
-        for group, (some, most) in enumerate(zip(ids, self._most, strict=False)):
-            if len(some) > most:
-                raise HandshakeError(f"{len(some)} blocks of group {group} asked for, this memory has {most}")
-        nbytes = sum(len(some) * size for some, size in zip(ids, self.block_bytes, strict=False))
-        if not nbytes or body.get("nbytes") != nbytes:
-            raise HandshakeError(f"these blocks have {nbytes} bytes here, {body.get('nbytes')} at the other end")
-        return count(body, "number"), ids
+def read_selection(layout: PagedLayout, body: Any) -> tuple[int, BlockIds]:
+    """Read a transfer's number and this end's blocks from a peer; raise `HandshakeError` if malformed."""
+    if not isinstance(body, dict):
+        raise HandshakeError(f"a transfer of the peer is malformed: {body!r}")
+    ids = unpack(body.get("groups"))
+    layout.check(ids)
+    paged.check_counts(layout, ids)
+    nbytes = layout.nbytes(ids)
+    if not nbytes or body.get("nbytes") != nbytes:
+        raise HandshakeError(f"these blocks have {nbytes} bytes here, {body.get('nbytes')} at the other end")
+    return count(body, "number"), ids
 
 
 @dataclass

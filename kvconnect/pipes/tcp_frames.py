@@ -14,7 +14,6 @@ block ids of a `Kind.READ` or `Kind.WRITE`, bytes of the canonical stream from
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -99,7 +98,6 @@ def unpack_ids(data: bytes | bytearray) -> list[list[int]]:
 
 def max_ids_bytes(layout: PagedLayout) -> int:
     """Most bytes that ids of this memory's blocks take, each block once."""
-    counts: Sequence[int] = [
-        max((layer.num_blocks for layer in layout.in_group(group)), default=0) for group in range(layout.num_groups)
-    ]
-    return 4 + sum(4 + 4 * count for count in counts)
+    # A group without layers here has no bytes: nobody names its blocks.
+    counts = zip(layout.num_blocks, layout.block_bytes, strict=True)
+    return 4 + sum(4 + 4 * count * bool(size) for count, size in counts)

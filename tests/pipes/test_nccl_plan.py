@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvconnect.errors import HandshakeError
 from kvconnect.pipes.flows import Kind, pack
-from kvconnect.pipes.nccl_plan import FIRST_BYTES, Plan, Selectable, cut, read_row, slot_bytes
+from kvconnect.pipes.nccl_plan import FIRST_BYTES, Plan, cut, read_row, read_selection, slot_bytes
 from kvconnect.testing.layouts import separate_layers
 
 MB = 1 << 20
@@ -81,9 +81,8 @@ def request(ids, nbytes, number=7):
 
 
 def test_what_a_peer_selects_is_checked_against_this_memory():
-    selectable = Selectable(separate_layers(2, 8, 2, 100))
-    assert selectable.block_bytes == [400]
-    assert selectable.read(request([[5, 0, 7]], 1200)) == (7, [[5, 0, 7]])
+    layout = separate_layers(2, 8, 2, 100)
+    assert read_selection(layout, request([[5, 0, 7]], 1200)) == (7, [[5, 0, 7]])
     for ids, nbytes, message in [
         ([[8]], 400, "block 8 of group 0"),
         ([[1] * 9], 3600, "9 blocks of group 0 asked for, this memory has 8"),
@@ -92,7 +91,7 @@ def test_what_a_peer_selects_is_checked_against_this_memory():
         ([[]], 0, "0 bytes here"),
     ]:
         with pytest.raises(HandshakeError, match=message):
-            selectable.read(request(ids, nbytes))
+            read_selection(layout, request(ids, nbytes))
     for body in (None, {"number": 1}, request([[1]], 400, number=-1), request([[1]], None)):
         with pytest.raises(HandshakeError):
-            selectable.read(body)
+            read_selection(layout, body)
