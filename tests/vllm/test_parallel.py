@@ -40,7 +40,8 @@ def data_parallel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         producers=1,
         consumers=1,
         tiny=False,
-        extra_config={"port": _port_pair()},
+        # Four engines on fewer cores may stand still for longer than a look-up waits for them.
+        extra_config={"port": _port_pair(), "lookup_timeout_s": 20.0},
         arguments=("--data-parallel-size", "2"),
     )
     with running(plan, tmp_path_factory.mktemp("data-parallel")) as fleet:
