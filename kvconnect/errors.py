@@ -84,6 +84,15 @@ class StaleError(LoadError):
     """The owner no longer vouches for the blocks that were read: their lease had ended."""
 
 
+def as_ours(error: BaseException, what: str = "") -> KVConnectError:
+    """Return ``error`` if it is one of ours, else a `BrokenError` caused by it: ``what``, its type and its text."""
+    if isinstance(error, KVConnectError):
+        return error
+    broken = BrokenError(f"{what}{type(error).__name__}: {error}")
+    broken.__cause__ = error
+    return broken
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """Return the known name closest to ``name``, whatever its case, or ``None`` if none is close."""
     folded = {candidate.casefold(): candidate for candidate in known}

@@ -35,3 +35,14 @@ def test_an_unavailable_backend_says_why_and_what_to_do():
     assert str(UnavailableBackendError("pipe", "x", "no GPU")) == "pipe 'x' is not available: no GPU"
     text = str(UnavailableBackendError("pipe", "x", "no cupy", "pip install cupy"))
     assert text == "pipe 'x' is not available: no cupy (pip install cupy)"
+
+
+def test_a_foreign_error_becomes_the_cause_of_one_of_ours_and_ours_stay_as_they_are():
+    own, foreign = errors.LoadError("gone"), ValueError("seven")
+    assert errors.as_ours(own, "the pipe failed: ") is own
+    made = errors.as_ours(foreign, "the pipe failed: ")
+    assert (type(made), str(made), made.__cause__) == (
+        errors.BrokenError,
+        "the pipe failed: ValueError: seven",
+        foreign,
+    )

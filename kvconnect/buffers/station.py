@@ -11,7 +11,7 @@ from kvconnect.buffers.channels import Channels, Side
 from kvconnect.buffers.choice import AutoOptions
 from kvconnect.buffers.hello import Hello
 from kvconnect.control import ControlClient
-from kvconnect.errors import BrokenError, KVConnectError
+from kvconnect.errors import KVConnectError, as_ours
 from kvconnect.paging import PagedMemory
 from kvconnect.pipes.base import Message, Pipe, PipeSpec
 
@@ -50,8 +50,4 @@ class Station:
 
 def foreign(error: BaseException) -> KVConnectError:
     """Return a pipe's error, or whatever a third party's pipe raised, as one of ours."""
-    if isinstance(error, KVConnectError):
-        return error
-    broken = BrokenError(f"the pipe failed: {type(error).__name__}: {error}")
-    broken.__cause__ = error
-    return broken
+    return as_ours(error, "the pipe failed: ")

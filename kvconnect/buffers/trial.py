@@ -198,7 +198,7 @@ class Trial:
             if pipe is None:
                 raise ClosedError("the pipe was closed")
             moving = pipe.read_blocks(remote, local)
-        except BaseException:
+        except BaseException:  # counted before it began, so that a line with a load to come is not ended
             self._left(line)
             raise
         moving.add_done_callback(lambda _: self._left(line))

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from kvconnect import timers
 from kvconnect.cuda import driver
-from kvconnect.errors import BrokenError, KVConnectError
+from kvconnect.errors import KVConnectError, as_ours
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class Lanes:
                     stream = stream or driver.cupy().cuda.Stream(non_blocking=True)
                     call(stream)
             except Exception as failed:  # noqa: BLE001 - whatever it raises, its waiters must hear of it
-                error = _ours(failed)
+                error = as_ours(failed)
             _tell(over, error)
 
 
@@ -123,7 +123,7 @@ class _Lane:
                         event = cuda.Event(block=True, disable_timing=True)
                         event.record(self._stream)
             except Exception as failed:  # noqa: BLE001 - whatever it raises, its waiters must hear of it
-                error = _ours(failed)
+                error = as_ours(failed)
             now = time.monotonic()
             self._works.put(_Started(event, kept, error, over, now + _SURE * expected_s, now + expected_s))
 
@@ -157,14 +157,6 @@ def _await(work: _Started) -> None:
 def lanes(device: int) -> Lanes:
     """Return this process's lanes of ``device``."""
     return Lanes(device)
-
-
-def _ours(error: Exception) -> KVConnectError:
-    if isinstance(error, KVConnectError):
-        return error
-    broken = BrokenError(f"{type(error).__name__}: {error}")
-    broken.__cause__ = error
-    return broken
 
 
 def _tell(over: Over, error: KVConnectError | None) -> None:

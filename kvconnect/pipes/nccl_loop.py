@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from kvconnect.cuda import driver
-from kvconnect.errors import BrokenError, KVConnectError
+from kvconnect.errors import BrokenError, KVConnectError, as_ours
 from kvconnect.pipes.turns import Turns
 
 log = logging.getLogger(__name__)
@@ -170,13 +170,8 @@ class Loop:
         try:
             call()
         except Exception as error:  # noqa: BLE001 - whatever a line raises ends it, and no other
-            if isinstance(error, KVConnectError):
-                failed: KVConnectError = error
-            else:
-                failed = BrokenError(f"{type(error).__name__}: {error}")
-                failed.__cause__ = error
             try:
-                line.fail(failed)
+                line.fail(as_ours(error))
             except Exception:  # the loop serves others, too
                 log.exception("a line could not be ended")
 

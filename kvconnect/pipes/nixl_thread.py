@@ -26,7 +26,7 @@ from concurrent.futures import Future
 from typing import Final, NamedTuple, TypeVar
 
 from kvconnect import timers
-from kvconnect.errors import BrokenError, DeadlineError, KVConnectError
+from kvconnect.errors import DeadlineError, KVConnectError, as_ours
 
 log = logging.getLogger(__name__)
 
@@ -215,10 +215,5 @@ class PollingThread(ABC):
 
 def ours(error: BaseException) -> KVConnectError:
     """Return what NIXL raised as one of ours."""
-    if isinstance(error, KVConnectError):
-        return error
-    name = type(error).__name__
-    what = "the peer has disconnected" if name == "nixlRemoteDisconnectError" else "NIXL failed"
-    broken = BrokenError(f"{what}: {name}: {error}")
-    broken.__cause__ = error
-    return broken
+    gone = type(error).__name__ == "nixlRemoteDisconnectError"
+    return as_ours(error, "the peer has disconnected: " if gone else "NIXL failed: ")

@@ -2,38 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
-
 import pytest
 
-from kvconnect.pipes.base import Pipe, PipeSpec, Reach, Traits
+from kvconnect.pipes.base import Reach, Traits
 from kvconnect.testing.pipe_tests import CudaPipeTests
 from tests.gpu.pipes import CudaPipe
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from tests.pipes.test_stream import ThreeMethodPipe
 
 pytestmark = pytest.mark.gpu
 
 
-class ThreeMethodCudaPipe(Pipe):
-    """What a third party writes: a constructor and three methods."""
-
+class ThreeMethodCudaPipe(ThreeMethodPipe):
     name = "three-cuda"
     traits = Traits(devices=frozenset({"cuda"}), reach=Reach.PROCESS)
-    wire_class: ClassVar[type[Pipe]] = CudaPipe
-
-    def __init__(self, spec: PipeSpec) -> None:
-        self._wire = self.wire_class.open(spec)
-
-    def send_tensor(self, tensor: Tensor | None) -> None:
-        self._wire.send_tensor(tensor)
-
-    def recv_tensor(self) -> Tensor | None:
-        return self._wire.recv_tensor()
-
-    def close(self) -> None:
-        self._wire.close()
+    wire_class = CudaPipe
 
 
 class TestThreeMethodCudaPipe(CudaPipeTests):
