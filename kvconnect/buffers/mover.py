@@ -214,6 +214,9 @@ class Mover(WorkerEnd):
             self._finish(read, link)
             return
         read.link, read.transfer.via = link, link.name
+        patience_s = self._links.patience_s(link, read.transfer.nbytes)
+        if patience_s is not None:
+            self._client.later(patience_s, lambda: self._overdue(read, link))
         self._ask(read)
         if link.immediate:
             self._move(read, link.pipe)
@@ -308,6 +311,10 @@ class Mover(WorkerEnd):
             self._finish(read, error)
             return
         self._links.get(at, incarnation, lambda link: self._linked(read, link))
+
+    def _overdue(self, read: _Read, link: Link) -> None:
+        if read.link is link and not read.transfer.done:
+            self._links.overdue(link, read.inner)
 
     def _failed(self, read: _Read, error: KVConnectError | None) -> None:
         failure, link = read.stopped or error, read.link
