@@ -71,6 +71,11 @@ class Link:
         pipe = self.pipe  # any thread may ask
         return pipe is not None and pipe.traits.immediate
 
+    @property
+    def line(self) -> Line | None:
+        """One of its lines that is open."""
+        return next((line for line in self.lines if not line.ended), None)
+
 
 class Links:
     """Pipes that this worker asked for, by owner."""
