@@ -50,6 +50,9 @@ class Config:
         unasked_share: largest share of a producer's blocks that entries nobody asked for may hold.
         content_lookup: look for requests without a ticket at the known producers.
         log_transfers: one INFO line a transfer (it is DEBUG otherwise), for demonstrations and debugging.
+        checksum: compare the sum of the blocks that have arrived with that of the owner's blocks, whatever
+            the pipe, before they are used; where they differ, the request is recomputed. (The pipe ``tcp``
+            has checksums of what is on the wire besides; they are on unless it is told otherwise.)
         kv_ip, kv_port, kv_rank, kv_parallel_size: vLLM's older fields. With a ``kv_ip`` that
             is not loopback, the engine of rank r listens on ``kv_ip`` at ``kv_port + r``, and
             consumers look at the other ranks there.
@@ -71,6 +74,7 @@ class Config:
     unasked_share: float = 0.25
     content_lookup: bool = True
     log_transfers: bool = False
+    checksum: bool = False
     kv_ip: str | None = None
     kv_port: int | None = None
     kv_rank: int | None = None

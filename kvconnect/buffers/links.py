@@ -1,13 +1,16 @@
 """Links to peers' workers: the pipe, or for a while the pipes, that this worker reads each over.
 
 The nearest pipe that can be opened is taken. Where others are as near, they are measured
-against it (`kvconnect.buffers.trial`). One that fails before it has moved anything is
-passed over for a while. Readers of a peer that is just being met wait on one opening.
+against it (`kvconnect.buffers.trial`). One that fails before it has moved anything, or does
+not move it in time, is passed over for a while. When what was known of pipes is too old,
+a link is reviewed beside its loads: another pipe may be better by now. Readers of a peer
+that is just being met wait on one opening.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,12 +27,16 @@ from kvconnect.buffers.recent import Recent
 from kvconnect.buffers.station import Station, foreign
 from kvconnect.buffers.trial import Outcome, Setting, Trial
 from kvconnect.errors import BrokenError, ClosedError, HandshakeError, KVConnectError, LoadError
-from kvconnect.pipes.base import Pipe
+from kvconnect.pipes.base import Pipe, Transfer
 
 logger = logging.getLogger(__name__)
 
 #: From here on, failures whose time is over are forgotten.
 _MAX_LINKS = 1024
+#: A pipe that has moved nothing yet and is slower than this may hang.
+_SLOW_BYTES_A_S = 64e6
+#: Given to loads that are being given up to let go of their pipe.
+_SLACK_S = 10.0
 
 Then = Callable[["Link | KVConnectError"], None]
 
@@ -49,8 +56,11 @@ class Link:
     found: Sequence[Candidate] = ()
     spare: list[Candidate] = field(default_factory=list)
     passed: dict[str, str] = field(default_factory=dict)
-    #: Whether a read has succeeded.
+    #: Whether a read has succeeded; whether it was given up because none did.
     proved: bool = False
+    unfit: bool = False
+    #: From when on another pipe may be the better one.
+    review_at: float = math.inf
     failure: KVConnectError | None = None
     retry_at: float = 0.0
     waiting: list[Then] = field(default_factory=list)
@@ -60,6 +70,11 @@ class Link:
         """Whether its pipe is open and only enqueues what is to be read."""
         pipe = self.pipe  # any thread may ask
         return pipe is not None and pipe.traits.immediate
+
+    @property
+    def line(self) -> Line | None:
+        """One of its lines that is open."""
+        return next((line for line in self.lines if not line.ended), None)
 
 
 class Links:
@@ -81,6 +96,8 @@ class Links:
         self._peers = Peers(station.me, station.client, options.connect_timeout_s)
         self._lines = Lines(station, opening, ending)
         self._links: dict[tuple[str, str], Link] = {}
+        #: Replaced ones, over which loads may still run.
+        self._retired: set[Link] = set()
         self._experience = Experience()
         self._trials = threading.Lock()
         self._told: Recent[str] = Recent()
@@ -88,7 +105,12 @@ class Links:
     def at_hand(self, at: str, incarnation: str) -> Link | None:
         """Return the link to an owner if its pipe is open and may be asked by any thread there and then."""
         link = self._links.get((at, incarnation))
-        return link if link is not None and link.immediate else None
+        ready = link is not None and link.immediate and time.monotonic() < link.review_at
+        return link if ready else None
+
+    def patience_s(self, link: Link, nbytes: int) -> float | None:
+        """Return how long a load may take before `overdue` is told; ``None`` if its pipe is known to work."""
+        return None if link.proved or not link.spare else self._limit_s + nbytes / _SLOW_BYTES_A_S
 
     # -- on the client's thread -----------------------------------------------------
 
@@ -97,6 +119,8 @@ class Links:
         link = self._links.setdefault((at, incarnation), Link(at, incarnation))
         if link.pipe is not None:
             then(link)
+            if time.monotonic() >= link.review_at:
+                self._review(link)
         elif link.failure is not None and time.monotonic() < link.retry_at:
             then(link.failure)
         else:
@@ -115,6 +139,7 @@ class Links:
 
     def _opened(self, link: Link, failure: KVConnectError | None = None) -> None:
         link.failure, link.retry_at = failure, time.monotonic() + RETRY_S
+        link.review_at = self._experience.holds_until(link.at, link.incarnation)
         if len(self._links) > _MAX_LINKS:
             self._forget_failed()
         for key in [key for key, other in self._links.items() if key[0] == link.at and other is not link]:
@@ -138,7 +163,7 @@ class Links:
         never worked gives way to the next, whatever the error.
         """
         if self._links.get((link.at, link.incarnation)) is not link:
-            return not retried  # another read has seen to it
+            return link.unfit or not retried  # another read has seen to it
         broken = isinstance(error, (BrokenError, ClosedError))
         unfit = not link.proved and not isinstance(error, (LoadError, HandshakeError))
         if unfit and link.spare:
@@ -147,8 +172,18 @@ class Links:
             self.drop(link)
         return (broken and not retried) or (unfit and bool(link.spare))
 
+    def overdue(self, link: Link, moving: Transfer | None) -> None:
+        """A load takes too long for a pipe that has never worked: it gives way to the next, and its loads go there."""
+        tried = isinstance(link.pipe, Trial) and link.pipe.is_trial(moving)
+        if self._links.get((link.at, link.incarnation)) is not link or link.proved or not link.spare or tried:
+            return
+        self._pass_over(link, link.name, f"it moved nothing within {self._limit_s:.3g} s")
+        link.unfit = True
+        self.drop(link)
+
     def drop(self, link: Link) -> None:
         """Forget a link and end its pipes; the next `get` opens another."""
+        self._retired.discard(link)
         if self._links.get((link.at, link.incarnation)) is link:
             del self._links[link.at, link.incarnation]
         pipe, link.pipe = link.pipe, None
@@ -159,13 +194,49 @@ class Links:
 
     def lost(self, pipe: str) -> None:
         """The other end of a pipe is gone."""
-        for link in [link for link in self._links.values() if any(line.id == pipe for line in link.lines)]:
-            self.drop(link)
+        for link in [*self._links.values(), *self._retired]:
+            if any(line.id == pipe for line in link.lines):
+                self.drop(link)
 
     def drop_all(self) -> None:
         """End every pipe, and tell the peers so."""
-        for link in list(self._links.values()):
+        for link in [*self._links.values(), *self._retired]:
             self.drop(link)
+
+    def _review(self, link: Link) -> None:
+        """What was known is too old: look for a better pipe, if there may be one, while loads go on."""
+
+        def met(peer: Peer) -> None:
+            hello = peer.hello
+            if hello is not None and hello.incarnation == link.incarnation:
+                self._crew.submit(lambda: self._reopen(link, hello), lane=link.at)
+
+        link.review_at = self._experience.holds_until(link.at, link.incarnation)
+        best = self._experience.rank(link.at, link.incarnation, link.found)[0]
+        if best.name != link.name or (not isinstance(link.pipe, Trial) and self._rivals(link)):
+            self._peers.meet(link.at, met, link.incarnation)
+
+    def _replace(self, link: Link, fresh: Link) -> None:
+        """Have later loads go over ``fresh``, which may have taken the line of ``link`` over."""
+        shared = fresh.lines[0] in link.lines
+        if self._links.get((link.at, link.incarnation)) is not link:
+            self.drop(fresh)
+            return
+        if shared and isinstance(link.pipe, Trial):
+            return  # nothing else could be opened
+        self._links[link.at, link.incarnation] = fresh
+        fresh.review_at = self._experience.holds_until(link.at, link.incarnation)
+        fresh.proved = shared and link.proved
+        link.lines = [line for line in link.lines if line not in fresh.lines]
+        self._retired.add(link)
+        trial = fresh.pipe
+
+        def retire() -> None:  # no load takes longer
+            self.drop(link)
+            if shared and isinstance(trial, Trial):
+                trial.let_go()
+
+        self._client.later(self._station.settings.options.transfer_timeout_s + _SLACK_S, retire)
 
     def _settle(self, link: Link, outcome: Outcome) -> None:
         """A trial is over: one line is left."""
@@ -178,6 +249,7 @@ class Links:
             self.drop(link)
             return
         link.pipe = outcome.best.pipe
+        link.review_at = self._experience.holds_until(link.at, link.incarnation)
         self._take(link, outcome.best.name)
         self._say(link, f"; measured in {outcome.seconds:.3g} s")
 
@@ -202,29 +274,52 @@ class Links:
         if not self._client.soon(opened):
             self._lines.end(line)
 
-    def _join(self, link: Link, hello: Hello) -> Line:
-        """Open the best pipe that can be opened, to be tried against those that are as near."""
+    def _reopen(self, link: Link, hello: Hello) -> None:
+        fresh = Link(link.at, link.incarnation)
+        try:
+            line = self._join(fresh, hello, link)
+        except Exception as error:  # noqa: BLE001 - a third party's pipe may raise anything; there is one that works
+            logger.debug("no other pipe to %s: %s", link.at, error)
+            return
+        if not self._client.soon(lambda: self._replace(link, fresh)):
+            self._lines.end(line)
+
+    def _join(self, link: Link, hello: Hello, old: Link | None = None) -> Line:
+        """Open the best pipe that can be opened, to be tried against those that are as near.
+
+        If the best is that of ``old``, it is taken over.
+        """
         theirs = worker_of(hello, self._station.worker["rank"])
         check_shapes(self._station.worker, theirs)
         link.found, link.passed = choose_pipe(self._station.worker, theirs)
-        line = self._first(link, theirs)
+        line = self._first(link, theirs, old)
         link.lines = [line]
         traits = self._take(link, line.name).traits
-        rates = self._experience.rates(link.at)
-        rivals = [other for other in link.spare if other.cls.traits.reach == traits.reach and other.name not in rates]
+        rivals = self._rivals(link)
         pipe: Pipe | Trial | None = line.pipe
-        if rivals and self._auto.measure:
+        if rivals:
             link.passed |= {rival.name: f"as near as {line.name}, a large load will tell" for rival in rivals}
             layout = self._station.memory.layout
             setting = Setting(self._lines, self._crew, self._trials, layout, theirs, self._limit_s)
-            pipe = Trial(setting, link.lines, traits, rivals, lambda outcome: self._tried(link, outcome))
+            in_use = old is not None and line in old.lines
+            pipe = Trial(setting, link.lines, traits, rivals, lambda outcome: self._tried(link, outcome), in_use=in_use)
         self._say(link)
         link.pipe = pipe
         return line
 
-    def _first(self, link: Link, theirs: Mapping[str, Any]) -> Line:
+    def _rivals(self, link: Link) -> list[Candidate]:
+        """Return the pipes that are as near as the one taken and are to be measured against it."""
+        known = self._experience.rates(link.at)
+        reach = next(taken.cls.traits.reach for taken in link.found if taken.name == link.name)
+        rivals = [other for other in link.found if other.cls.traits.reach == reach and other.name not in known]
+        rivals = [other for other in rivals if other.name != link.name and self._failure(link, other) is None]
+        return rivals if self._auto.measure else []
+
+    def _first(self, link: Link, theirs: Mapping[str, Any], old: Link | None) -> Line:
         """Open the best pipe that can be opened; raise why none can."""
         for candidate in self._experience.rank(link.at, link.incarnation, link.found):
+            if old is not None and candidate.name == old.name:
+                return next(line for line in old.lines if line.name == old.name)
             try:
                 return self._lines.open(candidate, theirs, self._lines.limit_s)
             except KVConnectError as error:
@@ -245,7 +340,7 @@ class Links:
         taken = next(candidate.cls for candidate in link.found if candidate.name == name)
         rates = self._experience.rates(link.at)
         for other in link.found:
-            failure = self._experience.failure(link.at, link.incarnation, other.name)
+            failure = self._failure(link, other)
             if other.name == name:
                 continue
             if failure is None:
@@ -256,6 +351,9 @@ class Links:
                 nearness = _rate(rates, other.name) or f"as near as {name}, which comes first"
             link.passed[other.name] = failure or nearness
         return taken
+
+    def _failure(self, link: Link, candidate: Candidate) -> str | None:
+        return self._experience.failure(link.at, link.incarnation, candidate.name)
 
     def _pass_over(self, link: Link, name: str, reason: str) -> None:
         self._experience.fail(link.at, link.incarnation, name, reason)

@@ -19,13 +19,22 @@ from kvconnect.buffers.channels import Channels, Side
 from kvconnect.buffers.choice import describe_pipes
 from kvconnect.buffers.crew import Crew
 from kvconnect.buffers.hello import Hello
+from kvconnect.buffers.integrity import Integrity
 from kvconnect.buffers.links import Link, Links
 from kvconnect.buffers.promise import Answer
 from kvconnect.buffers.serving import PipeServer
 from kvconnect.buffers.station import Station, foreign
 from kvconnect.buffers.trial import Trial
 from kvconnect.control import ControlClient, ControlServer
-from kvconnect.errors import BrokenError, ClosedError, DeadlineError, KVConnectError, LoadError, StaleError
+from kvconnect.errors import (
+    BrokenError,
+    ClosedError,
+    DeadlineError,
+    IntegrityError,
+    KVConnectError,
+    LoadError,
+    StaleError,
+)
 from kvconnect.loop import Timer
 from kvconnect.paging import BlockIds, PagedMemory
 from kvconnect.pipes.base import Pipe, Transfer
@@ -37,7 +46,7 @@ _LET_GO_S = 5.0
 _CLOSE_S = 5.0
 #: A promise that lasts this much longer is enough to begin with; one that runs out meanwhile is asked for again.
 _ENOUGH_S = 1.0
-#: Of each of the five crews, at most. A peer that hangs holds one of them.
+#: Of each of the six crews, at most. A peer that hangs holds one of them.
 _THREADS = 4
 
 
@@ -55,6 +64,9 @@ class _Read:
     retried: bool = False
     #: The owner was asked, before the blocks moved, whether it leaves them as they are.
     question: Answer | None = None
+    #: The sum of the owner's blocks, if that is to be compared; and whether it is being compared.
+    sum: Answer | None = None
+    checking: bool = False
     #: These under the mover's lock: given up; its pipe was asked for the blocks; what moves them.
     stopped: KVConnectError | None = None
     moving: bool = False
@@ -95,12 +107,13 @@ class Mover(WorkerEnd):
         me = Hello.of(settings, secrets.token_hex(8), worker=True)
         channels = Channels(self._server, self._client, options.transfer_timeout_s, options.lease_s, self._lost)
         # A crew for each: pipes that are slow to open must not keep others from reading or ending.
-        jobs = ("read-starts", "pipe-asks", "pipe-opens", "pipe-serves", "pipe-ends")
+        jobs = ("read-starts", "pipe-asks", "pipe-opens", "pipe-serves", "pipe-ends", "block-sums")
         crews = [Crew(f"kvconnect-{job}", _THREADS) for job in jobs]
-        self._crews = self._starting, asking, opening, serving, ending = crews
+        self._crews = self._starting, asking, opening, serving, ending, summing = crews
         station = Station(settings, me, self._description, memory, self._client, channels)
         self._links = Links(station, asking, opening, ending)
         self._pipes = PipeServer(station, self._server, serving, ending)
+        self._integrity = Integrity(station, self._server, summing, self._pipes.serves)
 
     def describe(self) -> dict[str, Any]:
         """Return what peers need to read this worker's blocks."""
@@ -214,6 +227,9 @@ class Mover(WorkerEnd):
             self._finish(read, link)
             return
         read.link, read.transfer.via = link, link.name
+        patience_s = self._links.patience_s(link, read.transfer.nbytes)
+        if patience_s is not None:
+            self._client.later(patience_s, lambda: self._overdue(read, link))
         self._ask(read)
         if link.immediate:
             self._move(read, link.pipe)
@@ -240,6 +256,8 @@ class Mover(WorkerEnd):
         if stopped is not None:
             return  # `_stop` has finished it
         begun = time.monotonic()
+        if self._options.checksum:
+            read.sum = self._integrity.ask(read.link, read.remote)
         try:
             if pipe is None:
                 raise ClosedError("the pipe was closed")
@@ -262,10 +280,17 @@ class Mover(WorkerEnd):
             self._counts["microseconds_on_wire"] += int((read.transfer.phases["moved"] - begun) * 1e6)
         if inner.error is not None or read.stopped is not None:
             self._client.soon(lambda: self._failed(read, inner.error))
-        elif read.release:
-            self._confirm(read)
+        elif read.sum is not None:
+            read.checking = True
+            self._integrity.compare(read.sum, read.local, lambda error: self._compared(read, error))
         else:
-            self._finish(read, None)
+            self._compared(read, None)
+
+    def _compared(self, read: _Read, error: KVConnectError | None) -> None:
+        if error is not None or not read.release:
+            self._finish(read, error)
+        else:
+            self._confirm(read)
 
     def _confirm(self, read: _Read) -> None:
         """End a load, its bytes in place, once the owner vouches for them."""
@@ -309,6 +334,10 @@ class Mover(WorkerEnd):
             return
         self._links.get(at, incarnation, lambda link: self._linked(read, link))
 
+    def _overdue(self, read: _Read, link: Link) -> None:
+        if read.link is link and not read.transfer.done:
+            self._links.overdue(link, read.inner)
+
     def _failed(self, read: _Read, error: KVConnectError | None) -> None:
         failure, link = read.stopped or error, read.link
         again = failure is not None and link is not None and self._links.failed(link, failure, retried=read.retried)
@@ -326,7 +355,7 @@ class Mover(WorkerEnd):
         with self._lock:
             read.stopped = error
             link, inner, moving = read.link, read.inner, read.moving
-        if link is None or not moving:
+        if link is None or not moving or read.checking:
             self._finish(read, error)
             return
         if inner is not None:
@@ -367,7 +396,7 @@ def _check_owned(read: _Read) -> None:
 
 
 def _as_load_error(read: _Read, error: KVConnectError | None) -> KVConnectError | None:
-    if error is None or isinstance(error, (LoadError, DeadlineError)):
+    if error is None or isinstance(error, (LoadError, DeadlineError, IntegrityError)):
         return error
     failed = LoadError(f"KV could not be read from {read.claim.data.get('at')}: {error}")
     failed.__cause__ = error

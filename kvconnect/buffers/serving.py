@@ -62,6 +62,10 @@ class PipeServer:
         for pipe in list(self._served):
             self.drop(pipe)
 
+    def serves(self, pipe: str) -> bool:
+        """Whether a peer has the pipe ``pipe``."""
+        return pipe in self._served
+
     @property
     def count(self) -> int:
         """Pipes served now."""

@@ -156,18 +156,22 @@ class Trial:
         traits: Traits,
         rivals: Sequence[Candidate],
         over: Callable[[Outcome], None],
+        *,
+        in_use: bool = False,
     ) -> None:
         """Try the one line in ``opened``, whose pipe has these ``traits``, and ``rivals`` against each other.
 
         What is opened is added to ``opened``, for whoever ends them all. ``over`` is called
-        from a thread of the crew when the best is known; the other lines are ended here.
+        from a thread of the crew when the best is known; the other lines are ended here,
+        that one, if it is ``in_use`` by others, not before `let_go`.
         """
         self._setting, self._opened, self._rivals, self._over = setting, opened, rivals, over
         self._first = self._best = opened[0]
         #: A load that is the trial is only handed to a thread; others go by the first pipe as they would without.
         self.traits = traits
         self._lock = threading.Lock()
-        self._busy = 0  # loads over the first line beside the trial's
+        self._busy = int(in_use)  # loads over the first line beside the trial's
+        self._trying: Transfer | None = None
         self._decided = self._ended = False
         self._opening: Future[None] | None = None
         self._unopened: dict[str, str] = {}
@@ -179,10 +183,19 @@ class Trial:
         if self._decided or not large or not self._setting.turn.acquire(blocking=False):
             return self._forward(remote, local)
         load = _Load(self._setting.layout.nbytes(local), slices)
+        self._trying = load.whole
         if not self._setting.crew.submit(lambda: self._try(load)):
             self._setting.turn.release()
             raise ClosedError("the buffer was closed")
         return load.whole
+
+    def is_trial(self, transfer: Transfer | None) -> bool:
+        """Whether the pipes are tried with this load: it has time limits of its own."""
+        return transfer is not None and transfer is self._trying
+
+    def let_go(self) -> None:
+        """Nobody else uses the first line any more."""
+        self._left(self._first)
 
     def end(self) -> None:
         """End all lines; a trial under way fails."""

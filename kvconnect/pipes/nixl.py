@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 import msgpack
 
 from kvconnect.config import Backend, parse_options
-from kvconnect.errors import BrokenError, ClosedError, ConfigError, DeadlineError, KVConnectError
+from kvconnect.errors import (
+    BrokenError,
+    ClosedError,
+    ConfigError,
+    DeadlineError,
+    HandshakeError,
+    KVConnectError,
+)
 from kvconnect.pipes.base import YES, Channel, PipeSpec, Reach, Traits, Verdict
 from kvconnect.pipes.companion import join
 from kvconnect.pipes.nixl_agent import Agent, Peer, Read
@@ -32,7 +39,8 @@ if TYPE_CHECKING:
 
     from kvconnect.paging import PagedLayout, PagedMemory
 
-_VERSION: Final = 1
+#: Of what the two ends tell each other.
+_VERSION: Final = 2
 #: Given to a fetch of another thread to notice that it is too late.
 _SLACK_S: Final = 1.0
 
@@ -94,9 +102,9 @@ class NixlPipe(TwoPathPipe):
         stager_for(spec.device)
         self._agent = Agent.shared(self._options.backends, Place.of(spec.device))
         companion = join(spec, {"nixl": _VERSION}, self._options.companion)
-        if companion.theirs.get("nixl") != _VERSION:
+        if (theirs := companion.theirs.get("nixl")) != _VERSION:
             companion.abort()
-            raise ConfigError(f"the other end is no NIXL pipe of version {_VERSION}")
+            raise HandshakeError(f"ours is version {_VERSION} of the nixl pipe, theirs {theirs!r}")
         medium = NixlMedium(self._agent, spec.device, spec.timeout_s, self._options.slot_bytes)
         tensors = StagedTensors(companion, medium, slot_bytes=self._options.slot_bytes, timeout_s=spec.timeout_s)
         super().__init__(tensors, spec.timeout_s)

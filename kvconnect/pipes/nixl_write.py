@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from kvconnect.errors import DeadlineError, KVConnectError, LoadError
 from kvconnect.pipes.base import Message, Transfer
+from kvconnect.pipes.chunks import LISTEN_S
 from kvconnect.pipes.nixl_staging import failed
 
 
@@ -50,24 +51,28 @@ class Write:
         self._give_up(LoadError("the transfer was cancelled"))
 
     def check_time(self, now: float) -> None:
-        """Ask whether the other end still reads; give up if it does not say."""
-        if now - self._stamp <= self._end.timeout_s:
-            return
-        if self._given_up is not None:
-            self.over(self._given_up)
-        elif self._asking:
-            self._stamp = now
-            self._give_up(DeadlineError(f"nothing moved for {self._end.timeout_s} s"))
-        else:
-            self._asking, self._stamp = True, now
+        """Ask whether the other end still reads; give up if it does not say, at once if it is gone."""
+        rested_s = now - self._stamp
+        if rested_s > self._end.timeout_s:
+            if self._given_up is None:
+                self._give_up(DeadlineError(f"nothing moved for {self._end.timeout_s} s"))
+            else:
+                self.over(self._given_up)
+        elif rested_s > min(LISTEN_S, self._end.timeout_s / 2) and not self._asking and self._given_up is None:
+            self._asking = True
             self._end.tell("nixl.running", {"transfer": self.number}).add_done_callback(self._runs)
 
     def _runs(self, answer: Future[dict[str, Any]]) -> None:
-        if answer.exception() is None and answer.result().get("running"):
-            self._asking, self._stamp = False, time.monotonic()
+        self._asking = False
+        error = answer.exception()
+        if error is not None and self._given_up is None:
+            self._give_up(failed(error))
+        elif error is None and answer.result().get("running"):
+            self._stamp = time.monotonic()
 
     def _give_up(self, error: KVConnectError) -> None:
-        self._given_up = self._given_up or error
+        if self._given_up is None:
+            self._given_up, self._stamp = error, time.monotonic()
         self._end.tell("nixl.stop", {"transfer": self.number}).add_done_callback(self._stopped)
 
     def _stopped(self, answer: Future[dict[str, Any]]) -> None:

@@ -7,7 +7,6 @@ any of its numbers is used, and a damaged payload where it has landed.
 
 from __future__ import annotations
 
-import ctypes
 import struct
 from typing import Final
 
@@ -15,25 +14,12 @@ import xxhash
 
 from kvconnect.errors import IntegrityError
 from kvconnect.paging import IoVec
+from kvconnect.sums import Bytes
+from kvconnect.sums import view as view  # noqa: PLC0414 - what tensors are summed up by
 
 _SUM: Final = struct.Struct("<Q")
 SUM_BYTES: Final = _SUM.size
 SEAL_BYTES: Final = 2 * SUM_BYTES
-
-_PyBUF_READ: Final = 0x100
-_memoryview = ctypes.pythonapi.PyMemoryView_FromMemory
-_memoryview.restype = ctypes.py_object
-_memoryview.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
-
-Bytes = bytes | bytearray | memoryview
-
-
-def view(address: int, nbytes: int) -> Bytes:
-    """Return memory to read; whoever asks keeps it alive. Much cheaper than an array type for each size."""
-    if not nbytes:
-        return b""
-    found: memoryview = _memoryview(address, nbytes, _PyBUF_READ)
-    return found
 
 
 def of(*parts: Bytes) -> int:

@@ -14,8 +14,6 @@ from kvconnect.pipes.reactor import Reactor
 
 _DRAIN_BYTES: Final = 64 << 10
 _DRAINS: Final = 16
-#: States of ``tcp_info`` in which the peer has ended, too: TIME_WAIT, CLOSE, CLOSE_WAIT, LAST_ACK, CLOSING.
-_PEER_ENDED: Final = frozenset({6, 7, 8, 9, 11})
 
 
 def hang_up(sock: socket.socket) -> None:
@@ -36,23 +34,21 @@ class Farewell:
     there after a reset.)
     """
 
-    def __init__(self, loop: Reactor, sock: socket.socket, timeout_s: float, *, deaf: bool = False) -> None:
+    def __init__(self, loop: Reactor, sock: socket.socket, timeout_s: float) -> None:
         """Take over ``sock``, whose user has left. From any thread; never blocks.
 
         Args:
             loop: what drops the peer's bytes.
             sock: a connected socket; its sending side may be shut.
             timeout_s: after this long it is closed anyhow.
-            deaf: its receiving side was shut, so that an empty queue looks like the peer's end.
 
         """
-        self._loop, self._sock, self._deaf = loop, sock, deaf
+        self._loop, self._sock = loop, sock
         sock.setblocking(False)
         if self._is_over():
             hang_up(sock)
             return
         self._timer = loop.call_later(timeout_s, self._leave)
-        # Edges: a socket whose receiving side is shut is always readable.
         loop.watch(sock.fileno(), reactor.READ | reactor.EDGE, self._read)
 
     def _read(self, _events: int) -> None:
@@ -70,8 +66,6 @@ class Farewell:
         try:
             for _ in range(_DRAINS):
                 came = self._sock.recv(_DRAIN_BYTES)
-                if not came and self._deaf and not _peer_ended(self._sock):
-                    return False
                 if not came or _unacknowledged(self._sock) == 0:
                     return True
         except BlockingIOError:
@@ -86,7 +80,3 @@ class Farewell:
 def _unacknowledged(sock: socket.socket) -> int:
     answer = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4))
     return int(struct.unpack("i", answer)[0])
-
-
-def _peer_ended(sock: socket.socket) -> bool:
-    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] in _PEER_ENDED

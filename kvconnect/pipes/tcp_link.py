@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import select
 import socket
 import struct
 import threading
@@ -23,29 +25,34 @@ _SECONDS_A_BYTE: Final = 1 / (32 << 20)
 #: Sides of the connection, as indices.
 _SENDS: Final = 0
 _RECEIVES: Final = 1
+#: A receive blocks in the kernel for so long at first; there, only the connection's end would wake it.
+_BLOCKED_S: Final = 0.05
 
 
 class Link:
     """The socket of a pipe's tensor path.
 
-    It blocks in the kernel, with the pipe's time-out as ``SO_RCVTIMEO`` and
-    ``SO_SNDTIMEO``: a message costs one call to send and two to receive, none of
-    them to wait. `end` wakes whoever is blocked; the descriptor is closed by the
-    last thread that leaves, so its number cannot be taken while it is in use.
+    It blocks in the kernel (``SO_SNDTIMEO``, ``SO_RCVTIMEO``): a message costs one call
+    to send and two to receive, none of them to wait. A receive that finds nothing for a
+    moment waits for an event as well, since shutting the socket's receiving side to wake
+    it would lose what was sent (see `Farewell`). `end` wakes whoever is blocked; the
+    descriptor is closed by the last thread that leaves, so its number cannot be taken
+    while it is in use.
     """
 
     def __init__(self, sock: socket.socket, timeout_s: float) -> None:
         """Take over a connected ``sock``."""
         sock.setblocking(True)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # Rounded up: a timeval of zero would mean "for ever".
-        timeval = struct.pack("ll", int(timeout_s), min(999_999, int(timeout_s % 1 * 1e6) + 1))
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(timeout_s))
+        self._blocked_s = min(_BLOCKED_S, timeout_s / 2)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(self._blocked_s))
         self._sock, self._timeout_s = sock, timeout_s
         self._lock = threading.Lock()
         self._users = [0, 0]
-        self._ended = self._deaf = self._shut = False
+        self._ended = self._deaf = False
+        #: Wakes the receiving thread, while it waits.
+        self._waker: int | None = None
         self._loop: Reactor | None = None
         self._out_head, self._out_address = _header_memory()
         #: Where the receiving thread may put a header.
@@ -110,6 +117,8 @@ class Link:
                 except InterruptedError:
                     continue  # a signal; its Python handler ran on the way here
                 except BlockingIOError:
+                    if self._await_bytes(fd):
+                        continue
                     if idle:
                         return False
                     self._late("the rest of a message did not come")
@@ -126,6 +135,27 @@ class Link:
         finally:
             self._leave(_RECEIVES)
         return True
+
+    def _await_bytes(self, fd: int) -> bool:
+        """Wait until there is something to receive; ``False`` if nothing comes in time."""
+        try:
+            waker = os.eventfd(0)
+        except OSError as error:
+            self._fail("receiving failed", error)
+        try:
+            with self._lock:
+                self._check_open()
+                self._waker = waker
+            poll = select.poll()
+            for waited in (fd, waker):
+                poll.register(waited, select.POLLIN)
+            came = poll.poll(1e3 * (self._timeout_s - self._blocked_s))
+            self._check_open()
+            return bool(came)
+        finally:
+            with self._lock:
+                self._waker = None
+            os.close(waker)
 
     def end(self, *, reset: bool) -> None:
         """Wake whoever is blocked and close; with ``reset`` unsent data is thrown away. Never blocks."""
@@ -147,10 +177,8 @@ class Link:
             if self._ended or self._deaf:
                 return
             self._deaf = True
-            if self._users[_RECEIVES]:
-                self._shut = True
-                with contextlib.suppress(OSError):  # the peer may be faster
-                    self._sock.shutdown(socket.SHUT_RD)
+            if self._waker is not None:
+                os.eventfd_write(self._waker, 1)
 
     def linger(self, loop: Reactor) -> None:
         """Wake whoever is blocked, and close once the peer has all that was sent. Never blocks."""
@@ -159,12 +187,10 @@ class Link:
             if self._ended:
                 return
             self._ended, self._loop = True, loop
-            # With both directions shut, whatever the peer sends resets the connection, and what it has
-            # not fetched by then is lost. So a receive that had to be woken leaves sending open, unless a
-            # send has to be woken, too (which cuts its message short in any case).
-            if self._users[_SENDS] or not self._shut:
-                with contextlib.suppress(OSError):  # the peer may be faster
-                    self._sock.shutdown(socket.SHUT_WR)
+            # Not the other direction: with both shut, whatever the peer sends resets the connection,
+            # and what it has not fetched by then is lost.
+            with contextlib.suppress(OSError):  # the peer may be faster
+                self._sock.shutdown(socket.SHUT_WR)
             leave = not any(self._users)
         if leave:
             self._part()
@@ -174,7 +200,7 @@ class Link:
         if self._loop is None:
             hang_up(self._sock)
         else:
-            Farewell(self._loop, self._sock, self._timeout_s, deaf=self._shut)
+            Farewell(self._loop, self._sock, self._timeout_s)
 
     def _enter(self, side: int) -> int:
         with self._lock:
@@ -205,6 +231,11 @@ class Link:
     def _fail(self, what: str, error: OSError | None = None) -> NoReturn:
         self._check_open()
         raise BrokenError(f"{what}: {error}" if error else what) from error
+
+
+def _timeval(seconds: float) -> bytes:
+    # Rounded up: a timeval of zero would mean "for ever".
+    return struct.pack("ll", int(seconds), min(999_999, int(seconds % 1 * 1e6) + 1))
 
 
 def _header_memory() -> tuple[memoryview, int]:

@@ -12,7 +12,7 @@ from kvconnect.paging import IoVec, PagedMemory
 from kvconnect.pipes import tcp_frames, vectored
 from kvconnect.pipes.base import Transfer
 from kvconnect.pipes.tcp_frames import READS, WRITES, Frame, pack
-from kvconnect.pipes.tcp_stream import Cursor, FrameReader, FrameWriter, Outgoing
+from kvconnect.pipes.tcp_stream import Cursor, FrameReader, FrameWriter, Nowhere, Outgoing
 from kvconnect.pipes.wire import Kind
 
 logger = logging.getLogger("kvconnect.pipes.tcp")
@@ -28,9 +28,10 @@ _ANSWERS: Final = {cls.__name__: cls for cls in (BrokenError, ClosedError, Hands
 class Incoming:
     """A transfer whose bytes come to this end; ``transfer`` is set if this end asked for it."""
 
-    def __init__(self, iov: IoVec, transfer: Transfer | None = None) -> None:
-        self.cursor, self.transfer = Cursor(iov), transfer
-        self.draining = False
+    def __init__(self, iov: IoVec | None, transfer: Transfer | None = None) -> None:
+        """Have its bytes go to ``iov``; ``None``: nobody knows where to, nor how many they are."""
+        self.cursor, self.transfer = Nowhere() if iov is None else Cursor(iov), transfer
+        self.draining = iov is None
 
 
 class Writing:
@@ -181,20 +182,23 @@ class BlockRequests:
         """Fail the transfer that a damaged payload belongs to.
 
         Raises:
-            IntegrityError: it cannot be told apart from others, or there is too much damage.
+            IntegrityError: there is too much damage.
 
         """
         self._damages += 1
         error = IntegrityError(f"a {frame.kind.name} frame of {frame.nbytes} bytes arrived damaged")
         logger.warning("%s", error)
-        # Bytes of a write follow its block ids at once: without those there is no place for them.
-        if frame.kind is Kind.WRITE or self._damages > MAX_DAMAGES:
+        if self._damages > MAX_DAMAGES:
             raise error
         match frame.kind:
             case Kind.DATA:
                 self._end_damaged(frame, error)
             case Kind.READ:
                 self.writer.say(pack(Kind.ERROR, READS, frame.transfer, payload=_travelling(error)))
+            case Kind.WRITE:
+                # Its bytes follow at once, until the peer has heard of it and cancels.
+                self._written.setdefault(frame.transfer, Incoming(None))
+                self.writer.say(pack(Kind.ERROR, WRITES, frame.transfer, payload=_travelling(error)))
             case _:
                 self._answer(frame, error)
 
@@ -273,6 +277,8 @@ class BlockRequests:
         if error is None and not writing.free:
             raise BrokenError("the peer acknowledged bytes that it cannot have")
         writing.answered, writing.error = True, error or writing.error
+        if writing.free and error is not None:
+            self.writer.say(pack(Kind.CANCEL, WRITES, frame.transfer))  # it may wait for more
         self.writer.drop(writing.out)
         if writing.settle():
             self._writing.pop(frame.transfer, None)

@@ -38,6 +38,20 @@ class Cursor:
         return self._pieces.cut(start, self.offset)
 
 
+class Nowhere:
+    """In place of a `Cursor`, a stream of any length that has no place."""
+
+    nbytes = left = 1 << 64
+
+    def __init__(self) -> None:
+        self.offset = 0
+
+    def take(self, count: int) -> IoVec:
+        """Return no pieces."""
+        self.offset += count
+        return _NOTHING
+
+
 class Outgoing:
     """A transfer whose bytes this end sends. ``left`` is called once its memory is not read any more."""
 

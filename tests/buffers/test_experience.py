@@ -1,5 +1,7 @@
 """What is remembered of pipes."""
 
+import math
+
 import pytest
 
 from kvconnect.buffers import experience
@@ -37,8 +39,33 @@ def test_a_pipe_that_failed_is_the_last_for_that_incarnation_and_for_a_while(mon
     assert order(known, incarnation="another") == ["shm", "nixl", "tcp"]
     now[0] += experience._PASSED_OVER_S + 1
     assert order(known) == ["shm", "nixl", "tcp"]
+    now[0] += experience._PASSED_OVER_S
     known.fail("10.0.0.2:1", "i", "shm", "cut")
     assert len(known._failures) == 1, "failures that are over take memory"
+
+
+def test_a_pipe_that_fails_again_and_again_is_passed_over_for_longer_and_longer(monkeypatch):
+    known, now = Experience(), [100.0]
+    monkeypatch.setattr("kvconnect.buffers.experience.time.monotonic", lambda: now[0])
+    lasted = []
+    for _ in range(8):
+        known.fail("10.0.0.1:1", "i", "shm", "cut")
+        known.fail("10.0.0.1:1", "i", "shm", "cut")  # two loads tell of the same failure
+        lasted.append(known.holds_until("10.0.0.1:1", "i") - now[0])
+        now[0] += lasted[-1]
+        assert known.failure("10.0.0.1:1", "i", "shm") is None
+    assert lasted == [60.0, 120.0, 240.0, 480.0, 960.0, 1800.0, 1800.0, 1800.0]
+
+
+def test_a_measurement_is_not_believed_for_ever_but_better_than_none(monkeypatch):
+    known, now = Experience(), [100.0]
+    monkeypatch.setattr("kvconnect.buffers.experience.time.monotonic", lambda: now[0])
+    known.measure("a:1", {"tcp": 3e9, "nixl": 1e9})
+    assert known.holds_until("a:2", "i") == 100.0 + experience._BELIEVED_S
+    now[0] += experience._BELIEVED_S
+    assert known.rates("a:1") == {}
+    assert order(known, "a:1") == ["shm", "tcp", "nixl"]
+    assert known.holds_until("a:1", "i") == math.inf
 
 
 def test_the_hosts_measured_first_are_forgotten_first(monkeypatch):

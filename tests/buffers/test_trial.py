@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from kvconnect import registry
-from kvconnect.buffers import trial
+from kvconnect.buffers import experience, links, trial
 from kvconnect.buffers.base import Want
 from kvconnect.buffers.choice import AutoOptions
 from kvconnect.config import Backend
@@ -22,6 +22,7 @@ from kvconnect.errors import (
     BrokenError,
     ClosedError,
     ConfigError,
+    DeadlineError,
     HandshakeError,
     LoadError,
     UnknownBackendError,
@@ -394,6 +395,104 @@ def test_what_was_measured_is_remembered_when_pipes_are_opened_again(register, p
     load(p, d, 2)
     assert link(d).name == "b"
     assert not known["a"].reads
+
+
+def test_small_loads_of_a_first_pipe_that_hangs_go_by_the_next_in_time(register, pair, caplog):
+    known = register(a={"hangs": {"reads"}}, b={})
+    p, d = pair(connect_timeout_s=0.5)
+    began = time.monotonic()
+    for transfer, _ in [start(p, d, number, 1) for number in (1, 2, 3)]:
+        transfer.wait(10)
+    assert time.monotonic() - began < 5
+    assert link(d).name == "b"
+    assert "not a: it moved nothing within 0.5 s" in lines(caplog)[-1]
+    eventually(lambda: not known["a"].live)
+    load(p, d, 4, 1)
+
+
+def test_small_loads_pass_over_as_many_pipes_as_hang(register, pair):
+    register(a={"hangs": {"reads"}}, b={"hangs": {"reads"}}, c={})
+    p, d = pair(connect_timeout_s=0.3)
+    load(p, d, blocks=1)
+    assert link(d).name == "c"
+
+
+def test_a_pipe_that_hangs_after_it_has_worked_is_given_the_whole_time_of_a_load(register, pair):
+    known = register(a={}, b={})
+    p, d = pair(connect_timeout_s=0.2, transfer_timeout_s=1.5)
+    load(p, d, blocks=1)
+    known["a"].hangs.add("reads")
+    began = time.monotonic()
+    with pytest.raises(DeadlineError):
+        start(p, d, 2, 1)[0].wait(10)
+    assert time.monotonic() - began > 1.4
+
+
+def later(monkeypatch, seconds):
+    """Let what is remembered of pipes, and nothing else, grow older."""
+    now = time.monotonic
+
+    class Clock:
+        monotonic = staticmethod(lambda: now() + seconds)
+
+    for module in (experience, links):
+        monkeypatch.setattr(module, "time", Clock)
+
+
+def test_a_link_that_fell_back_takes_the_better_pipe_when_its_failure_is_long_ago(register, pair, monkeypatch):
+    far = type("Far", (InprocPipe,), {"traits": Traits(reach=Reach.NETWORK)})
+    known = register(a={"fails": {"asks": OSError("no handle yet")}}, b=far)
+    p, d = pair(transfer_timeout_s=0.5)
+    monkeypatch.setattr(links, "_SLACK_S", 0.1)
+    load(p, d)
+    assert link(d).name == "b"
+    known["a"].fails.clear()
+    old = link(d)
+    load(p, d, 2)
+    assert link(d) is old
+    later(monkeypatch, experience._PASSED_OVER_S)
+    load(p, d, 3)  # goes by what there is
+    eventually(lambda: link(d).name == "a")
+    load(p, d, 4)
+    assert known["a"].reads[16]
+    eventually(lambda: p.workers[0]._pipes.count == 1)
+    assert not d.workers[0]._links._retired
+
+
+def test_a_better_pipe_that_still_cannot_be_had_costs_the_loads_nothing(register, pair, monkeypatch):
+    far = type("Far", (InprocPipe,), {"traits": Traits(reach=Reach.NETWORK)})
+    known = register(a={"fails": {"asks": OSError("no handle")}}, b=far)
+    p, d = pair(connect_timeout_s=1.0)
+    load(p, d)
+    used = link(d).lines[0]
+    known["a"].fails.clear()
+    known["a"].hangs.add("asks")
+    later(monkeypatch, experience._PASSED_OVER_S)
+    began = time.monotonic()
+    for number in range(2, 6):
+        load(p, d, number)
+    assert time.monotonic() - began < 2
+    eventually(lambda: "it did not open" in link(d).passed["a"], 10)
+    assert link(d).lines == [used]
+    load(p, d, 7)
+
+
+def test_pipes_are_measured_again_when_that_was_long_ago_and_loads_under_way_go_on(register, pair, monkeypatch):
+    known = register(a={}, b={"seconds_per_mb": 0.01})
+    p, d = pair(transfer_timeout_s=1.5)
+    monkeypatch.setattr(links, "_SLACK_S", 0.1)
+    choose(p, d)
+    assert link(d).name == "a"
+    used = link(d).lines[0]
+    known["a"].seconds_per_mb, known["b"].seconds_per_mb = 0.01, 0.0
+    later(monkeypatch, experience._BELIEVED_S)
+    load(p, d, 2)
+    eventually(lambda: isinstance(link(d).pipe, trial.Trial))
+    assert link(d).lines[0] is used
+    choose(p, d)
+    assert link(d).name == "b"
+    eventually(lambda: used.ended)
+    eventually(lambda: p.workers[0]._pipes.count == 1)
 
 
 @pytest.mark.parametrize("pipe", [Backend("a"), Backend("auto", {"measure": False})])

@@ -288,14 +288,18 @@ def test_a_flipped_block_id_of_a_read_fails_that_transfer_only(between: Callable
         _both_ways_work(one)
 
 
-def test_a_flipped_block_id_of_a_write_reaches_no_memory(between: Callable[..., Between]) -> None:
+@pytest.mark.parametrize("blocks", [1, 7])
+def test_a_flipped_block_id_of_a_write_fails_that_transfer_only_and_reaches_no_memory(
+    between: Callable[..., Between], blocks: int
+) -> None:
     one = between()
     _, theirs = one.attach()
     before = clone(theirs)
     one.flip(BLOCKS, _first_data(True) + 8, towards=True)
-    with pytest.raises((BrokenError, IntegrityError)):
-        one.here.write_blocks([[5]], [[1]]).wait(LIMIT_S)
-    assert torch.equal(naive_stream(theirs, [ALL]), naive_stream(before, [ALL]))
+    with pytest.raises(IntegrityError, match="damaged"):
+        one.here.write_blocks([ALL[:blocks]], [ALL[1 : blocks + 1]]).wait(LIMIT_S)
+    assert torch.equal(naive_stream(theirs, [ALL[1:]]), naive_stream(before, [ALL[1:]]))
+    _both_ways_work(one)
 
 
 @pytest.mark.parametrize("at", [0, 2, 3, 4, 8, 16, 24, 32, 39])

@@ -172,6 +172,22 @@ def test_a_close_while_a_send_waits_loses_no_earlier_message_though_the_peer_sen
     assert reader.drain()[: len(whole)] == whole
 
 
+def test_a_close_while_both_wait_loses_no_earlier_message_though_the_peer_sends(reader: Reader) -> None:
+    receiving = spawn(reader.pipe.recv_tensor)
+    sent = torch.arange(1 << 15)  # more than the peer's kernel takes, less than ours does
+    reader.pipe.send_tensor(sent)
+    sending = spawn(lambda: reader.pipe.send_tensor(torch.zeros(64 << 20, dtype=torch.uint8)))
+    _await_blocked(sending)
+    reader.pipe.close()
+    for waiting in (receiving, sending):
+        with pytest.raises(ClosedError):
+            waiting.result(4)
+    reader.sock.sendall(wire.control(Kind.NONE))
+    time.sleep(0.1)  # a reset would need a moment to come back
+    whole = wire.encode(sent)[0] + sent.numpy().tobytes()
+    assert reader.drain()[: len(whole)] == whole
+
+
 def test_who_still_sends_to_an_end_that_closed_while_it_received_learns_so(reader: Reader) -> None:
     waiting = spawn(reader.pipe.recv_tensor)
     _await_blocked(waiting)
