@@ -43,7 +43,7 @@ class Access:
         """
         host, port = listen_address(self._options)
         self._refuse_open(f"{PATH}.{'bind_host' if host == self._options.bind_host else 'kv_ip'}", host)
-        server = ControlServer(host, port if fixed_port else 0, name, self._keys)
+        server = ControlServer(host, port if fixed_port else 0, name, keys=self._keys)
         try:
             told = advertised(self._options, host, server.port)
         except ConfigError:
@@ -53,7 +53,7 @@ class Access:
 
     def client(self, name: str) -> ControlClient:
         """Open a client."""
-        return ControlClient(name, self._keys, self._check)
+        return ControlClient(name, keys=self._keys, check=self._check)
 
     def check_pipe(self, options: Mapping[str, Any], path: str = f"{PATH}.pipe") -> None:
         """Raise `ConfigError` if a pipe's ``bind_host``, at any depth, opens it to others unauthenticated."""
