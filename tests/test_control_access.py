@@ -9,7 +9,7 @@ import time
 import pytest
 import zmq
 
-from kvconnect import keys
+from kvconnect import control, keys
 from kvconnect.control import ControlClient, ControlServer, split
 from kvconnect.errors import BrokenError, ConfigError, DeadlineError, HandshakeError
 from kvconnect.keys import Keys, make_pair
@@ -355,6 +355,18 @@ def test_those_frames_are_heard_where_no_key_is_asked_for(serve):
     served = serve(None)
     said = [greeting(b"NULL"), command(b"READY", READY), frames(pack_request(1, "take", {}))]
     assert b"taken" in replay(served.server.port, said, 0.3)
+
+
+@pytest.mark.parametrize("said", [b"", greeting(b"CURVE")], ids=["nothing", "half of it"])
+def test_a_stranger_that_does_not_finish_its_handshake_is_hung_up_on(serve, tmp_path, monkeypatch, said):
+    monkeypatch.setattr(control, "_HANDSHAKE_MS", 300)
+    served = serve(shared(tmp_path))
+    with socket.create_connection(("127.0.0.1", served.server.port)) as sock:
+        sock.sendall(said)
+        sock.settimeout(5)
+        with contextlib.suppress(ConnectionError):
+            while sock.recv(1 << 16):
+                pass
 
 
 def test_closing_leaves_nothing_behind(tmp_path):

@@ -6,13 +6,14 @@ import pytest
 
 from kvconnect.buffers.access import Access, Contacts
 from kvconnect.buffers.base import Miss, Want
+from kvconnect.buffers.directory import Directory
 from kvconnect.buffers.hello import Hello
 from kvconnect.buffers.remote import RemoteBuffer
 from kvconnect.config import Backend, Config
 from kvconnect.control import ControlClient
 from kvconnect.errors import BrokenError, ConfigError, KVConnectError
 from kvconnect.keys import Keys, make_pair
-from tests.buffers.engines import Engine, engines, group, is_miss, key
+from tests.buffers.engines import Engine, engines, eventually, group, is_miss, key
 
 SECRET = "correct horse battery staple"  # noqa: S105 - of these tests only
 ELSEWHERE = "203.0.113.7:9"  # set aside for documentation: nobody is there
@@ -220,7 +221,7 @@ def test_loopback_needs_nothing(host):
     assert listening(bind_host=host).startswith(host)
 
 
-@pytest.mark.parametrize("role", [{"produces": True, "parts": 0}, {"consumes": True}], ids=["scheduler", "worker"])
+@pytest.mark.parametrize("role", [{"produces": True, "parts": 0}, {}], ids=["scheduler", "worker"])
 def test_neither_half_of_an_engine_starts_open_to_others(role):
     with pytest.raises(ConfigError, match="bind_host"):
         Engine("E", **role, bind_host="0.0.0.0", advertise_host="node7")  # noqa: S104 - it is refused
@@ -244,18 +245,22 @@ def test_a_pipes_own_address_is_judged_alike(pipe, path, key_file):
 def test_a_worker_judges_its_pipe():
     pipe = Backend("tcp", {"bind_host": "0.0.0.0", "advertise_host": "h"})  # noqa: S104 - it is refused
     with pytest.raises(ConfigError, match=r"pipe.bind_host is '0.0.0.0'"):
-        Engine("D", consumes=True, pipe=pipe)
+        Engine("D", pipe=pipe)
 
 
 # -- who is contacted -----------------------------------------------------------------------
 
 
-def allowed(endpoint, **options):
+def passes(contacts, endpoint):
     try:
-        Contacts(Config(group=group(), **options)).check(endpoint)
+        contacts.check(endpoint)
     except ConfigError:
         return False
     return True
+
+
+def allowed(endpoint, **options):
+    return passes(Contacts(Config(group=group(), **options)), endpoint)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "localhost", "::1", "[::1]", "LOCALHOST"])
@@ -362,14 +367,27 @@ def test_nor_is_a_pipe_opened_for_who_wants_to_be_called_elsewhere(contacted):
         assert ELSEWHERE not in contacted
 
 
-def test_engines_of_one_group_and_host_need_no_list():
-    """The directory is this user's own: who is in it, is trusted."""
+def test_engines_of_this_host_and_group_need_no_list():
+    """The directory is this user's own: who is in it, is trusted, at the worker's end as at the scheduler's."""
+    name = group()
+    contacts = Contacts(Config(group=name))
+    with pytest.raises(ConfigError):
+        contacts.check("203.0.113.7:1")
+    directory = Directory(name)
+    directory.publish(Hello("P", "1", {}, 1, "producer", 30.0), "203.0.113.7:9")
+    try:
+        eventually(lambda: passes(contacts, "203.0.113.7:1"))
+        assert passes(Contacts(Config(group=name)), "203.0.113.7:1")
+        assert not passes(Contacts(Config(group=group())), "203.0.113.7:1")
+        assert not passes(contacts, "203.0.113.8:9")
+    finally:
+        directory.close()
+
+
+def test_engines_hand_over_insecurely_where_that_is_meant():
     host = own_address()
     tcp = Backend("tcp", {"bind_host": host})
-    p_options = {"bind_host": host, "insecure": True, "pipe": tcp}
-    # Advertised by the same address, or P would not know whom it serves.
-    d_options = {"advertise_host": host, "bind_host": "0.0.0.0", "insecure": True, "pipe": tcp}  # noqa: S104
-    with engines(p_options, d_options) as (p, d):
+    with engines({"bind_host": host}, {"bind_host": host}, insecure=True, pipe=tcp) as (p, d):
         hand_over(p, d, "content")
 
 
