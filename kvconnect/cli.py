@@ -1,4 +1,4 @@
-"""The command line: ``python -m kvconnect list | proxy | demo``."""
+"""The command line: ``python -m kvconnect list | proxy | demo | keygen``."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "list": lambda: _list(as_json=options.json),
         "proxy": lambda: _proxy(options),
         "demo": lambda: _demo(rest),
+        "keygen": lambda: _keygen(options.file),
     }
     try:
         return commands[options.command]()
@@ -52,6 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     # Its options are its own: all arguments go through, --help too.
     commands.add_parser("demo", help="run a prefilling and a decoding engine and compare", add_help=False)
     _add_proxy(commands.add_parser("proxy", help="serve a prefilling and a decoding server as one"))
+    keygen = commands.add_parser("keygen", help="write a secret key to a new file and print its public key")
+    keygen.add_argument("file", help="for the option secret_key_file; the public key is for the others' peer_keys")
     return parser
 
 
@@ -116,6 +119,13 @@ def _proxy(options: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request
     serve(settings, options.host, options.port)
+    return 0
+
+
+def _keygen(path: str) -> int:
+    from kvconnect.keys import make_pair
+
+    print(make_pair(path))
     return 0
 
 

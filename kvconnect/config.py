@@ -42,6 +42,15 @@ class Config:
         port: control port of the scheduler; 0 takes a free one.
         peers: producers' control addresses ``"host:port"``, for requests without a ticket.
         group: engines of one host with the same group find each other without any port setting.
+        key_file: a file with a secret that all engines share (16 characters or more, readable by its
+            owner only). Who does not hold it is neither answered nor asked.
+        secret_key_file: instead, a file with this engine's own CURVE secret key
+            (``python -m kvconnect keygen``); its addresses are then ``"<public key>@host:port"``.
+        peer_keys: with it, the public keys of all engines that it talks to.
+        insecure: listen on other addresses than loopback although there is no key.
+        allowed_peers: without keys, hosts that may be contacted besides loopback, this engine's own,
+            those of `peers` and of this host's group: names or addresses with ``*`` as a wildcard,
+            or networks (``"10.0.0.0/8"``).
         lease_s: how long an unclaimed entry, or a claim that is not renewed, keeps its blocks.
         connect_timeout_s: for reaching a peer and exchanging hellos, and for measuring each of several pipes.
         lookup_timeout_s: for asking peers whether they hold a request's KV.
@@ -66,6 +75,11 @@ class Config:
     port: int = 0
     peers: tuple[str, ...] = ()
     group: str = "default"
+    key_file: str | None = None
+    secret_key_file: str | None = None
+    peer_keys: tuple[str, ...] = ()
+    insecure: bool = False
+    allowed_peers: tuple[str, ...] = ()
     lease_s: float = 30.0
     connect_timeout_s: float = 5.0
     lookup_timeout_s: float = 2.0
@@ -106,11 +120,18 @@ class Config:
             host, _, number = peer.rpartition(":")
             if not host or not number.isdecimal():
                 raise ConfigError(f"{path}.peers[{i}] must look like 'host:port', got {peer!r}")
+        self._check_keys()
         if self.kv_rank is not None and self.kv_parallel_size is not None and self.kv_rank >= self.kv_parallel_size:
             raise ConfigError(
                 f"{path}.kv_rank is {self.kv_rank}, but ranks run from 0 to kv_parallel_size - 1 "
                 f"= {self.kv_parallel_size - 1}"
             )
+
+    def _check_keys(self) -> None:
+        if self.key_file is not None and self.secret_key_file is not None:
+            raise ConfigError(f"{PATH}.key_file and {PATH}.secret_key_file exclude each other: remove one")
+        if bool(self.peer_keys) != (self.secret_key_file is not None):
+            raise ConfigError(f"{PATH}.secret_key_file and {PATH}.peer_keys belong together: set both or none")
 
 
 def parse_backend(path: str, value: Any) -> Backend:

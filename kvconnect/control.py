@@ -2,13 +2,14 @@
 
 Hellos, claims and pipe openings travel here; blocks never do. A server runs on
 one thread and a client on one thread, whatever the number of peers. By default
-everything binds to loopback: the channel is neither encrypted nor authenticated,
-so do not bind it to a network that you do not trust.
+everything binds to loopback. Without keys (`kvconnect.keys`) the channel is neither
+encrypted nor authenticated: then do not bind it to a network that you do not trust.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -20,7 +21,8 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from kvconnect import messages
-from kvconnect.errors import BrokenError, ClosedError, ConfigError, DeadlineError, KVConnectError
+from kvconnect.errors import BrokenError, ClosedError, ConfigError, DeadlineError, HandshakeError, KVConnectError
+from kvconnect.keys import Keys
 from kvconnect.loop import Loop, Timer
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ _BATCH = 64  # messages taken from one socket before the loop looks at the other
 _HEARTBEAT_MS = 5_000
 _HEARTBEAT_LIMIT_MS = 15_000
 _LINGER_MS = 200
+_HANDSHAKE_MS = 10_000  # a stranger who connects and says nothing holds a descriptor no longer
 _IDLE_S = 300.0  # a connection not used for this long is closed: each costs sockets and descriptors
 
 
@@ -43,24 +46,37 @@ def _tune(sock: zmq.Socket[bytes]) -> None:
     sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_LIMIT_MS)
 
 
-def address(endpoint: str) -> str:
-    """Return the ZeroMQ address of ``"host:port"``; raise `ConfigError` if it is none."""
-    host, _, port = endpoint.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+#: Nothing that ZeroMQ's own addresses give a meaning to, such as ";".
+_HOST = re.compile(r"[A-Za-z0-9._:%\[\]-]+")
+
+
+def split(endpoint: str) -> tuple[str, str, int]:
+    """Return public key, host and port of ``"[key@]host:port"``; raise `ConfigError` if it is none."""
+    key, _, place = endpoint.rpartition("@")
+    host, _, port = place.rpartition(":")
+    numeric = port.isascii() and port.isdecimal() and len(port) <= 5
+    if not _HOST.fullmatch(host) or not numeric or not 0 < int(port) < 65536:
         raise ConfigError(f"a control address must look like 'host:port', got {endpoint!r}")
-    return f"tcp://{host}:{port}"
+    return key, host, int(port)
 
 
 class ControlServer:
     """Answers requests. Handlers run on its thread: they must not block, but may return a future."""
 
-    def __init__(self, host: str = "127.0.0.1", port: int = 0, name: str = "kvconnect-control-server") -> None:
+    def __init__(
+        self,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        name: str = "kvconnect-control-server",
+        keys: Keys | None = None,
+    ) -> None:
         """Bind and start.
 
         Args:
             host: address to bind; loopback by default.
             port: TCP port, 0 for a free one.
             name: of the thread.
+            keys: who is let in; everybody, without.
 
         Raises:
             ConfigError: the address cannot be bound.
@@ -71,7 +87,10 @@ class ControlServer:
         self._loop = Loop(name)
         self._socket: zmq.Socket[bytes] = self._loop.context.socket(zmq.ROUTER)
         _tune(self._socket)
+        self._socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
         self._socket.setsockopt(zmq.IPV6, int(":" in host))
+        if keys is not None:
+            keys.guard(self._socket, self._loop)
         self._loop.watch(self._socket, self._receive)
         try:
             self._socket.bind(f"tcp://{host}:{port or '*'}")
@@ -162,9 +181,20 @@ def _outcome(done: Future[Reply]) -> Reply | KVConnectError:
 class ControlClient:
     """Asks any number of peers, on one thread. A vanished peer fails its own calls only."""
 
-    def __init__(self, name: str = "kvconnect-control-client") -> None:
-        """Start the thread, called ``name``."""
-        self._loop = Loop(name)
+    def __init__(
+        self,
+        name: str = "kvconnect-control-client",
+        keys: Keys | None = None,
+        check: Callable[[str], None] | None = None,
+    ) -> None:
+        """Start the thread, called ``name``.
+
+        ``keys`` prove who we are and who the peers are. ``check`` raises a `KVConnectError`
+        for an endpoint that must not be contacted.
+        """
+        self._loop, self._keys = Loop(name), keys
+        #: Raises a `KVConnectError` for an endpoint that calls would not contact.
+        self.check = check or _anybody
         self._peers: dict[str, _Peer] = {}
         self._number = 0
         self._sweep: Timer | None = None
@@ -222,7 +252,8 @@ class ControlClient:
             future.set_exception(error)
 
     def _connect(self, endpoint: str) -> _Peer:
-        peer = _Peer(endpoint, self._loop, self._lost)
+        self.check(endpoint)
+        peer = _Peer(endpoint, self._loop, self._lost, self._keys)
         self._peers[endpoint] = peer
         if self._sweep is None:
             self._sweep = self._loop.later(_IDLE_S / 2, self._close_idle)
@@ -258,25 +289,37 @@ class ControlClient:
             peer.fail(ClosedError("the control client was closed"))
 
 
+_STRANGER = "does not speak the control protocol, or has no key where we have one, or another"
 _ENDED = {
     zmq.EVENT_DISCONNECTED: "closed the connection",
     zmq.EVENT_CLOSED: "refuses connections",
     zmq.EVENT_CONNECT_RETRIED: "cannot be reached",
-    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "does not speak the control protocol",
-    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "does not speak the control protocol",
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: _STRANGER,
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: _STRANGER,
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH: "does not let this engine's key in",
 }
 
 
-def _sockets(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+def _anybody(_endpoint: str) -> None:
+    """Contact whoever is named."""
+
+
+def _sockets(
+    context: zmq.Context[zmq.Socket[bytes]], host: str, named: str, keys: Keys | None
+) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
     """Return a connection's socket and its monitor."""
     sock: zmq.Socket[bytes] = context.socket(zmq.DEALER)
     try:
         _tune(sock)
         # A reconnecting socket would replay what it had queued; a new one never does.
         sock.setsockopt(zmq.RECONNECT_IVL, -1)
-        sock.setsockopt(zmq.IPV6, int(endpoint.count(":") > 1))
+        sock.setsockopt(zmq.IPV6, int(":" in host))
+        if keys is not None:
+            keys.sign(sock, named)
+        elif named:
+            raise HandshakeError("the peer lets holders of keys in only, and this engine has none")
         return sock, sock.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | sum(_ENDED))
-    except zmq.ZMQError:
+    except (zmq.ZMQError, HandshakeError):
         sock.close(linger=0)
         raise
 
@@ -284,30 +327,38 @@ def _sockets(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> tuple[zm
 class _Peer:
     """One connection of the client, and the calls that wait on it. Lives on the client's thread."""
 
-    def __init__(self, endpoint: str, loop: Loop, lost: Callable[[_Peer, str], None]) -> None:
+    def __init__(self, endpoint: str, loop: Loop, lost: Callable[[_Peer, str], None], keys: Keys | None = None) -> None:
         self.endpoint = endpoint
         self.pending: dict[int, Future[dict[str, Any]]] = {}
         self.connected = False
         self.used = time.monotonic()
         self._loop, self._lost = loop, lost
         try:
-            self._socket, self._monitor = _sockets(loop.context, endpoint)
+            named, host, port = split(endpoint)
+            self._socket, self._monitor = _sockets(loop.context, host, named, keys)
+        except ConfigError as error:
+            raise BrokenError(f"{endpoint} cannot be reached: {error}") from error
+        except HandshakeError as error:
+            raise HandshakeError(f"{endpoint}: {error}") from error
         except zmq.ZMQError as error:  # out of sockets or file descriptors
             raise BrokenError(f"{endpoint} cannot be reached: {error.strerror}") from error
         loop.watch(self._socket, self._receive)
         loop.watch(self._monitor, self._notice)
         try:
-            self._socket.connect(address(endpoint))
-        except (zmq.ZMQError, ConfigError) as error:
+            self._socket.connect(f"tcp://{host}:{port}")
+        except zmq.ZMQError as error:
             self.end(BrokenError(str(error)))
             raise BrokenError(f"{endpoint} cannot be reached: {error}") from error
 
     def send(self, number: int, data: bytes, future: Future[dict[str, Any]]) -> None:
+        self.pending[number] = future
         try:
             self._socket.send(data, zmq.NOBLOCK)
         except zmq.ZMQError as error:
+            if not self.connected and error.errno == zmq.EAGAIN:
+                return  # it was turned away already: the monitor is about to say why
+            del self.pending[number]
             raise BrokenError(f"{self.endpoint} takes no more requests: {error.strerror}") from error
-        self.pending[number] = future
         self.used = time.monotonic()
 
     def _receive(self) -> None:

@@ -242,3 +242,17 @@ def test_nothing_else_in_the_package_prints():
         if re.search(r"^\s*print\(", path.read_text(), re.MULTILINE)
     }
     assert printing <= {"cli.py", "demo"}
+
+
+def test_keygen_writes_a_private_key_prints_the_public_one_and_replaces_none(tmp_path):
+    path = tmp_path / "own.key"
+    done = kvconnect("keygen", str(path))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(r"\S{40}\n", done.stdout)
+    secret = path.read_text().strip()
+    assert secret not in done.stdout
+    assert path.stat().st_mode & 0o777 == 0o600
+    again = kvconnect("keygen", str(path))
+    assert again.returncode == 2
+    assert "name a new file" in again.stderr
+    assert path.read_text().strip() == secret

@@ -63,7 +63,9 @@ def test_an_unknown_key_is_named_with_its_path_and_the_nearest():
 
 
 def test_an_unknown_key_near_none_lists_the_known():
-    with pytest.raises(ConfigError, match=r"xyzzy is not a known option; known keys: advertise_host, bind_host, "):
+    with pytest.raises(
+        ConfigError, match=r"xyzzy is not a known option; known keys: advertise_host, allowed_peers, bind_host, "
+    ):
         Config.parse({"xyzzy": 1})
 
 
@@ -132,3 +134,19 @@ def test_a_backends_options_are_parsed_by_the_same_rules():
         parse_options(Options, {"mode": "fats"}, "pipe")
     with pytest.raises(ConfigError, match=r"pipe\.dept is not a known option; did you mean 'depth'\?"):
         parse_options(Options, {"dept": 1}, "pipe")
+
+
+# -- access ---------------------------------------------------------------------------------
+
+
+def test_a_shared_secret_and_a_key_pair_exclude_each_other():
+    with pytest.raises(ConfigError, match=r"key_file and .*secret_key_file exclude each other: remove one"):
+        Config.parse({"key_file": "/a", "secret_key_file": "/b", "peer_keys": ["x"]})
+
+
+@pytest.mark.parametrize(
+    "extra", [{"secret_key_file": "/a"}, {"peer_keys": ["x"]}, {"peer_keys": ["x"], "key_file": "/a"}]
+)
+def test_a_key_pair_and_the_keys_of_others_belong_together(extra):
+    with pytest.raises(ConfigError, match="belong together: set both or none"):
+        Config.parse(extra)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvconnect.buffers import fields
-from kvconnect.buffers.address import advertised, listen_address
+from kvconnect.buffers.access import Access
 from kvconnect.buffers.base import Claim, EndSettings, WorkerEnd
 from kvconnect.buffers.channels import Channels, Side
 from kvconnect.buffers.choice import describe_pipes
@@ -25,7 +25,6 @@ from kvconnect.buffers.promise import Answer
 from kvconnect.buffers.serving import PipeServer
 from kvconnect.buffers.station import Station, foreign
 from kvconnect.buffers.trial import Trial
-from kvconnect.control import ControlClient, ControlServer
 from kvconnect.errors import (
     BrokenError,
     ClosedError,
@@ -84,22 +83,23 @@ class Mover(WorkerEnd):
         """Serve ``memory`` as part ``rank``; waits for nobody.
 
         Raises:
-            ConfigError: the pipe asked for cannot be had, or the address cannot be bound.
+            ConfigError: the pipe asked for cannot be had, the address cannot be bound, or a key cannot be read.
 
         """
         options = settings.options
         self._options, self._rank, self._memory = options, rank, memory
         pipes = describe_pipes(settings.pipe.name, memory)
-        host, _ = listen_address(options)
-        self._server = ControlServer(host, 0, name="kvconnect-mover-server")
-        self._client = ControlClient(name="kvconnect-mover-client")
+        access = Access(options)
+        access.check_pipe(settings.pipe.options)
+        self._server, endpoint = access.server("kvconnect-mover-server", fixed_port=False)
+        self._client = access.client("kvconnect-mover-client")
         self._lock = threading.Lock()
         self._counts: collections.Counter[str] = collections.Counter()
         self._reads: set[_Read] = set()
         self._closed = False
         self._description = {
             "rank": rank,
-            "endpoint": advertised(options, host, self._server.port),
+            "endpoint": endpoint,
             **pipes,
             "layout": memory.layout.to_wire(),
             "device": memory.device,

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvconnect.buffers import fields
-from kvconnect.buffers.address import advertised, fixed_producers, listen_address
+from kvconnect.buffers.access import Access
+from kvconnect.buffers.address import fixed_producers
 from kvconnect.buffers.arena import Arena, Ids, blocks_needed, encode, load, store
 from kvconnect.buffers.base import (
     Claim,
@@ -37,7 +38,7 @@ from kvconnect.buffers.mover import Mover
 from kvconnect.buffers.scheduling import RemoteScheduler
 from kvconnect.buffers.taker import Taker
 from kvconnect.config import Config
-from kvconnect.control import ControlClient, ControlServer, wait_for
+from kvconnect.control import wait_for
 from kvconnect.errors import BufferFullError, ClosedError, KVConnectError, LoadError, StaleError
 from kvconnect.paging import PagedMemory
 
@@ -102,12 +103,11 @@ class RemoteBuffer(LookupBuffer):
         )
         me = Hello.of(settings, secrets.token_hex(8))
         self._mover = Mover(settings, 0, self._arena.memory)
-        host, port = listen_address(self._options)
-        server = ControlServer(host, port, name="kvconnect-lender")
+        access = Access(self._options)
         #: Control address, to be named in the ``peers`` of other buffers.
-        self.endpoint = advertised(self._options, host, server.port)
+        server, self.endpoint = access.server("kvconnect-lender")
         self._lender = Lender(me, server, self.endpoint, self._notice)
-        self._client = ControlClient(name="kvconnect-taker")
+        self._client = access.client("kvconnect-taker")
         self._producers = Producers([self.endpoint, *fixed_producers(self._options)], None)
         self._taker = Taker(self._options, me, self._client, self._producers, lambda _: self._notice())
         self._lender.introduce([self._mover.describe()])

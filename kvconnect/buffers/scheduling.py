@@ -6,7 +6,8 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvconnect.buffers.address import advertised, fixed_producers, listen_address
+from kvconnect.buffers.access import Access
+from kvconnect.buffers.address import fixed_producers
 from kvconnect.buffers.base import Claim, EndSettings, LookupKey, Miss, SchedulerEnd, Want
 from kvconnect.buffers.directory import Directory, Producers
 from kvconnect.buffers.hello import Hello
@@ -14,8 +15,8 @@ from kvconnect.buffers.ledger import Blocks
 from kvconnect.buffers.lender import Lender
 from kvconnect.buffers.taker import Taker
 from kvconnect.config import Config
-from kvconnect.control import ControlClient, ControlServer
-from kvconnect.errors import ConfigError, KVConnectError
+from kvconnect.control import ControlClient
+from kvconnect.errors import KVConnectError
 
 
 class RemoteScheduler(SchedulerEnd):
@@ -25,7 +26,7 @@ class RemoteScheduler(SchedulerEnd):
         """Start to answer and to ask; waits for nobody.
 
         Raises:
-            ConfigError: the control address cannot be bound.
+            ConfigError: the control address cannot be bound, or a key cannot be read.
 
         """
         options: Config = settings.options
@@ -34,19 +35,13 @@ class RemoteScheduler(SchedulerEnd):
         self._taker: Taker | None = None
         self._client: ControlClient | None = None
         self._directory = Directory(options.group)
-        own = ""
+        own, access = "", Access(options)
         if settings.produces:
-            host, port = listen_address(options)
-            server = ControlServer(host, port, name="kvconnect-lender")
-            try:
-                own = advertised(options, host, server.port)
-            except ConfigError:
-                server.close()
-                raise
+            server, own = access.server("kvconnect-lender")
             self._lender = Lender(me, server, own)
             self._directory.publish(me, own)
         if settings.consumes:
-            self._client = ControlClient(name="kvconnect-taker")
+            self._client = access.client("kvconnect-taker")
             producers = Producers(fixed_producers(options), self._directory, own)
             self._taker = Taker(settings.options, me, self._client, producers)
 

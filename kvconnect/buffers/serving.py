@@ -83,6 +83,7 @@ class PipeServer:
         message, layout = fields.mapping(body, "message"), PagedLayout.from_wire(fields.mapping(worker, "layout"))
         served = Served(fields.text(body, "pipe"), fields.text(worker, "endpoint"))
         self._check_room(served)
+        self._station.client.check(served.peer)  # it will be asked whether it is there still
         channel = self._channels.open(served.id, "serves", served.peer)
         self._served[served.id] = served
         # A lane of its own: the peer's next pipe must not wait behind one that hangs.

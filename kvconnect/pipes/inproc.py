@@ -9,8 +9,8 @@ over. Blocks are copied straight from one paged memory to the other.
 from __future__ import annotations
 
 import functools
-import itertools
 import os
+import secrets
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -67,7 +67,6 @@ class _Link:
 
 
 _links: dict[int, _Link] = {}
-_tokens = itertools.count(1)
 
 
 class InprocPipe(Pipe):
@@ -94,7 +93,7 @@ class InprocPipe(Pipe):
         self._link = self._offer(spec) if spec.side == "serves" else self._meet(spec)
 
     def _offer(self, spec: PipeSpec) -> _Link:
-        self._token = next(_tokens)
+        self._token = secrets.randbits(63)  # not to be guessed by whoever else asks this process
         link = _links[self._token] = _Link()
         try:
             spec.exchange({"pid": os.getpid(), "token": self._token})

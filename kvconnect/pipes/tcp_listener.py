@@ -27,6 +27,8 @@ GREETING: Final = b"kvctcp1\n"
 HELLO_BYTES: Final = len(GREETING) + TOKEN_BYTES
 
 _HELLO_TIMEOUT_S: Final = 5.0
+#: Connections that have not shown a token yet; beyond, the one that has waited longest goes. Each costs a descriptor.
+_MAX_NEWCOMERS: Final = 256
 _PAUSE_S: Final = 0.2
 _OUT_OF_DESCRIPTORS: Final = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
@@ -55,6 +57,7 @@ class Listener:
         self.users = 0
         self._loop = loop
         self._expected: dict[bytes, Arrival] = {}
+        self._newcomers: dict[_Newcomer, None] = {}
         loop.watch(self._sock.fileno(), reactor.READ, self._accept)
 
     def expect(self, arrival: Arrival) -> bytes:
@@ -84,7 +87,9 @@ class Listener:
                 self._pause(error)
             return  # else the newcomer left before it was accepted
         sock.setblocking(False)
-        _Newcomer(self._loop, sock, self._admit)
+        self._newcomers[_Newcomer(self._loop, sock, self._decide)] = None
+        if len(self._newcomers) > _MAX_NEWCOMERS:
+            next(iter(self._newcomers)).leave()
 
     def _pause(self, error: OSError) -> None:
         # The connection stays in the backlog and would wake the loop at once, again and again.
@@ -99,6 +104,15 @@ class Listener:
         if self._sock.fileno() == fd:
             self._loop.change(fd, reactor.READ)
 
+    def _decide(self, newcomer: _Newcomer, hello: bytes | None, sock: socket.socket) -> None:
+        if newcomer not in self._newcomers:
+            return  # decided already
+        del self._newcomers[newcomer]
+        if hello is None:
+            hang_up(sock)
+        else:
+            self._admit(hello, sock)
+
     def _admit(self, hello: bytes, sock: socket.socket) -> None:
         greeting, token = hello[: len(GREETING)], hello[len(GREETING) :]
         arrival = self._expected.pop(token, None) if greeting == GREETING else None
@@ -110,12 +124,14 @@ class Listener:
 
 
 class _Newcomer:
-    """A connection that has not shown its token yet."""
+    """A connection that has not shown its token yet; ``over`` gets its hello, or ``None`` for a stranger."""
 
-    def __init__(self, loop: Reactor, sock: socket.socket, admit: Callable[[bytes, socket.socket], None]) -> None:
-        self._loop, self._sock, self._admit = loop, sock, admit
+    def __init__(
+        self, loop: Reactor, sock: socket.socket, over: Callable[[_Newcomer, bytes | None, socket.socket], None]
+    ) -> None:
+        self._loop, self._sock, self._over = loop, sock, over
         self._hello = b""
-        self._timer = loop.call_later(_HELLO_TIMEOUT_S, self._leave)
+        self._timer = loop.call_later(_HELLO_TIMEOUT_S, self.leave)
         loop.watch(sock.fileno(), reactor.READ, self._read)
 
     def _read(self, _events: int) -> None:
@@ -127,16 +143,18 @@ class _Newcomer:
             part = b""
         self._hello += part
         if not part or not GREETING.startswith(self._hello[: len(GREETING)]):
-            self._leave()
+            self.leave()
         elif len(self._hello) == HELLO_BYTES:
-            self._timer.cancel()
-            self._loop.unwatch(self._sock.fileno())
-            self._admit(self._hello, self._sock)
+            self._end(self._hello)
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
+        """Go, without having shown a token."""
+        self._end(None)
+
+    def _end(self, hello: bytes | None) -> None:
         self._timer.cancel()
         self._loop.unwatch(self._sock.fileno())
-        hang_up(self._sock)
+        self._over(self, hello, self._sock)
 
 
 _listeners: dict[tuple[str, int], Listener] = {}

@@ -523,9 +523,9 @@ def test_auto_gives_each_pipe_the_options_it_has_for_it(register, pair):
             super().__init__(dataclasses.replace(spec, options={}))
 
     register(a=type("NotesOwn", (Notes,), {"gate": threading.Event(), "reads": Counter(), "live": set()}))
-    p, d = pair(Backend("auto", {"options": {"a": {"bind_host": "10.0.0.1"}}}))
+    p, d = pair(Backend("auto", {"options": {"a": {"bind_host": "127.0.0.2"}}}))
     load(p, d)
-    assert given == [{"bind_host": "10.0.0.1"}] * 2
+    assert given == [{"bind_host": "127.0.0.2"}] * 2
 
 
 @pytest.mark.parametrize(

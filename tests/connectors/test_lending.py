@@ -78,6 +78,14 @@ def test_a_finished_prompt_keeps_its_blocks_and_returns_a_ticket(producer: Produ
     assert producer.free == POOL - 1 - 3
 
 
+def test_what_routers_read_as_a_host_has_no_key_in_it(producer: Producer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(producer.end._lender, "_at", f"{'k:@' * 13}k@10.0.0.5:7")
+    answer = producer.serve(10, asked=True)
+    assert answer is not None
+    assert (answer["remote_host"], answer["remote_port"]) == ("10.0.0.5", 7)
+    assert answer["kvconnect"]["at"].endswith("k@10.0.0.5:7")
+
+
 def test_a_ticket_comes_unasked_too(producer: Producer) -> None:
     answer = producer.serve(10)
     assert answer is not None

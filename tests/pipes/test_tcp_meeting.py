@@ -16,7 +16,7 @@ import pytest
 
 from kvconnect.errors import BrokenError, ConfigError, DeadlineError, HandshakeError
 from kvconnect.paging import PagedMemory
-from kvconnect.pipes import reactor, tcp_frames, tcp_meeting, wire
+from kvconnect.pipes import reactor, tcp_frames, tcp_listener, tcp_meeting, wire
 from kvconnect.pipes.base import PipeSpec
 from kvconnect.pipes.tcp import TcpPipe
 from kvconnect.pipes.tcp_link import Link
@@ -279,3 +279,62 @@ def test_what_was_answered_before_a_close_arrives_though_a_request_comes_just_th
         while part := sock.recv(1 << 20):
             data += part
     assert len(data) == tcp_frames.FRAME_BYTES + local.layout.nbytes([list(range(8))])
+
+
+def test_strangers_that_say_nothing_hold_no_more_than_their_share_and_keep_no_peer_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tcp_listener, "_MAX_NEWCOMERS", 4)
+    with ExitStack() as stack:
+        first = open_pair(TcpPipe)
+        stack.callback(first.close)
+        address = ("127.0.0.1", next(iter(tcp_listener._listeners.values())).port)
+        strangers = [stack.enter_context(socket.create_connection(address)) for _ in range(12)]
+        assert all(is_closed(sock) for sock in strangers[:8]), "those that waited longest have to go"
+        strangers[-1].settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            strangers[-1].recv(1)
+        second = open_pair(TcpPipe)
+        stack.callback(second.close)
+        second.here.send_tensor(None)
+        assert second.there.recv_tensor() is None
+
+
+@pytest.mark.parametrize("said", [GREETING + bytes(16), b"GET / HTTP/1.1\r\n\r\n0123", GREETING[:-1] + b"x" * 17])
+def test_a_connection_without_a_valid_token_is_closed(said: bytes) -> None:
+    pair = open_pair(TcpPipe)
+    try:
+        address = ("127.0.0.1", next(iter(tcp_listener._listeners.values())).port)
+        with socket.create_connection(address) as sock:
+            sock.sendall(said)
+            assert is_closed(sock)
+        pair.here.send_tensor(None)
+        assert pair.there.recv_tensor() is None
+    finally:
+        pair.close()
+
+
+def test_a_token_opens_one_connection_only() -> None:
+    listener = tcp_listener.acquire(reactor.shared(), "127.0.0.1", 0)
+    came = threading.Event()
+    arrived: list[socket.socket] = []
+
+    def arrive(sock: socket.socket) -> None:
+        arrived.append(sock)
+        came.set()
+
+    token = listener.expect(arrive)
+    try:
+        with ExitStack() as stack:
+            first, second = (
+                stack.enter_context(socket.create_connection(("127.0.0.1", listener.port))) for _ in range(2)
+            )
+            first.sendall(GREETING + token)
+            assert came.wait(LIMIT_S)
+            second.sendall(GREETING + token)
+            assert is_closed(second)
+        assert len(arrived) == 1
+    finally:
+        for sock in arrived:
+            sock.close()
+        tcp_listener.release(listener)
