@@ -46,7 +46,7 @@ def _tune(sock: zmq.Socket[bytes]) -> None:
 def address(endpoint: str) -> str:
     """Return the ZeroMQ address of ``"host:port"``; raise `ConfigError` if it is none."""
     host, _, port = endpoint.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+    if not endpoint.isascii() or not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ConfigError(f"a control address must look like 'host:port', got {endpoint!r}")
     return f"tcp://{host}:{port}"
 

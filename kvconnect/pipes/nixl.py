@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from kvconnect.paging import PagedLayout, PagedMemory
 
 _VERSION: Final = 1
+#: How to reach staging memory: far more than any agent's metadata take.
+_MAX_CARD_BYTES: Final = 1 << 20
 #: Given to a fetch of another thread to notice that it is too late.
 _SLACK_S: Final = 1.0
 
@@ -169,7 +171,9 @@ class NixlMedium:
     def meet(self, card: bytes) -> None:
         """Learn how to reach the peer's slots."""
         try:
-            body = msgpack.unpackb(card)
+            if len(card) > _MAX_CARD_BYTES:
+                raise ValueError(f"{len(card)} bytes")
+            body = msgpack.unpackb(card, max_ext_len=0)
             name, metadata, place = read_card(body)
         except (ValueError, TypeError, AttributeError) as error:
             raise BrokenError(f"the peer did not say how its memory is reached: {error}") from error
