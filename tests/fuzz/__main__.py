@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import gc
 import sys
 import time
 import traceback
 
 from tests.fuzz.catalogue import TARGETS
-from tests.fuzz.harness import WAIT_S, Target, hunt, replay
+from tests.fuzz.harness import WAIT_S, Target, hunt, listening, replay
 
 _BATCH = 50
 
@@ -31,12 +32,14 @@ def _search(target: Target, seconds: float, number: int) -> bool:
     """Replay the corpus, then hunt in batches until the time is over."""
     begun, batches = time.monotonic(), 0
     try:
-        known = replay(target)
-        while batches == 0 or time.monotonic() - begun < seconds:
-            # A wait that never ends cannot be interrupted from within: say where it is, and exit.
-            faulthandler.dump_traceback_later(_BATCH * WAIT_S, exit=True)
-            hunt(target, number + batches, examples=_BATCH)
-            batches += 1
+        with listening():
+            known = replay(target)
+            while batches == 0 or time.monotonic() - begun < seconds:
+                # A wait that never ends cannot be interrupted from within: say where it is, and exit.
+                faulthandler.dump_traceback_later(_BATCH * WAIT_S, exit=True)
+                hunt(target, number + batches, examples=_BATCH)
+                gc.collect()
+                batches += 1
     except Exception as error:  # noqa: BLE001 - whatever it is, the other targets are searched, too
         sys.stdout.write(f"{target.name}:\n{''.join(traceback.format_exception(error, limit=-4))}\n")
         return False

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import gc
 import logging
 import signal
+import sys
 import threading
 import time
 import tracemalloc
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,13 +71,42 @@ class _Confessions(logging.Handler):
         logger = logging.getLogger("kvconnect")
         logger.addHandler(self)
         logger.propagate = False  # thousands of refusals are no news
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._forgotten
+
+    def _forgotten(self, what: sys.UnraisableHookArgs) -> None:
+        """A socket or file was found that nobody had closed (or a finalizer failed)."""
+        self.heard.append(f"{what.exc_value!r} from {what.object!r}")
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.exc_info and not isinstance(record.exc_info[1], KVConnectError):
             self.heard.append(self.format(record))
 
+    def end(self) -> None:
+        logger = logging.getLogger("kvconnect")
+        logger.removeHandler(self)
+        logger.propagate = True
+        sys.unraisablehook = self._hook
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """Fail examples, too, whose mistakes something caught, or which left something open."""
+    confessions = _Confessions()
+    _confessions.append(confessions)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message="ComplexHalf")  # torch's, at the first tensor of that dtype
+        try:
+            yield
+            gc.collect()
+            assert not confessions.heard, f"found too late to say after which example: {confessions.heard[0]}"
+        finally:
+            _confessions.remove(confessions)
+            confessions.end()
+
 
 _confessions: list[_Confessions] = []
+_warm: set[str] = set()
 
 
 class HangError(AssertionError):
@@ -95,12 +127,10 @@ def weigh(example: Any) -> int:
 def check(target: Target, example: Any) -> None:
     """Run one example: no undeclared exception, no hang, no more memory than declared."""
     limit = target.limit_bytes(example)
-    if not _confessions:
-        _confessions.append(_Confessions())
-    confessions = _confessions[0]
-    confessions.heard.clear()
-    if not tracemalloc.is_tracing():
+    if target.name not in _warm:
+        _warm.add(target.name)
         target.run(example)  # caches and late imports are nobody's allocation
+    if not tracemalloc.is_tracing():
         tracemalloc.start(1)
     tracemalloc.reset_peak()
     before, _ = tracemalloc.get_traced_memory()
@@ -109,7 +139,9 @@ def check(target: Target, example: Any) -> None:
         target.run(example)
     took = time.monotonic() - begun
     peak = tracemalloc.get_traced_memory()[1] - before
-    assert not confessions.heard, f"{target.name}: caught somewhere, but undeclared: {confessions.heard[0]}"
+    for confessions in _confessions:
+        heard, confessions.heard = confessions.heard, []
+        assert not heard, f"{target.name}: caught somewhere, but undeclared: {heard[0]}"
     assert took < WAIT_S, f"{target.name}: it took {took:.1f} s"
     assert peak <= limit, f"{target.name}: {peak} bytes were allocated, the limit for this example is {limit}"
 

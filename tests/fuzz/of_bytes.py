@@ -280,7 +280,7 @@ def run_tcp_meeting(body):
         host, port, token, blocks = tcp_meeting._checked(body)
         assert 0 < port < 65536
         assert len(token) == len(blocks) == 16
-        socket.getaddrinfo(host, port, flags=socket.AI_NUMERICHOST) if host.replace(".", "").isdigit() else host
+        assert host.encode("idna")
 
 
 # -- shared memory -----------------------------------------------------------------------------------------
