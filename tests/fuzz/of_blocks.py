@@ -115,12 +115,16 @@ def _chunk(kind, transfer, offset, nbytes):
     return bytes(range(nbytes)) + struct.pack("<4sI2Q", b"KVB1", kind, transfer, offset)
 
 
-def _address(kind=0, transfer=1, receives=True):  # noqa: FBT002
+def _address(kind=0, transfer=1, receives=True):
     return {"kind": kind, "transfer": transfer, "receives": receives}
 
 
 _STREAMS = [
-    [["read", {**READ, "transfer": 7}], ["credit", {**_address(0, 7, False), "chunks": 4}], ["stop", _address(0, 7, False)]],
+    [
+        ["read", {**READ, "transfer": 7}],
+        ["credit", {**_address(0, 7, False), "chunks": 4}],
+        ["stop", _address(0, 7, False)],
+    ],
     [["place", _chunk(0, 1, 0, 100)], ["place", _chunk(0, 1, 100, 92)]],
     [["write", {**READ, "transfer": 9}], ["place", _chunk(1, 9, 0, 192)]],
     [["done", {**_address(), "error": None}], ["done", {**_address(1, 2, False), "error": "no"}]],
@@ -129,7 +133,11 @@ _STREAMS = [
 
 
 def run_stream(calls):
-    memory, beside, pipe = heap_memory(LAYOUT), _Beside({"blocks.read": {"credit": 8}, "blocks.write": {"credit": 0}}), _Sink()
+    memory, beside, pipe = (
+        heap_memory(LAYOUT),
+        _Beside({"blocks.read": {"credit": 8}, "blocks.write": {"credit": 0}}),
+        _Sink(),
+    )
     stream = BlockStream(pipe, memory, LAYOUT, beside, 5.0)
     read, write = stream.read([[1, 2], [3]], [[4, 5], [6]]), stream.write([[1], []], [[2], []])
     flow = stream._flows[True][Kind.READ, 1]
@@ -228,7 +236,14 @@ class _Agent:
         raise AssertionError("the agent's steps never end")
 
 
-_NIXL_CARD = {"agent": "peer", "metadata": b"meta", "kind": "DRAM", "device": 0, "bases": [4096, 8192], "token": b"t" * 8}
+_NIXL_CARD = {
+    "agent": "peer",
+    "metadata": b"meta",
+    "kind": "DRAM",
+    "device": 0,
+    "bases": [4096, 8192],
+    "token": b"t" * 8,
+}
 _NIXL_CARD["slot_bytes"] = 256
 _BEGIN = {"transfer": 5, "groups": READ["groups"], "portion_bytes": 128}
 _PULL = {"transfer": 4, "from": READ["groups"], "into": READ["groups"], "nbytes": 3 * BLOCK}
@@ -346,9 +361,15 @@ def _wires():
 _ASK = {"number": 6, "groups": READ["groups"], "nbytes": 3 * BLOCK}
 _ROWS = [[0, 6, 0, 0, 2], [0, 6, 1, 0, 1]]
 _NCCL = [
-    [["meet", {"name": b"n", "slot_bytes": 1 << 20}], ["orders", {"first": 0, "asks": [_ASK], "rows": _ROWS, "drops": [[0, 6]]}]],
+    [
+        ["meet", {"name": b"n", "slot_bytes": 1 << 20}],
+        ["orders", {"first": 0, "asks": [_ASK], "rows": _ROWS, "drops": [[0, 6]]}],
+    ],
     [["write", _ASK], ["stop", {"number": 6}], ["alive", {}]],
-    [["orders", {"first": 0, "asks": [], "rows": [[1, 2, 0, 0, 1]], "drops": []}], ["done", {"number": 2, "error": None}]],
+    [
+        ["orders", {"first": 0, "asks": [], "rows": [[1, 2, 0, 0, 1]], "drops": []}],
+        ["done", {"number": 2, "error": None}],
+    ],
     [["done", {"number": 2, "error": "x"}], ["broken", {"error": "x"}]],
 ]
 
@@ -430,7 +451,7 @@ class _Medium:
 
     def allocate(self, nbytes):
         area = torch.zeros(nbytes, dtype=torch.uint8)
-        return SimpleNamespace(address=area.data_ptr(), card=b"card", free=lambda read_until_s: area)
+        return SimpleNamespace(address=area.data_ptr(), card=b"card", free=lambda **_: area)
 
     def stage(self, source, address):
         ctypes.memmove(address, source.data_ptr(), source.nbytes)
@@ -479,7 +500,9 @@ _ACKS = [[struct.pack("<I", n) for n in (0, 1, 0, 1)], [struct.pack("<I", 9)], [
 def run_staged(example):
     frames, acknowledgements = example
     host_pipes = companion.Companion("fake", _Frames(acknowledgements), _Frames(frames), {})
-    tensors = StagedTensors(host_pipes, _Medium(), slots=2, slot_bytes=1 << 14, timeout_s=2.0, max_message_bytes=1 << 16)
+    tensors = StagedTensors(
+        host_pipes, _Medium(), slots=2, slot_bytes=1 << 14, timeout_s=2.0, max_message_bytes=1 << 16
+    )
     with refused:
         while True:
             tensors.receive()
@@ -539,7 +562,12 @@ def _asked():
     call = {"pipe": "n1/serves", "op": "shm.memory", "body": {"direct": True, "streams": True, "bases": [1, 2]}}
     return [
         [["open", _opening()], ["ready", {"pipe": "n1"}], ["ping", {"pipe": "n1/serves"}], ["close", {"pipe": "n1"}]],
-        [["open", shm], ["call", call], ["call", {**call, "op": "blocks.read", "body": READ}], ["close", {"pipe": "n1"}]],
+        [
+            ["open", shm],
+            ["call", call],
+            ["call", {**call, "op": "blocks.read", "body": READ}],
+            ["close", {"pipe": "n1"}],
+        ],
         [["call", call], ["ready", {"pipe": "n2"}], ["open", _opening()], ["open", _opening()]],
     ]
 
@@ -585,7 +613,12 @@ def _consumer():
 def _told():
     station = _worker()._pipes._station
     theirs = {**station.worker, "endpoint": "127.0.0.1:9"}
-    invitation = {**_BEACON.card(), "pidns": host.identity()["pidns"], "name": "kvconnect-fuzz-nobody", "token": b"t" * 16}
+    invitation = {
+        **_BEACON.card(),
+        "pidns": host.identity()["pidns"],
+        "name": "kvconnect-fuzz-nobody",
+        "token": b"t" * 16,
+    }
     hello = {**station.me.to_wire(), "workers": [theirs], "worker": False, "incarnation": "i"}
     return [{"hello": hello, "pipe.open": {"message": invitation}, "pipe.ready": {}, "release": {"answer": "ok"}}]
 
@@ -641,7 +674,9 @@ TARGETS = [
     Target("nixl_note", damaged([Note(What.FULL, 1, 2, 3).pack()]), run_note),
     Target("nccl_blocks", mutated(_NCCL), run_nccl, per_byte=256, fixed_bytes=1 << 20),
     Target("cuda_ipc_export", mutated([_EXPORT]), run_export),
-    Target("cuda_ipc_card", noise([msgpack.packb(_STAGING)]) | mutated([_STAGING]).map(msgpack.packb), run_staging_card),
+    Target(
+        "cuda_ipc_card", noise([msgpack.packb(_STAGING)]) | mutated([_STAGING]).map(msgpack.packb), run_staging_card
+    ),
     Target("staged_tensors", st.tuples(mutated(_STAGED), mutated(_ACKS)), run_staged, fixed_bytes=1 << 20),
     Target("companion", st.deferred(lambda: mutated([_offer()])), run_companion, fixed_bytes=1 << 20),
     Target("tcp_opening", mutated([{"tcp": 2, "checksum": True}]), run_opening, fixed_bytes=1 << 20),

@@ -68,7 +68,9 @@ _ENTRIES = [_entry(TENSORS), _entry([]), _entry([torch.zeros(0)] * 300), _NONES]
 
 def run_entry(data):
     try:
-        found = arena.decode(torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8))
+        found = arena.decode(
+            torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+        )
     except LoadError:
         return
     assert sum(tensor.nbytes for tensor in found) <= len(data)
@@ -121,7 +123,10 @@ def run_tensors(example):
 
 _PIECE, _STRIDE = 48, 64
 BLOCKS_LAYOUT = PagedLayout(
-    (LayerLayout("l0", 0, 0, 0, 4 * _STRIDE, 8, _PIECE, ((2, _STRIDE),)), LayerLayout("l1", 1, 0, 2 * _STRIDE, 4 * _STRIDE, 8, _PIECE)),
+    (
+        LayerLayout("l0", 0, 0, 0, 4 * _STRIDE, 8, _PIECE, ((2, _STRIDE),)),
+        LayerLayout("l1", 1, 0, 2 * _STRIDE, 4 * _STRIDE, 8, _PIECE),
+    ),
     (8 * 4 * _STRIDE,),
 )
 _IDS = tcp_frames.pack_ids([[1, 2], [3]])
@@ -131,7 +136,11 @@ _BITS = bytes(range(256)) * 4
 FRAMES = [
     [[Kind.READ, 0, 5, 0, 0, _IDS]],
     [[Kind.READ, 0, 5, 0, 0, _IDS], [Kind.CANCEL, 0, 5, 0, 0, b""], [Kind.CANCEL, 0, 6, 0, 0, b""]],
-    [[Kind.WRITE, 1, 9, 0, 0, _IDS], [Kind.DATA, 1, 9, 0, 0, _BITS[:100]], [Kind.DATA, 1, 9, 100, 0, _BITS[: _SIZE - 100]]],
+    [
+        [Kind.WRITE, 1, 9, 0, 0, _IDS],
+        [Kind.DATA, 1, 9, 0, 0, _BITS[:100]],
+        [Kind.DATA, 1, 9, 100, 0, _BITS[: _SIZE - 100]],
+    ],
     [[Kind.DATA, 0, 1, 0, 0, _BITS[:_SIZE]], [Kind.ACK, 1, 2, 0, 0, b""]],
     [[Kind.DATA, 0, 1, 0, 0, _BITS[:64]], [Kind.ERROR, 0, 1, 0, 0, b"LoadError: gone"], [Kind.ERROR, 1, 2, 0, 0, b"x"]],
     [[Kind.WRITE, 1, 9, 0, 0, _IDS], [Kind.CANCEL, 1, 9, 0, 0, b""]],
@@ -419,7 +428,9 @@ def run_ring(example):
 
 
 _checked_frames = st.tuples(st.booleans(), mutated(FRAMES))
-_raw_frames = st.tuples(st.booleans(), st.booleans().flatmap(lambda on: noise([pack_frames(one, on) for one in FRAMES])))
+_raw_frames = st.tuples(
+    st.booleans(), st.booleans().flatmap(lambda on: noise([pack_frames(one, on) for one in FRAMES]))
+)
 _tensors = st.one_of(
     st.tuples(st.just(0), noise([a + b for a in MESSAGES for b in MESSAGES[:3]])),
     st.tuples(st.just(1), noise([sealed(a) + sealed(b) for a in MESSAGES for b in MESSAGES[:3]])),
@@ -433,7 +444,9 @@ TARGETS = [
     Target("stored_entry", noise(_ENTRIES), run_entry, per_byte=256),
     Target("tcp_tensors", _tensors, run_tensors, fixed_bytes=LIMIT),
     Target("tcp_blocks", _checked_frames | _raw_frames, run_frames, per_byte=256, fixed_bytes=1 << 20),
-    Target("tcp_block_ids", noise([_IDS, tcp_frames.pack_ids([]), tcp_frames.pack_ids([[]] * 9)]), run_ids, per_byte=256),
+    Target(
+        "tcp_block_ids", noise([_IDS, tcp_frames.pack_ids([]), tcp_frames.pack_ids([[]] * 9)]), run_ids, per_byte=256
+    ),
     Target("tcp_newcomer", noise([_HELLO, tcp_listener.GREETING]), run_newcomer),
     Target("tcp_meeting", mutated([_INVITATION]), run_tcp_meeting),
     Target("shm_meeting", mutated([_PEER, _WORD, {**_PEER, **_WORD}]), run_shm_meeting),

@@ -19,8 +19,8 @@ from kvconnect.buffers import taker as taking
 from kvconnect.buffers.base import Claim, LookupKey, Miss, Want
 from kvconnect.buffers.directory import Directory, Producers
 from kvconnect.buffers.hello import Hello, check_fit, check_shapes
-from kvconnect.buffers.lender import Lender
 from kvconnect.buffers.ledger import digest_of
+from kvconnect.buffers.lender import Lender
 from kvconnect.buffers.ticket import Ticket, unpack_ids
 from kvconnect.config import Config
 from kvconnect.control import ControlClient, ControlServer, address, wait_for
@@ -140,7 +140,17 @@ def run_endpoint(endpoint):
         assert dict(client._peers).keys() <= before.keys() | {answerer().endpoint}
 
 
-_ENDPOINTS = ["127.0.0.1:80", "[::1]:80", "host:1", "\ud800:1", "a\ud8ff:80", "h:\u0663", "a\0b:1", ":1", "a:" + "9" * 900]
+_ENDPOINTS = [
+    "127.0.0.1:80",
+    "[::1]:80",
+    "host:1",
+    "\ud800:1",
+    "a\ud8ff:80",
+    "h:\u0663",
+    "a\0b:1",
+    ":1",
+    "a:" + "9" * 900,
+]
 
 
 # -- what engines say of themselves ---------------------------------------------------------------
@@ -369,8 +379,15 @@ TARGETS = [
     Target("control_endpoint", st.sampled_from(_ENDPOINTS) | mutated([["h", "1"]]).map(str), run_endpoint),
     Target("hello", mutated(HELLOS) | values().map(lambda v: {"workers": v}), run_hello, fixed_bytes=1 << 20),
     Target("layout", mutated(_LAYOUTS), run_layout, fixed_bytes=16 << 20),
-    Target("ticket", mutated([TICKET, *_LONE]) | damaged([b"AgIC"]).map(lambda b: {**TICKET, "blocks": [b.decode("latin1")]}), run_ticket, 256),
+    Target(
+        "ticket",
+        mutated([TICKET, *_LONE]) | damaged([b"AgIC"]).map(lambda b: {**TICKET, "blocks": [b.decode("latin1")]}),
+        run_ticket,
+        256,
+    ),
     Target("lender", st.lists(mutated(_CALLS), max_size=6), run_lender, fixed_bytes=1 << 20),
     Target("owners_answers", mutated([_ANSWERS]), run_answers, fixed_bytes=2 << 20),
-    Target("directory", noise([msgpack.packb(_CARD)]) | mutated([_CARD]).map(msgpack.packb), run_file, fixed_bytes=1 << 20),
+    Target(
+        "directory", noise([msgpack.packb(_CARD)]) | mutated([_CARD]).map(msgpack.packb), run_file, fixed_bytes=1 << 20
+    ),
 ]

@@ -15,7 +15,18 @@ EDGES += [(1 << 64) - 1, -1, -2, -(1 << 31), -(1 << 63)]
 
 _TEXTS = ["", "a", "x" * 1025, "127.0.0.1:1", "host:99999", "a\0b", "é", "0", "1e9", "__class__", "\u0663:\u0663"]
 _SCALARS = [None, True, False, 0.0, -1.5, 1e308, b"", b"\0", b"\xff" * 3, b"\0" * 4, b"\0" * 16, b"\0" * 4097]
-_NESTS = [[], {}, [[]], [None], {"": {}}, [[[[[[]]]]]], [0] * 300, ["a"] * 300, [[0]] * 300, {str(i): i for i in range(99)}]
+_NESTS = [
+    [],
+    {},
+    [[]],
+    [None],
+    {"": {}},
+    [[[[[[]]]]]],
+    [0] * 300,
+    ["a"] * 300,
+    [[0]] * 300,
+    {str(i): i for i in range(99)},
+]
 
 
 def values() -> st.SearchStrategy[Any]:
@@ -28,7 +39,11 @@ def values() -> st.SearchStrategy[Any]:
         | st.binary(max_size=40)
         | st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
     )
-    nested = st.recursive(leaf, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4), max_leaves=8)
+    nested = st.recursive(
+        leaf,
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
+        max_leaves=8,
+    )
     return leaf | st.sampled_from(_NESTS).map(copy.deepcopy) | nested
 
 
@@ -111,7 +126,9 @@ def damaged(draw: st.DrawFn, samples: Sequence[bytes], most: int = 4) -> bytes:
                 number = draw(st.sampled_from(EDGES)) & ((1 << 8 * size) - 1)
                 data[at : at + size] = number.to_bytes(size, draw(st.sampled_from(["little", "big"])))
             case 5:
-                data[at:at] = data[at : at + draw(st.sampled_from([1, 4, 8, 28, 64]))] * draw(st.sampled_from([1, 3, 50]))
+                data[at:at] = data[at : at + draw(st.sampled_from([1, 4, 8, 28, 64]))] * draw(
+                    st.sampled_from([1, 3, 50])
+                )
             case _:
                 other = draw(st.sampled_from(samples))
                 data[at:] = other[draw(st.integers(0, len(other))) :]
