@@ -100,7 +100,7 @@ def decode(stream: Tensor) -> list[Tensor]:
     if stream.nbytes < _LEAD.size:
         raise LoadError("the entry is cut off")
     count, length = _LEAD.unpack(stream[: _LEAD.size].numpy().tobytes())
-    headers = memoryview(stream[_LEAD.size : _LEAD.size + length].numpy())
+    headers = memoryview(stream[_LEAD.size : _LEAD.size + length].numpy().tobytes())
     at, named = _LEAD.size + length, 0
     tensors = []
     try:

@@ -15,12 +15,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis.strategies import SearchStrategy
 
 from kvconnect.errors import KVConnectError
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
 
 CORPUS = Path(__file__).parent / "corpus"
 #: Processor time of one example; none takes a twentieth of it.

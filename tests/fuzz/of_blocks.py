@@ -354,7 +354,7 @@ class _Wire:
 def _wires():
     now = _Now()
     return SimpleNamespace(
-        loop=now, meetings=now, name=lambda: b"n", make=lambda name, slot_bytes, *, receives: _Wire(slot_bytes)
+        loop=now, meetings=now, name=lambda: b"n", make=lambda _, slot_bytes, **__: _Wire(slot_bytes)
     )
 
 

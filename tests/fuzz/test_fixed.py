@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+from pathlib import Path
 
 import msgpack
 import pytest
@@ -135,11 +136,11 @@ def test_a_tcp_peer_that_takes_no_answers_is_given_up(monkeypatch):
 
 def test_a_host_pipes_other_end_without_a_message_of_its_own_leaves_nothing_open():
     spec = PipeSpec("serves", lambda _: {**of_blocks._offer(), "own": 5}, "cpu", 2.0)
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(8):
         with pytest.raises(HandshakeError):
             companion.join(spec, {}, parse_backend("companion", "shm"))
-    assert len(os.listdir("/proc/self/fd")) < before + 8
+    assert len(list(Path("/proc/self/fd").iterdir())) < before + 8
 
 
 def test_an_inproc_end_without_a_token_is_refused():
