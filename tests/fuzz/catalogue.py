@@ -103,9 +103,9 @@ Operations: ``hello match claim renew release abandon`` (lender), ``pipe.*`` (wo
 
 from __future__ import annotations
 
-from tests.fuzz import of_blocks, of_bytes, of_control
+from tests.fuzz import of_blocks, of_bytes, of_control, of_pipes
 from tests.fuzz.harness import Target
 
 TARGETS: dict[str, Target] = {
-    target.name: target for room in (of_control, of_bytes, of_blocks) for target in room.TARGETS
+    target.name: target for room in (of_control, of_bytes, of_blocks, of_pipes) for target in room.TARGETS
 }

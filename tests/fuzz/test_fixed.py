@@ -27,7 +27,7 @@ from kvconnect.pipes.peer_process import PeerProcess
 from kvconnect.pipes.stream import BlockStream
 from kvconnect.pipes.tcp_requests import BlockRequests
 from kvconnect.pipes.wire import Kind
-from tests.fuzz import of_blocks, of_bytes, of_control
+from tests.fuzz import of_blocks, of_bytes, of_control, of_pipes
 
 
 def test_a_message_of_very_many_small_items_is_refused():
@@ -135,7 +135,7 @@ def test_a_tcp_peer_that_takes_no_answers_is_given_up(monkeypatch):
 
 
 def test_a_host_pipes_other_end_without_a_message_of_its_own_leaves_nothing_open():
-    spec = PipeSpec("serves", lambda _: {**of_blocks._offer(), "own": 5}, "cpu", 2.0)
+    spec = PipeSpec("serves", lambda _: {**of_pipes._offer(), "own": 5}, "cpu", 2.0)
     before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(8):
         with pytest.raises(HandshakeError):
