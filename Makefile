@@ -18,11 +18,13 @@ PYTEST ?=
 DEMO ?=
 # Options for the benchmarks: make bench BENCH="--help"
 BENCH ?=
+# Options for the fuzzer: make fuzz FUZZ="--help"
+FUZZ ?= --seconds 600
 # The interpreter of a machine with GPUs, with CUDA builds of torch and vLLM.
 GPU_PYTHON ?= python3
 
 .NOTPARALLEL:
-.PHONY: help venv demo test test-unit test-vllm test-full test-gpu lint format bench lock
+.PHONY: help venv demo test test-unit test-vllm test-full test-gpu fuzz lint format bench lock
 
 help:
 	@echo "make venv       install everything into $(VENV) (about 3 GB), once"
@@ -30,6 +32,7 @@ help:
 	@echo "make test       units, contracts and real engines (test-unit, then test-vllm)"
 	@echo "make test-full  the same with the slow ones"
 	@echo "make test-gpu   what needs CUDA, with GPU_PYTHON=$(GPU_PYTHON)"
+	@echo "make fuzz       what peers may send, for ten minutes (FUZZ=\"--seconds 60 --seed 7\")"
 	@echo "make lint       ruff, mypy, import-linter; make format rewrites"
 	@echo "make bench      pipes against memcpy, sockets, NIXL and gloo"
 	@echo "make lock       resolve requirements/cpu.in anew"
@@ -68,6 +71,9 @@ test-full: venv
 test-gpu:
 	$(GPU_PYTHON) -m pytest -v -o addopts= -W ignore::pytest.PytestConfigWarning --import-mode=importlib \
 		--strict-markers -ra --durations=20 -m gpu tests/gpu $(PYTEST)
+
+fuzz: venv
+	$(BIN)/python -m tests.fuzz $(FUZZ)
 
 lint: venv
 	$(BIN)/ruff format --check .

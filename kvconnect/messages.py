@@ -19,8 +19,10 @@ from kvconnect.errors import HandshakeError, KVConnectError
 #: Lowest and highest protocol version spoken here.
 PROTOCOL = (1, 1)
 MAX_MESSAGE_BYTES = 16 << 20
-_MAX_ITEMS = 1 << 20
 _MAX_DEPTH = 12
+#: Items of a message, in all: what is a byte on the wire may take a hundred in memory. A list or map counts as several.
+_MAX_ITEMS = 1 << 20
+_CONTAINER_ITEMS = 8
 
 # Fixed, so that no name a peer sends can make anything else be constructed. Classes
 # with constructors of their own travel as their nearest listed base.
@@ -71,15 +73,28 @@ def unpack(data: bytes) -> dict[str, Any]:
         MalformedError: anything else.
 
     """
+    left = _MAX_ITEMS
+
+    def spend(container: Any) -> Any:
+        nonlocal left
+        left -= _CONTAINER_ITEMS + len(container)
+        if left < 0:
+            raise ValueError(f"more than {_MAX_ITEMS} items")
+        return container
+
+    # Memory for a list is taken when its length is read: there cannot be more items than bytes.
+    most = min(_MAX_ITEMS, len(data))
     try:
         message = msgpack.unpackb(
             data,
             strict_map_key=True,
             ext_hook=_no_extension,
+            list_hook=spend,
+            object_hook=spend,
             max_str_len=MAX_MESSAGE_BYTES,
             max_bin_len=MAX_MESSAGE_BYTES,
-            max_array_len=_MAX_ITEMS,
-            max_map_len=_MAX_ITEMS,
+            max_array_len=most,
+            max_map_len=most,
             max_ext_len=0,
         )
     except (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException) as error:

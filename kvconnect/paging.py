@@ -36,6 +36,9 @@ BlockIds = Sequence[Sequence[int]]
 _MAX_BLOCKS = 1 << 31
 _MAX_GROUPS = 1 << 12
 _MAX_BYTES = 1 << 48
+#: Pieces of one block, and dimensions that they lie along: each piece costs its reader memory.
+_MAX_PIECES = 1 << 12
+_MAX_INNER = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -390,6 +393,8 @@ def _check_sizes(layout: PagedLayout) -> None:
         numbers = [layer.offset, layer.block_stride, layer.piece_bytes, *(n for pair in layer.inner for n in pair)]
         if layer.group >= _MAX_GROUPS or layer.num_blocks > _MAX_BLOCKS or max(numbers) > _MAX_BYTES:
             raise HandshakeError(f"layer {layer.name!r}: a number is out of range")
+        if len(layer.inner) > _MAX_INNER or _piece_count(layer) > _MAX_PIECES:
+            raise HandshakeError(f"layer {layer.name!r}: a block has more than {_MAX_PIECES} pieces")
     if max(layout.region_bytes, default=0) > _MAX_BYTES:
         raise HandshakeError("a region's size is out of range")
 

@@ -100,15 +100,16 @@ def decode(stream: Tensor) -> list[Tensor]:
     if stream.nbytes < _LEAD.size:
         raise LoadError("the entry is cut off")
     count, length = _LEAD.unpack(stream[: _LEAD.size].numpy().tobytes())
-    headers = stream[_LEAD.size : _LEAD.size + length].numpy().tobytes()
-    at = _LEAD.size + length
+    headers = memoryview(stream[_LEAD.size : _LEAD.size + length].numpy().tobytes())
+    at, named = _LEAD.size + length, 0
     tensors = []
     try:
         for _ in range(count):
-            more = wire.read(headers[: wire.HEADER_BYTES])
-            meta = wire.decode(headers[: wire.HEADER_BYTES + more], max_bytes=stream.nbytes)
-            headers = headers[wire.HEADER_BYTES + more :]
-            if at + meta.nbytes > stream.nbytes:
+            end = named + wire.HEADER_BYTES
+            end += wire.read(headers[named:end])
+            meta = wire.decode(headers[named:end], max_bytes=stream.nbytes)
+            named = end
+            if meta.kind is not wire.Kind.TENSOR or at + meta.nbytes > stream.nbytes:
                 raise LoadError("the entry is cut off")
             tensor = meta.empty()
             if meta.nbytes:

@@ -96,7 +96,8 @@ def check_fit(ours: Hello, theirs: Hello) -> None:
         mine, other = ours.fingerprint.get(name, "(absent)"), theirs.fingerprint.get(name, "(absent)")
         if mine != other:
             raise HandshakeError(
-                f"{name} differs: ours {mine!r}, theirs {other!r} (engine {theirs.engine}); start both engines alike"
+                f"{name:.80} differs: ours {mine!r:.200}, theirs {other!r:.200} (engine {theirs.engine}); "
+                "start both engines alike"
             )
     if ours.num_parts != theirs.num_parts:
         raise HandshakeError(

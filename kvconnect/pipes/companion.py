@@ -107,10 +107,11 @@ class _Opening:
 
     def join(self) -> Companion:
         self._open(0)
+        theirs = _mapping(self._theirs, "own")
         first, second = (self._pipes.pop((self._chosen, number)) for number in (0, 1))
         self.abort()  # a candidate that opened without an exchange
         out, into = (first, second) if self._spec.side == "asks" else (second, first)
-        return Companion(self._chosen, out, into, _mapping(self._theirs, "own"))
+        return Companion(self._chosen, out, into, theirs)
 
     def abort(self) -> None:
         for pipe in self._pipes.values():

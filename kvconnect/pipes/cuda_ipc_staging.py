@@ -16,6 +16,8 @@ from kvconnect.errors import BrokenError, KVConnectError
 
 log = logging.getLogger(__name__)
 
+_MAX_CARD_BYTES = 4096
+
 
 class CudaIpcMedium:
     """Copies between this end's tensors and staging memory of either process, by copy engines."""
@@ -42,12 +44,14 @@ class CudaIpcMedium:
     def meet(self, card: bytes) -> None:
         """Map the peer's staging memory."""
         try:
-            exported = msgpack.unpackb(card)
+            if len(card) > _MAX_CARD_BYTES:
+                raise ValueError(f"{len(card)} bytes")
+            exported = msgpack.unpackb(card, max_ext_len=0)
             nbytes, address = int(exported["nbytes"]), int(exported["address"])
             mapped = ipc.Mapped(exported, [nbytes], self._index)
         except KVConnectError:
             raise
-        except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, msgpack.UnpackException) as error:
             raise BrokenError(f"the peer's staging memory is described by nonsense: {error}") from error
         with self._lock:
             self._mapped, self._theirs = mapped, (address, nbytes)

@@ -105,7 +105,8 @@ class InprocPipe(Pipe):
     @staticmethod
     def _meet(spec: PipeSpec) -> _Link:
         theirs = spec.exchange({"pid": os.getpid()})
-        link = _links.pop(theirs["token"], None) if theirs.get("pid") == os.getpid() else None
+        here, token = theirs.get("pid") == os.getpid(), theirs.get("token")
+        link = _links.pop(token, None) if here and isinstance(token, int) else None
         if link is None:
             raise HandshakeError(f"inproc joins ends of one process: ours is {os.getpid()}, theirs {theirs.get('pid')}")
         return link

@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 
 #: Writes that the other end may have running here at once; the rest is refused.
 MAX_WRITES = 1 << 12
+#: Reads likewise. It asks when it is about to order them; beyond this it does not mean to.
+MAX_READS = 1 << 14
 _LET_GO_S = 5.0
 
 
@@ -260,6 +262,8 @@ class NcclBlocks:
         def take() -> None:
             if self._out.error is not None:
                 return
+            if self._out.known + len(asks) > MAX_READS:
+                raise HandshakeError(f"the other end asks for more than {MAX_READS} transfers at once")
             for number, ids in asks:
                 self._out.know((Kind.READ, number), ids)
             self._out.ordered(first, rows)

@@ -354,6 +354,11 @@ class Sender(Line):
         self._sources: dict[Key, Source] = {}
         self._next = 0
 
+    @property
+    def known(self) -> int:
+        """Number of transfers that are not ordered to their ends."""
+        return len(self._sources)
+
     def know(self, key: Key, ids: BlockIds) -> None:
         """Be ready to send this end's blocks ``ids`` as transfer ``key``."""
         if key in self._sources:

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 #: Of what the two ends tell each other.
 _VERSION: Final = 2
+#: How to reach staging memory: far more than any agent's metadata take.
+_MAX_CARD_BYTES: Final = 1 << 20
 #: Given to a fetch of another thread to notice that it is too late.
 _SLACK_S: Final = 1.0
 
@@ -177,7 +179,9 @@ class NixlMedium:
     def meet(self, card: bytes) -> None:
         """Learn how to reach the peer's slots."""
         try:
-            body = msgpack.unpackb(card)
+            if len(card) > _MAX_CARD_BYTES:
+                raise ValueError(f"{len(card)} bytes")
+            body = msgpack.unpackb(card, max_ext_len=0)
             name, metadata, place = read_card(body)
         except (ValueError, TypeError, AttributeError) as error:
             raise BrokenError(f"the peer did not say how its memory is reached: {error}") from error

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, Protocol
 
+from kvconnect import blocks as paged
 from kvconnect.errors import BusyError, DeadlineError, HandshakeError, KVConnectError
 from kvconnect.pipes.base import Message
 from kvconnect.pipes.chunks import Threads
@@ -72,6 +73,7 @@ class Lending:
         transfer, blocks = count(body, "transfer"), unpack(body.get("groups"))
         layout, portion_bytes = end.shared.memory.layout, count(body, "portion_bytes")
         layout.check(blocks)
+        paged.check_counts(layout, blocks)
         if portion_bytes > end.shared.slots.slot_bytes:
             raise HandshakeError(f"portions of {portion_bytes} bytes do not fit into {end.shared.slots.slot_bytes}")
         if transfer in self._lent or len(self._lent) >= MAX_REQUESTS:
@@ -81,6 +83,8 @@ class Lending:
         return {}
 
     def _begin(self, lent: _Lent) -> None:
+        if lent.transfer in self._lent or len(self._lent) >= MAX_REQUESTS:
+            return  # asked for twice before this thread got to the first: the slots of that one must not be lost
         self._lent[lent.transfer] = lent
         self._end.shared.agent.watch((self, lent.transfer), self._end.timeout_s)
         if not lent.portions:

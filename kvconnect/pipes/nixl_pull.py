@@ -238,7 +238,9 @@ class Pull:
         answer.add_done_callback(lambda answer: self._soon(partial(self.confirmed, answer.exception())))
 
     def confirmed(self, error: BaseException | None = None) -> None:
-        """The peer vouches for its blocks, or does not. Its second answer is ignored."""
+        """The peer vouches for its blocks, or does not. Second answers, and any not asked for, are ignored."""
+        if not self._state.ended:
+            return
         if error is not None and not self._state.confirmed:
             self._fail(failed(error))
         self._state.confirmed = True

@@ -23,7 +23,7 @@ class PeerProcess:
         if isinstance(pid, int) and card.get("pidns") == host.identity()["pidns"]:
             try:
                 self._watched = os.pidfd_open(pid)
-            except OSError as error:
+            except (OSError, OverflowError) as error:
                 raise BrokenError(f"the peer's process {pid} is gone") from error
 
     @staticmethod

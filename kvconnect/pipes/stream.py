@@ -202,9 +202,11 @@ class BlockStream:
         return {"running": flow is not None}
 
     def _on_done(self, body: dict[str, Any]) -> dict[str, Any]:
-        flow = self._find(body)
+        flow, error = self._find(body), body.get("error")
+        if flow is not None and flow.receives and error is None:
+            # Its bytes say so, when the last of them is in place.
+            raise HandshakeError("only the end that receives can tell that a transfer is done")
         if flow is not None:
-            error = body.get("error")
             self.end(flow, None if error is None else LoadError(f"the other end could not go on: {error}"))
         return {}
 

@@ -20,6 +20,8 @@ logger = logging.getLogger("kvconnect.pipes.tcp")
 #: Transfers that one peer may have running here, and bad requests that it may make.
 MAX_SERVED: Final = 4096
 MAX_REFUSALS: Final = 64
+#: Short frames that wait until the peer takes them: requests that are given up at once cost it none of the above.
+MAX_UNHEARD: Final = 1 << 16
 #: Damaged frames after which a connection is given up.
 MAX_DAMAGES: Final = 64
 _ANSWERS: Final = {cls.__name__: cls for cls in (BrokenError, ClosedError, HandshakeError, IntegrityError, LoadError)}
@@ -131,6 +133,8 @@ class BlockRequests:
             BrokenError: the peer does not keep to the protocol.
 
         """
+        if self.writer.short > MAX_UNHEARD:
+            raise BrokenError("the peer asks on and on and takes no answers")
         if frame.kind is Kind.DATA:
             return self._begin_data(frame)
         limit = {Kind.READ: self._ids_bytes, Kind.WRITE: self._ids_bytes, Kind.ERROR: tcp_frames.MAX_TEXT_BYTES}

@@ -77,6 +77,11 @@ class FrameWriter:
         """Whether anything is left to send."""
         return bool(self._left or self._short or self._waiting)
 
+    @property
+    def short(self) -> int:
+        """Number of short frames that wait."""
+        return len(self._short)
+
     def say(self, frame: bytes) -> None:
         """Queue a short frame, ahead of all chunks."""
         if self._checksum:
