@@ -20,6 +20,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from kvconnect import messages
+from kvconnect.clock import SYSTEM, Clock
 from kvconnect.errors import BrokenError, ClosedError, ConfigError, DeadlineError, KVConnectError
 from kvconnect.loop import Loop, Timer
 
@@ -54,13 +55,16 @@ def address(endpoint: str) -> str:
 class ControlServer:
     """Answers requests. Handlers run on its thread: they must not block, but may return a future."""
 
-    def __init__(self, host: str = "127.0.0.1", port: int = 0, name: str = "kvconnect-control-server") -> None:
+    def __init__(
+        self, host: str = "127.0.0.1", port: int = 0, name: str = "kvconnect-control-server", clock: Clock = SYSTEM
+    ) -> None:
         """Bind and start.
 
         Args:
             host: address to bind; loopback by default.
             port: TCP port, 0 for a free one.
             name: of the thread.
+            clock: its timers'.
 
         Raises:
             ConfigError: the address cannot be bound.
@@ -68,7 +72,7 @@ class ControlServer:
         """
         self.malformed = 0
         self._handlers: dict[str, Handler] = {}
-        self._loop = Loop(name)
+        self._loop = Loop(name, clock)
         self._socket: zmq.Socket[bytes] = self._loop.context.socket(zmq.ROUTER)
         _tune(self._socket)
         self._socket.setsockopt(zmq.IPV6, int(":" in host))
@@ -162,9 +166,10 @@ def _outcome(done: Future[Reply]) -> Reply | KVConnectError:
 class ControlClient:
     """Asks any number of peers, on one thread. A vanished peer fails its own calls only."""
 
-    def __init__(self, name: str = "kvconnect-control-client") -> None:
-        """Start the thread, called ``name``."""
-        self._loop = Loop(name)
+    def __init__(self, name: str = "kvconnect-control-client", clock: Clock = SYSTEM) -> None:
+        """Start the thread, called ``name``; its deadlines are ``clock``'s."""
+        self.clock = clock
+        self._loop = Loop(name, clock)
         self._peers: dict[str, _Peer] = {}
         self._number = 0
         self._sweep: Timer | None = None
@@ -230,7 +235,7 @@ class ControlClient:
 
     def _close_idle(self) -> None:
         """End connections that were not used for long; the next call opens another."""
-        before = time.monotonic() - _IDLE_S
+        before = self.clock.now() - _IDLE_S
         for peer in list(self._peers.values()):
             if not peer.pending and peer.used < before:
                 self._lost(peer, f"{peer.endpoint} was not asked for long")
@@ -288,7 +293,7 @@ class _Peer:
         self.endpoint = endpoint
         self.pending: dict[int, Future[dict[str, Any]]] = {}
         self.connected = False
-        self.used = time.monotonic()
+        self.used = loop.clock.now()
         self._loop, self._lost = loop, lost
         try:
             self._socket, self._monitor = _sockets(loop.context, endpoint)
@@ -308,7 +313,7 @@ class _Peer:
         except zmq.ZMQError as error:
             raise BrokenError(f"{self.endpoint} takes no more requests: {error.strerror}") from error
         self.pending[number] = future
-        self.used = time.monotonic()
+        self.used = self._loop.clock.now()
 
     def _receive(self) -> None:
         for _ in range(_BATCH):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping
 
 from kvconnect.buffers.choice import Candidate
+from kvconnect.clock import SYSTEM, Clock
 
 #: How long a pipe that failed is the last to be tried.
 _PASSED_OVER_S = 60.0
@@ -15,13 +15,14 @@ _MAX_PEERS = 1024
 class Experience:
     """Failures by incarnation of a peer, and rates by its host: a restarted engine is as far away. Thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock = SYSTEM) -> None:
+        self._clock = clock
         self._failures: dict[tuple[str, str, str], tuple[str, float]] = {}
         self._rates: dict[str, dict[str, float]] = {}
 
     def fail(self, at: str, incarnation: str, name: str, reason: str) -> None:
         """Remember for a while that the pipe ``name`` is of no use."""
-        now = time.monotonic()
+        now = self._clock.now()
         for key, (_, until) in list(self._failures.items()):
             if until <= now:
                 self._failures.pop(key, None)
@@ -30,7 +31,7 @@ class Experience:
     def failure(self, at: str, incarnation: str, name: str) -> str | None:
         """Return why the pipe ``name`` failed lately, if it did."""
         reason, until = self._failures.get((at, incarnation, name), ("", 0.0))
-        return reason if time.monotonic() < until else None
+        return reason if self._clock.now() < until else None
 
     def measure(self, at: str, rates: Mapping[str, float]) -> None:
         """Remember how fast pipes to a peer's host were, in bytes a second."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,7 +80,7 @@ class Links:
         self._peers = Peers(station.me, station.client, options.connect_timeout_s)
         self._lines = Lines(station, opening, ending)
         self._links: dict[tuple[str, str], Link] = {}
-        self._experience = Experience()
+        self._experience = Experience(station.client.clock)
         self._trials = threading.Lock()
         self._told: Recent[str] = Recent()
 
@@ -97,7 +96,7 @@ class Links:
         link = self._links.setdefault((at, incarnation), Link(at, incarnation))
         if link.pipe is not None:
             then(link)
-        elif link.failure is not None and time.monotonic() < link.retry_at:
+        elif link.failure is not None and self._client.clock.now() < link.retry_at:
             then(link.failure)
         else:
             link.waiting.append(then)
@@ -114,7 +113,7 @@ class Links:
             self._opened(link, ClosedError("the buffer was closed"))
 
     def _opened(self, link: Link, failure: KVConnectError | None = None) -> None:
-        link.failure, link.retry_at = failure, time.monotonic() + RETRY_S
+        link.failure, link.retry_at = failure, self._client.clock.now() + RETRY_S
         if len(self._links) > _MAX_LINKS:
             self._forget_failed()
         for key in [key for key, other in self._links.items() if key[0] == link.at and other is not link]:
@@ -126,7 +125,7 @@ class Links:
 
     def _forget_failed(self) -> None:
         """Forget failures whose time is over; addresses and incarnations are whatever tickets say."""
-        now = time.monotonic()
+        now = self._client.clock.now()
         for key, link in list(self._links.items()):
             if link.failure is not None and not link.waiting and link.retry_at <= now:
                 del self._links[key]

@@ -79,8 +79,8 @@ class Mover(WorkerEnd):
         self._options, self._rank, self._memory = options, rank, memory
         pipes = describe_pipes(settings.pipe.name, memory)
         host, _ = listen_address(options)
-        self._server = ControlServer(host, 0, name="kvconnect-mover-server")
-        self._client = ControlClient(name="kvconnect-mover-client")
+        self._server = ControlServer(host, 0, "kvconnect-mover-server", settings.clock)
+        self._client = ControlClient("kvconnect-mover-client", settings.clock)
         self._lock = threading.Lock()
         self._counts: collections.Counter[str] = collections.Counter()
         self._reads: set[_Read] = set()

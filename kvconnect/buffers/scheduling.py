@@ -37,16 +37,16 @@ class RemoteScheduler(SchedulerEnd):
         own = ""
         if settings.produces:
             host, port = listen_address(options)
-            server = ControlServer(host, port, name="kvconnect-lender")
+            server = ControlServer(host, port, "kvconnect-lender", settings.clock)
             try:
                 own = advertised(options, host, server.port)
             except ConfigError:
                 server.close()
                 raise
-            self._lender = Lender(me, server, own)
+            self._lender = Lender(me, server, own, clock=settings.clock.now)
             self._directory.publish(me, own)
         if settings.consumes:
-            self._client = ControlClient(name="kvconnect-taker")
+            self._client = ControlClient("kvconnect-taker", settings.clock)
             producers = Producers(fixed_producers(options), self._directory, own)
             self._taker = Taker(settings.options, me, self._client, producers)
 

@@ -1,5 +1,7 @@
 """What is remembered of pipes."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from kvconnect.buffers import experience
@@ -28,9 +30,9 @@ def test_of_equally_near_pipes_the_fastest_comes_first_for_every_engine_of_the_h
     assert order(known, "10.0.0.2:1") == ["shm", "nixl", "tcp"]
 
 
-def test_a_pipe_that_failed_is_the_last_for_that_incarnation_and_for_a_while(monkeypatch):
-    known, now = Experience(), [100.0]
-    monkeypatch.setattr("kvconnect.buffers.experience.time.monotonic", lambda: now[0])
+def test_a_pipe_that_failed_is_the_last_for_that_incarnation_and_for_a_while():
+    now = [100.0]
+    known = Experience(SimpleNamespace(now=lambda: now[0]))
     known.fail("10.0.0.1:1", "i", "shm", "cut")
     assert order(known) == ["nixl", "tcp", "shm"]
     assert known.failure("10.0.0.1:1", "i", "shm") == "cut"
