@@ -31,7 +31,7 @@ class HandOver:
         return f"d{self.prompt[0]}"
 
     def add(self) -> None:
-        self.world.d.call("add", self.name, self.prompt, self.params)
+        self.world.add(self.name, self.prompt, self.params)
 
     def gate(self, rule: Rule) -> Rule:
         self.gates.append(rule)
@@ -240,7 +240,32 @@ def jump_d(w: World) -> None:
     w.clocks.advance(1.5 * LEASE_S, only=D)
 
 
+def abort(w: World) -> None:
+    """The client of the latest request goes away."""
+    if w.added:
+        w.d.call("abort", w.added[-1])
+
+
+def shut_p(w: World) -> None:
+    """P shuts down in good order."""
+    w.p.call("close")
+    w.p.kill()
+
+
+def shut_d(w: World) -> None:
+    w.d.call("close")
+    w.d.kill()
+
+
+def reset_p(w: World) -> None:
+    """P's cache is reset."""
+    w.p.call("reset")
+
+
 Fault = Callable[[World], None]
+#: Whatever strikes, these end in a load: nothing was lost.
+HARMLESS = frozenset({nothing, repeat})
+
 FAULTS: tuple[Fault, ...] = (
     nothing,
     kill_p,
@@ -260,6 +285,10 @@ FAULTS: tuple[Fault, ...] = (
     reorder,
     jump_p,
     jump_d,
+    abort,
+    shut_p,
+    shut_d,
+    reset_p,
 )
 
 #: Faults of the bytes, which `shm` has none of: no wire carries them.
@@ -282,7 +311,7 @@ def strike(world: World, phase: Phase, fault: Fault) -> str | None:
     if phase is offered and world.d.alive:
         hand_over.add()
     how = None
-    if world.d.alive:
+    if world.d.alive and world.added:
         how = str(world.until(lambda: world.outcome(hand_over.name), f"the end of {hand_over.name}", 200.0))
     world.heal()
     return how

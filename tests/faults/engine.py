@@ -153,7 +153,6 @@ class _Commands:
 
     def __init__(self, subject: Subject, log: _Log) -> None:
         self._subject, self._log = subject, log
-        self._before = Holdings.now()
         self._s: Any = subject.scheduler.connector._scheduler
         self._w: Any = subject.worker._worker
 
@@ -206,9 +205,11 @@ class _Commands:
             "log": list(self._log.lines),
         }
 
-    def left(self) -> list[str]:
-        """What is held that was not when the engine had started."""
-        return Holdings.now().more_than(self._before)
+    def holdings(self) -> Holdings:
+        return Holdings.now()
+
+    def reset(self) -> None:
+        self._subject.scheduler.reset_prefix_cache(reset_connector=True)
 
     def close(self) -> None:
         self._subject.close()

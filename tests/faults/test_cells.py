@@ -27,19 +27,34 @@ def test_without_a_fault_every_phase_ends_in_a_load(world: World) -> None:
             world.assert_at_rest()
 
 
-def cells_of(pipe: str) -> list[tuple[cells.Phase, cells.Fault]]:
-    """Return the cells that there are for a pipe."""
-    return [(p, f) for p in cells.PHASES for f in cells.FAULTS if pipe == "tcp" or f not in cells.OF_DATA]
+def is_sound(phase: cells.Phase, fault: cells.Fault) -> bool:
+    """Whether the cell is known to hold; see README.md for the one that does not."""
+    return (phase, fault) != (cells.claimed, cells.jump_p)
 
 
-@pytest.mark.parametrize("fault", cells.FAULTS[1:], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("phase", cells.PHASES, ids=lambda p: p.__name__)
+CELLS = [
+    pytest.param(
+        phase,
+        fault,
+        id=f"{phase.__name__}-{fault.__name__}",
+        marks=[] if is_sound(phase, fault) else pytest.mark.xfail(reason="P's clock alone jumps: see README.md"),
+    )
+    for phase in cells.PHASES
+    for fault in cells.FAULTS[1:]
+]
+
+
+@pytest.mark.parametrize(("phase", "fault"), CELLS)
 def test_whatever_strikes_nothing_is_lost_and_nobody_waits(
     world: World, phase: cells.Phase, fault: cells.Fault
 ) -> None:
     if world.pipe == "shm" and fault in cells.OF_DATA:
         pytest.skip("no wire carries shm's bytes")
-    strike(world, phase, fault)
+    if phase is not cells.opening:
+        world.note_holdings()
+    how = strike(world, phase, fault)
+    assert how == "loaded" or fault not in cells.HARMLESS
     world.assert_at_rest()
     world.assert_serves()
     world.assert_at_rest()
+    world.assert_nothing_left()

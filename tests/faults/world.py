@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import socket
 import threading
 import time
@@ -14,6 +15,7 @@ from typing import Any
 from kvconnect import _plugin
 from kvconnect.connectors import compat
 from kvconnect.demo import model
+from kvconnect.testing.leaks import Holdings
 from tests.connectors.headless import BLOCKS, SHAPES, Engine
 from tests.faults.clocks import Clocks
 from tests.faults.engine import EngineDiedError, EngineProcess, Report
@@ -27,6 +29,8 @@ TOKENS = 100
 _GRACE_S = 0.4
 _LIMIT_S = 20.0
 _HERE, _P_TOLD, _D_TOLD = "127.0.0.1", "127.0.0.2", "127.0.0.3"
+#: Threads of a pool of fixed size, each made when it is first needed.
+_CREW = re.compile(r"thread 'kvconnect-(read-starts|pipe-\w+)-[0-3]'")
 _worlds = itertools.count()
 P, D = 0, 1
 
@@ -42,7 +46,12 @@ class World:
         self._ports = free_port(), free_port()
         self._numbers = itertools.count(1)
         self.last: dict[int, Report] = {}
+        #: Requests that D was given, the latest last.
+        self.added: list[str] = []
         self.engines: list[EngineProcess] = []
+        self.complaint: list[str] = []
+        #: What each engine held when nothing had struck yet.
+        self._held: dict[int, Holdings] = {}
         self.wires: dict[str, ControlWire | DataWire] = {}
         try:
             self.engines += [self._engine(P), self._engine(D)]
@@ -123,6 +132,10 @@ class World:
         """Start a killed engine again, at the same address."""
         self.engines[which].close()
         self.engines[which] = self._engine(which)
+        self._held.pop(which, None)
+        if which == D:
+            self.added.clear()
+        self.last.pop(which, None)
         self._wire_movers(which)
 
     def close(self) -> None:
@@ -151,7 +164,7 @@ class World:
                 left -= 0.25
                 self.clocks.advance(0.25)
             elif spent > _LIMIT_S or (within_s and left <= 0 and spent > 2 * _GRACE_S):
-                raise AssertionError(f"{what} did not come about; {self.facts()}")
+                raise AssertionError(f"{what} did not come about; {self.complaint} {self.facts()}")
         return answer
 
     def wait(self, true: Callable[[], Any], what: str) -> None:
@@ -175,6 +188,10 @@ class World:
         number = next(self._numbers)
         return list(range(number, number + TOKENS))
 
+    def add(self, name: str, prompt: list[int], params: Any) -> None:
+        self.d.call("add", name, prompt, params)
+        self.added.append(name)
+
     def offer(self, prompt: list[int]) -> Any:
         return self.p.call("offer", f"p{prompt[0]}", prompt)
 
@@ -186,7 +203,7 @@ class World:
         """Hand one prompt over, and return how D's request did."""
         prompt = self.prompt()
         name = f"d{prompt[0]}"
-        self.d.call("add", name, prompt, self.offer(prompt))
+        self.add(name, prompt, self.offer(prompt))
         return str(self.until(lambda: self.outcome(name), f"the end of {name}", ENOUGH_S))
 
     # -- afterwards ---------------------------------------------------------------------
@@ -208,6 +225,38 @@ class World:
 
         self.step()
         self.until(rested, "every block free within a lease", LEASE_S + 1.0)
+
+    def note_holdings(self) -> None:
+        """Remember what the engines hold once everything that is made late has been made.
+
+        That is a pipe, the threads that end one, and, after a lease, P's connection to D.
+        """
+        self.assert_serves()
+        for wire in self.wires.values():
+            wire.cut()
+        self.assert_serves()
+        for _ in range(12):
+            self.clocks.advance(LEASE_S / 10)
+            self.step()
+            pause(0.01)
+        self._held = {which: engine.call("holdings") for which, engine in enumerate(self.engines)}
+
+    def assert_nothing_left(self) -> None:
+        """No thread, descriptor, socket or shared memory that was not held before; where an engine was restarted, its own."""
+
+        def left() -> list[str]:
+            return [
+                f"{'PD'[which]}: {line}"
+                for which, before in self._held.items()
+                for line in self.engines[which].call("holdings").more_than(before)
+                if not _CREW.search(line)
+            ]
+
+        # Peers that vanished are noticed by a question once a lease.
+        self.until(lambda: not (found := left()) or self._complain(found), "all that was held let go", 4 * LEASE_S)
+
+    def _complain(self, found: list[str]) -> None:
+        self.complaint = found
 
     def assert_serves(self) -> None:
         """A new request is loaded, once peers that failed are asked again."""
