@@ -317,6 +317,18 @@ def strike(world: World, phase: Phase, fault: Fault) -> str | None:
     return how
 
 
+def judge(world: World, phase: Phase, fault: Fault) -> None:
+    """Strike one cell, and check all that must hold afterwards."""
+    if phase is not opening:
+        world.note_holdings()
+    how = strike(world, phase, fault)
+    assert how == "loaded" or fault not in HARMLESS, f"it was {how}; {world.facts()}"
+    world.assert_at_rest()
+    world.assert_serves()
+    world.assert_at_rest()
+    world.assert_nothing_left()
+
+
 def table() -> str:
     """Return the cells and how often each was struck, as text."""
     width = max(len(fault.__name__) for fault in FAULTS)
