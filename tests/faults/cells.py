@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tests.faults.wires import DataWire, Rule
-from tests.faults.world import LEASE_S, D, P, World
+from tests.faults.world import ENOUGH_S, LEASE_S, D, NotReachedError, P, World
 
 
 @dataclass
@@ -43,11 +43,11 @@ class HandOver:
 
     def plan(self) -> None:
         """Have D plan the load, and not start it."""
-        for _ in range(200):
+        for _ in range(100):
             if self.world.d.call("plan"):
                 return
             self.world.step()
-        raise AssertionError(f"no load was planned; {self.world.facts()}")
+        raise NotReachedError(f"no load was planned; {self.world.facts()}")
 
 
 # -- phases: each leaves a hand-over just there ---------------------------------------------
@@ -312,7 +312,7 @@ def strike(world: World, phase: Phase, fault: Fault) -> str | None:
         hand_over.add()
     how = None
     if world.d.alive and world.added:
-        how = str(world.until(lambda: world.outcome(hand_over.name), f"the end of {hand_over.name}", 200.0))
+        how = str(world.until(lambda: world.outcome(hand_over.name), f"the end of {hand_over.name}", ENOUGH_S))
     world.heal()
     return how
 

@@ -72,25 +72,27 @@ def owners_are_not_told(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(renewal.Renewal, "drop", lambda *_: None)
 
 
-GUARDS: dict[Patch, tuple[cells.Phase, cells.Fault]] = {
-    promises_never_end: (cells.planned, cells.stop_d),
-    owners_always_confirm: (cells.planned, cells.stop_d),
-    owners_always_vouch: (cells.planned, cells.stop_d),
-    nothing_is_summed: (cells.moving, cells.corrupt_data),
-    loads_have_no_deadline: (cells.moving, cells.stall_data),
-    blocks_are_not_waited_for: (cells.moving, cells.stall_data),
-    loads_are_reported_twice: (cells.planned, cells.nothing),
-    nobody_looks_after_pipes: (cells.claimed, cells.kill_d),
-    owners_are_not_told: (cells.claimed, cells.nothing),
+#: For each guard: a cell, and what it then says.
+GUARDS: dict[Patch, tuple[cells.Phase, cells.Fault, str]] = {
+    promises_never_end: (cells.planned, cells.stop_d, 'wrong bytes'),
+    owners_always_confirm: (cells.planned, cells.stop_d, 'wrong bytes'),
+    owners_always_vouch: (cells.planned, cells.stop_d, 'wrong bytes'),
+    nothing_is_summed: (cells.moving, cells.corrupt_data, 'wrong bytes'),
+    loads_have_no_deadline: (cells.moving, cells.stall_data, 'the end of'),
+    blocks_are_not_waited_for: (cells.moving, cells.stall_data, 'while it was free'),
+    loads_are_reported_twice: (cells.planned, cells.nothing, 'step: AssertionError'),
+    nobody_looks_after_pipes: (cells.claimed, cells.kill_d, 'all that was held'),
+    owners_are_not_told: (cells.claimed, cells.nothing, 'every block free'),
 }
 
 
 @pytest.mark.parametrize("guard", GUARDS, ids=lambda guard: guard.__name__)
 def test_without_one_guard_a_cell_of_the_table_fails(guard: Patch, monkeypatch: pytest.MonkeyPatch) -> None:
     guard(monkeypatch)
+    phase, fault, complaint = GUARDS[guard]
     world = World()
     try:
-        with pytest.raises(AssertionError):
-            judge(world, *GUARDS[guard])
+        with pytest.raises(AssertionError, match=complaint):
+            judge(world, phase, fault)
     finally:
         world.close()

@@ -35,6 +35,10 @@ _worlds = itertools.count()
 P, D = 0, 1
 
 
+class NotReachedError(AssertionError):
+    """What a schedule waits for has not come about."""
+
+
 class World:
     """A producer P and a consumer D, met through wires."""
 
@@ -49,6 +53,8 @@ class World:
         #: Requests that D was given, the latest last.
         self.added: list[str] = []
         self.engines: list[EngineProcess] = []
+        #: Real time for what needs no other.
+        self.patience_s = _LIMIT_S / 2
         self.complaint: list[str] = []
         #: What each engine held when nothing had struck yet.
         self._held: dict[int, Holdings] = {}
@@ -163,15 +169,16 @@ class World:
             if spent > _GRACE_S and left > 0:
                 left -= 0.25
                 self.clocks.advance(0.25)
-            elif spent > _LIMIT_S or (within_s and left <= 0 and spent > 2 * _GRACE_S):
-                raise AssertionError(f"{what} did not come about; {self.complaint} {self.facts()}")
+            elif spent > (_LIMIT_S if within_s else self.patience_s) or (within_s and left <= 0 and spent > 2 * _GRACE_S):
+                raise NotReachedError(f"{what} did not come about; {self.complaint} {self.facts()}")
         return answer
 
     def wait(self, true: Callable[[], Any], what: str) -> None:
         """Wait for something that needs neither a step nor time."""
-        until = time.monotonic() + _LIMIT_S / 2
+        until = time.monotonic() + self.patience_s
         while not true():
-            assert time.monotonic() < until, f"{what} did not come about; {self.facts()}"
+            if time.monotonic() > until:
+                raise NotReachedError(f"{what} did not come about; {self.facts()}")
             pause(0.002)
 
     def facts(self) -> str:
