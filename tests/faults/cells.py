@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tests.faults.wires import DataWire, Rule
-from tests.faults.world import ENOUGH_S, LEASE_S, D, NotReachedError, P, World
+from tests.faults.world import ENOUGH_S, LEASE_S, D, NotReachedError, P, World, pause
 
 
 @dataclass
@@ -219,7 +219,10 @@ def lose_questions(w: World) -> None:
 
 def repeat(w: World) -> None:
     """Every message comes twice."""
-    for wire, ops in ((w.ask, "hello claim release renew abandon"), (w.to_p, "pipe.open pipe.ready pipe.call pipe.close")):
+    for wire, ops in (
+        (w.ask, "hello claim release renew abandon"),
+        (w.to_p, "pipe.open pipe.ready pipe.call pipe.close"),
+    ):
         wire.rule(ops, "repeat", times=99)
         wire.rule(ops, "repeat", replies=True, times=99)
 
@@ -238,6 +241,14 @@ def jump_p(w: World) -> None:
 def jump_d(w: World) -> None:
     """D's clock jumps."""
     w.clocks.advance(1.5 * LEASE_S, only=D)
+
+
+def queue(w: World) -> None:
+    """D is busy with others for three leases."""
+    for _ in range(36):
+        w.clocks.advance(LEASE_S / 12)
+        w.p.call("step")
+        pause(0.02)  # for renewals
 
 
 def abort(w: World) -> None:
@@ -264,7 +275,7 @@ def reset_p(w: World) -> None:
 
 Fault = Callable[[World], None]
 #: Whatever strikes, these end in a load: nothing was lost.
-HARMLESS = frozenset({nothing, repeat})
+HARMLESS = frozenset({nothing, repeat, queue})
 
 FAULTS: tuple[Fault, ...] = (
     nothing,
@@ -323,6 +334,10 @@ def judge(world: World, phase: Phase, fault: Fault) -> None:
         world.note_holdings()
     how = strike(world, phase, fault)
     assert how == "loaded" or fault not in HARMLESS, f"it was {how}; {world.facts()}"
+    if how == "computed" and fault is not shut_d:
+        facts = world.d.call("facts")
+        causes = [name for name in (*facts["counters"], *facts["stats"]) if "miss_" in name or "_failed_" in name]
+        assert causes, f"nothing says why it was computed; {world.facts()}"
     world.assert_at_rest()
     world.assert_serves()
     world.assert_at_rest()

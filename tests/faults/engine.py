@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import signal
 import stat
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
@@ -25,7 +24,7 @@ from kvconnect import _plugin
 from kvconnect.clock import Clock
 from kvconnect.connectors import compat, setup
 from kvconnect.testing.leaks import Holdings
-from tests.connectors.headless import BLOCK, BLOCKS, SHAPES, Engine
+from tests.connectors.headless import BLOCK, SHAPES, Engine
 
 #: No command takes longer, or the engine hangs.
 LIMIT_S = 15.0
@@ -82,7 +81,9 @@ class Subject(Engine):
                 self._check_loaded(name, prompt)
             elif tokens > 1:
                 self.outcomes[name] = "computed"
-                self._each(name, prompt, lambda block, index, layer, p=prompt: block.copy_(content(p, index, block, layer)))
+                self._each(
+                    name, prompt, lambda block, index, layer, p=prompt: block.copy_(content(p, index, block, layer))
+                )
 
     def carry_out(self, planned: Any) -> Any:
         super().carry_out(planned)
@@ -138,9 +139,10 @@ class Subject(Engine):
 
     def _check_spoilt(self) -> None:
         """What is free must not be written by a load that was given up."""
-        used = {block.block_id for block in self._pool if block.ref_cnt}
+        for number in [block.block_id for block in self._pool if block.ref_cnt]:
+            self._spoilt.pop(number, None)
         for number, value in self._spoilt.items():
-            if number not in used and not all(bool((cache[number] == value).all()) for cache in self.caches.values()):
+            if not all(bool((cache[number] == value).all()) for cache in self.caches.values()):
                 self.wrong.append(f"block {number} was written while it was free")
 
     @property
@@ -198,6 +200,7 @@ class _Commands:
             "reads": reads,
             "moved": moved,
             "over": len(self._w._over),
+            "pipes": mover._pipes.count,
             "server": lender._server.port if lender else 0,
             "mover": mover._server.port,
             "stats": self._s._end.stats() | {f"mover_{k}": v for k, v in mover.stats().items()},
@@ -311,7 +314,7 @@ def _main(connection: Connection, model: str, transfer: dict[str, Any], clock: C
 def _forget_sockets(but: int) -> None:
     """Let go of the parent's connections, which would outlive a cut; Python's objects keep their numbers."""
     nothing = os.open(os.devnull, os.O_RDWR)
-    for fd in map(int, os.listdir("/proc/self/fd")):
+    for fd in [int(entry.name) for entry in os.scandir("/proc/self/fd")]:
         try:
             if fd not in {but, nothing} and stat.S_ISSOCK(os.fstat(fd).st_mode):
                 os.dup2(nothing, fd)

@@ -27,18 +27,43 @@ def test_without_a_fault_every_phase_ends_in_a_load(world: World) -> None:
             world.assert_at_rest()
 
 
-def is_sound(phase: cells.Phase, fault: cells.Fault) -> bool:
-    """Whether the cell is known to hold; see README.md for the one that does not."""
-    return (phase, fault) != (cells.claimed, cells.jump_p)
+def test_a_request_that_queues_for_three_leases_is_loaded(world: World) -> None:
+    judge(world, cells.claimed, cells.queue)
+
+
+#: Struck in every run; the others are slow only because they are many.
+DANGEROUS = {
+    (cells.offered, cells.kill_p),
+    (cells.seen, cells.stall_control),
+    (cells.claimed, cells.restart_p),
+    (cells.claimed, cells.repeat),
+    (cells.planned, cells.stop_d),
+    (cells.planned, cells.abort),
+    (cells.opening, cells.lose),
+    (cells.opening, cells.cut_control),
+    (cells.moving, cells.kill_p),
+    (cells.moving, cells.kill_d),
+    (cells.moving, cells.stop_d),
+    (cells.moving, cells.stall_data),
+    (cells.moving, cells.corrupt_data),
+    (cells.moved, cells.restart_p),
+    (cells.moved, cells.stall_control),
+    (cells.released, cells.lose_questions),
+}
+#: Where a promise is relied on that P's clock, ahead of D's, has ended: see README.md.
+UNSOUND = {(phase, cells.jump_p) for phase in (cells.claimed, cells.planned, cells.opening, cells.moving)}
+
+
+def marks(phase: cells.Phase, fault: cells.Fault) -> list[pytest.MarkDecorator]:
+    """Return what pytest is to know of a cell."""
+    found = [] if (phase, fault) in DANGEROUS else [pytest.mark.slow]
+    if (phase, fault) in UNSOUND:
+        found.append(pytest.mark.xfail(reason="P's clock alone jumps: see README.md", strict=False))
+    return found
 
 
 CELLS = [
-    pytest.param(
-        phase,
-        fault,
-        id=f"{phase.__name__}-{fault.__name__}",
-        marks=[] if is_sound(phase, fault) else pytest.mark.xfail(reason="P's clock alone jumps: see README.md"),
-    )
+    pytest.param(phase, fault, id=f"{phase.__name__}-{fault.__name__}", marks=marks(phase, fault))
     for phase in cells.PHASES
     for fault in cells.FAULTS[1:]
 ]

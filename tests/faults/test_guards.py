@@ -37,9 +37,7 @@ def owners_always_vouch(patch: pytest.MonkeyPatch) -> None:
 
 def nothing_is_summed(patch: pytest.MonkeyPatch) -> None:
     parse = tcp_meeting.TcpOptions.parse
-    patch.setattr(
-        tcp_meeting.TcpOptions, "parse", lambda options: dataclasses.replace(parse(options), checksum=False)
-    )
+    patch.setattr(tcp_meeting.TcpOptions, "parse", lambda options: dataclasses.replace(parse(options), checksum=False))
 
 
 def loads_have_no_deadline(patch: pytest.MonkeyPatch) -> None:
@@ -66,6 +64,10 @@ def nobody_looks_after_pipes(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(channels.Channels, "_watch", lambda *_: None)
 
 
+def nobody_renews(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(renewal.Renewal, "add", lambda *_: None)
+
+
 def owners_are_not_told(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(mover.Mover, "release", lambda self, _: self._client.call("127.0.0.1:1", "release", {}, 1.0))
     patch.setattr(renewal.Renewal, "end", lambda *_: None)
@@ -74,15 +76,16 @@ def owners_are_not_told(patch: pytest.MonkeyPatch) -> None:
 
 #: For each guard: a cell, and what it then says.
 GUARDS: dict[Patch, tuple[cells.Phase, cells.Fault, str]] = {
-    promises_never_end: (cells.planned, cells.stop_d, 'wrong bytes'),
-    owners_always_confirm: (cells.planned, cells.stop_d, 'wrong bytes'),
-    owners_always_vouch: (cells.planned, cells.stop_d, 'wrong bytes'),
-    nothing_is_summed: (cells.moving, cells.corrupt_data, 'wrong bytes'),
-    loads_have_no_deadline: (cells.moving, cells.stall_data, 'the end of'),
-    blocks_are_not_waited_for: (cells.moving, cells.stall_data, 'while it was free'),
-    loads_are_reported_twice: (cells.planned, cells.nothing, 'step: AssertionError'),
-    nobody_looks_after_pipes: (cells.claimed, cells.kill_d, 'all that was held'),
-    owners_are_not_told: (cells.claimed, cells.nothing, 'every block free'),
+    promises_never_end: (cells.planned, cells.stop_d, "wrong bytes"),
+    owners_always_confirm: (cells.planned, cells.stop_d, "wrong bytes"),
+    owners_always_vouch: (cells.planned, cells.stop_d, "wrong bytes"),
+    nothing_is_summed: (cells.moving, cells.corrupt_data, "wrong bytes"),
+    loads_have_no_deadline: (cells.moving, cells.stall_data, "the end of"),
+    blocks_are_not_waited_for: (cells.moving, cells.stall_data, "while it was free"),
+    loads_are_reported_twice: (cells.planned, cells.nothing, "step: AssertionError"),
+    nobody_looks_after_pipes: (cells.claimed, cells.kill_d, "all that was not held"),
+    nobody_renews: (cells.claimed, cells.queue, "it was computed"),
+    owners_are_not_told: (cells.claimed, cells.nothing, "every block free"),
 }
 
 

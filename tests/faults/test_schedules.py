@@ -14,7 +14,14 @@ pytest.importorskip("vllm", reason="the engines are vLLM's schedulers")
 
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from tests.faults import cells
 from tests.faults.cells import FAULTS, OF_DATA, PHASES, HandOver
