@@ -21,6 +21,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from kvconnect import messages
+from kvconnect.clock import SYSTEM, Clock
 from kvconnect.errors import BrokenError, ClosedError, ConfigError, DeadlineError, HandshakeError, KVConnectError
 from kvconnect.keys import Keys
 from kvconnect.loop import Loop, Timer
@@ -68,6 +69,7 @@ class ControlServer:
         host: str = "127.0.0.1",
         port: int = 0,
         name: str = "kvconnect-control-server",
+        clock: Clock = SYSTEM,
         keys: Keys | None = None,
     ) -> None:
         """Bind and start.
@@ -76,6 +78,7 @@ class ControlServer:
             host: address to bind; loopback by default.
             port: TCP port, 0 for a free one.
             name: of the thread.
+            clock: its timers'.
             keys: who is let in; everybody, without.
 
         Raises:
@@ -84,7 +87,7 @@ class ControlServer:
         """
         self.malformed = 0
         self._handlers: dict[str, Handler] = {}
-        self._loop = Loop(name)
+        self._loop = Loop(name, clock)
         self._socket: zmq.Socket[bytes] = self._loop.context.socket(zmq.ROUTER)
         _tune(self._socket)
         self._socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
@@ -184,15 +187,17 @@ class ControlClient:
     def __init__(
         self,
         name: str = "kvconnect-control-client",
+        clock: Clock = SYSTEM,
         keys: Keys | None = None,
         check: Callable[[str], None] | None = None,
     ) -> None:
-        """Start the thread, called ``name``.
+        """Start the thread, called ``name``; its deadlines are ``clock``'s.
 
         ``keys`` prove who we are and who the peers are. ``check`` raises a `KVConnectError`
         for an endpoint that must not be contacted.
         """
-        self._loop, self._keys = Loop(name), keys
+        self.clock = clock
+        self._loop, self._keys = Loop(name, clock), keys
         #: Raises a `KVConnectError` for an endpoint that calls would not contact.
         self.check = check or _anybody
         self._peers: dict[str, _Peer] = {}
@@ -261,7 +266,7 @@ class ControlClient:
 
     def _close_idle(self) -> None:
         """End connections that were not used for long; the next call opens another."""
-        before = time.monotonic() - _IDLE_S
+        before = self.clock.now() - _IDLE_S
         for peer in list(self._peers.values()):
             if not peer.pending and peer.used < before:
                 self._lost(peer, f"{peer.endpoint} was not asked for long")
@@ -331,7 +336,7 @@ class _Peer:
         self.endpoint = endpoint
         self.pending: dict[int, Future[dict[str, Any]]] = {}
         self.connected = False
-        self.used = time.monotonic()
+        self.used = loop.clock.now()
         self._loop, self._lost = loop, lost
         try:
             named, host, port = split(endpoint)
@@ -359,7 +364,7 @@ class _Peer:
                 return  # it was turned away already: the monitor is about to say why
             del self.pending[number]
             raise BrokenError(f"{self.endpoint} takes no more requests: {error.strerror}") from error
-        self.used = time.monotonic()
+        self.used = self._loop.clock.now()
 
     def _receive(self) -> None:
         for _ in range(_BATCH):

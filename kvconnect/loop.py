@@ -13,10 +13,11 @@ import itertools
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable
 
 import zmq
+
+from kvconnect.clock import SYSTEM, Clock
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ class Timer:
 class Loop:
     """A named daemon thread around a poller. Thread-safe, except where noted."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, clock: Clock = SYSTEM) -> None:
+        self.clock = clock
         self.context = zmq.Context()
         # The default of 1023 is used up by a few hundred peers.
         self.context.set(zmq.MAX_SOCKETS, min(_MAX_SOCKETS, self.context.get(zmq.SOCKET_LIMIT)))
@@ -75,7 +77,7 @@ class Loop:
 
     def later(self, delay_s: float, call: Callable[[], None]) -> Timer:
         """Make ``call`` on the thread in ``delay_s`` seconds, unless the loop ends before."""
-        timer = Timer(time.monotonic() + delay_s, call)
+        timer = Timer(self.clock.now() + delay_s, call)
         if self.on_thread:
             self._push(timer)
         else:
@@ -135,7 +137,7 @@ class Loop:
             return 0
         if not self._timers:
             return None
-        return max(0, int((self._timers[0][0] - time.monotonic()) * 1000) + 1)
+        return self.clock.poll_ms(self._timers[0][0])
 
     def _clear_wake(self) -> None:
         with contextlib.suppress(BlockingIOError):  # several wake-ups may have been merged into one
@@ -149,7 +151,7 @@ class Loop:
         heapq.heappush(self._timers, (timer.when, next(self._order), timer))
 
     def _run_timers(self) -> None:
-        now = time.monotonic()
+        now = self.clock.now()
         while self._timers and self._timers[0][0] <= now:
             timer = heapq.heappop(self._timers)[2]
             if timer.call is not None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from kvconnect.buffers.address import advertised, fixed_producers, is_loopback, listen_address
 from kvconnect.buffers.directory import Directory
+from kvconnect.clock import SYSTEM, Clock
 from kvconnect.config import PATH, Config
 from kvconnect.control import ControlClient, ControlServer, split
 from kvconnect.errors import ConfigError
@@ -24,14 +25,14 @@ from kvconnect.keys import Keys
 class Access:
     """What one end of an engine opens its control servers and clients with."""
 
-    def __init__(self, options: Config) -> None:
-        """Read the keys.
+    def __init__(self, options: Config, clock: Clock = SYSTEM) -> None:
+        """Read the keys; servers and clients count their deadlines by ``clock``.
 
         Raises:
             ConfigError: a key file or an allow-list entry is of no use.
 
         """
-        self._options, self._keys = options, keys_of(options)
+        self._options, self._clock, self._keys = options, clock, keys_of(options)
         self._check = None if self._keys is not None else Contacts(options).check
 
     def server(self, name: str, *, fixed_port: bool = True) -> tuple[ControlServer, str]:
@@ -43,7 +44,7 @@ class Access:
         """
         host, port = listen_address(self._options)
         self._refuse_open(f"{PATH}.{'bind_host' if host == self._options.bind_host else 'kv_ip'}", host)
-        server = ControlServer(host, port if fixed_port else 0, name, keys=self._keys)
+        server = ControlServer(host, port if fixed_port else 0, name, self._clock, self._keys)
         try:
             told = advertised(self._options, host, server.port)
         except ConfigError:
@@ -53,7 +54,7 @@ class Access:
 
     def client(self, name: str) -> ControlClient:
         """Open a client."""
-        return ControlClient(name, keys=self._keys, check=self._check)
+        return ControlClient(name, self._clock, self._keys, self._check)
 
     def check_pipe(self, options: Mapping[str, Any], path: str = f"{PATH}.pipe") -> None:
         """Raise `ConfigError` if a pipe's ``bind_host``, at any depth, opens it to others unauthenticated."""

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvconnect.buffers.promise import Promise
+from kvconnect.clock import SYSTEM, Clock
 from kvconnect.config import Backend, Config
 from kvconnect.errors import KVConnectError, LoadError
 from kvconnect.pipes.base import YES, Transfer, Verdict
@@ -206,6 +207,7 @@ class EndSettings:
         produces, consumes: vLLM's role.
         options: the parsed configuration (`kvconnect.config.Config`).
         pipe: the chosen pipe (or ``auto``) with its options.
+        clock: of its leases and deadlines (but for those of pipes).
 
     """
 
@@ -216,6 +218,7 @@ class EndSettings:
     consumes: bool
     options: Config
     pipe: Backend = Backend("auto")
+    clock: Clock = SYSTEM
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import logging
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -19,6 +18,7 @@ from kvconnect.buffers.base import LookupKey
 from kvconnect.buffers.hello import Hello, check_fit
 from kvconnect.buffers.ledger import Blocks, Entry, Ledger
 from kvconnect.buffers.ticket import Ticket
+from kvconnect.clock import SYSTEM
 from kvconnect.control import ControlServer
 from kvconnect.errors import ClosedError, HandshakeError
 
@@ -39,7 +39,7 @@ class Lender:
         server: ControlServer,
         advertised: str,
         on_ended: Callable[[], None] | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = SYSTEM.now,
     ) -> None:
         """Answer peers at ``server``, which they reach as ``advertised``.
 

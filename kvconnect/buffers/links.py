@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import math
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,14 +97,14 @@ class Links:
         self._links: dict[tuple[str, str], Link] = {}
         #: Replaced ones, over which loads may still run.
         self._retired: set[Link] = set()
-        self._experience = Experience()
+        self._experience = Experience(station.client.clock)
         self._trials = threading.Lock()
         self._told: Recent[str] = Recent()
 
     def at_hand(self, at: str, incarnation: str) -> Link | None:
         """Return the link to an owner if its pipe is open and may be asked by any thread there and then."""
         link = self._links.get((at, incarnation))
-        ready = link is not None and link.immediate and time.monotonic() < link.review_at
+        ready = link is not None and link.immediate and self._client.clock.now() < link.review_at
         return link if ready else None
 
     def patience_s(self, link: Link, nbytes: int) -> float | None:
@@ -119,9 +118,9 @@ class Links:
         link = self._links.setdefault((at, incarnation), Link(at, incarnation))
         if link.pipe is not None:
             then(link)
-            if time.monotonic() >= link.review_at:
+            if self._client.clock.now() >= link.review_at:
                 self._review(link)
-        elif link.failure is not None and time.monotonic() < link.retry_at:
+        elif link.failure is not None and self._client.clock.now() < link.retry_at:
             then(link.failure)
         else:
             link.waiting.append(then)
@@ -138,7 +137,7 @@ class Links:
             self._opened(link, ClosedError("the buffer was closed"))
 
     def _opened(self, link: Link, failure: KVConnectError | None = None) -> None:
-        link.failure, link.retry_at = failure, time.monotonic() + RETRY_S
+        link.failure, link.retry_at = failure, self._client.clock.now() + RETRY_S
         link.review_at = self._experience.holds_until(link.at, link.incarnation)
         if len(self._links) > _MAX_LINKS:
             self._forget_failed()
@@ -151,7 +150,7 @@ class Links:
 
     def _forget_failed(self) -> None:
         """Forget failures whose time is over; addresses and incarnations are whatever tickets say."""
-        now = time.monotonic()
+        now = self._client.clock.now()
         for key, link in list(self._links.items()):
             if link.failure is not None and not link.waiting and link.retry_at <= now:
                 del self._links[key]

@@ -89,7 +89,7 @@ class Mover(WorkerEnd):
         options = settings.options
         self._options, self._rank, self._memory = options, rank, memory
         pipes = describe_pipes(settings.pipe.name, memory)
-        access = Access(options)
+        access = Access(options, settings.clock)
         access.check_pipe(settings.pipe.options)
         self._server, endpoint = access.server("kvconnect-mover-server", fixed_port=False)
         self._client = access.client("kvconnect-mover-client")

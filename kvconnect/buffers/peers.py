@@ -6,7 +6,6 @@ Everything here runs on the control client's thread, except `Peers.met`.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -72,7 +71,7 @@ class Peers:
         self._peers[endpoint] = peer
         if len(self._peers) > _MAX_PEERS:
             self._forget_oldest()
-        if peer.is_met(incarnation) or (peer.failure and time.monotonic() < peer.retry_at):
+        if peer.is_met(incarnation) or (peer.failure and self._client.clock.now() < peer.retry_at):
             then(peer)
             return
         peer.waiting.append(then)
@@ -129,7 +128,7 @@ class Peers:
 
     def _fail(self, peer: Peer, cause: str, error: KVConnectError) -> None:
         peer.hello, peer.failure = None, Miss(cause, str(error))
-        peer.retry_at = time.monotonic() + RETRY_S
+        peer.retry_at = self._client.clock.now() + RETRY_S
         ours = isinstance(error, ClosedError)  # we are shutting down: no news of the peer
         if not ours and self._logged.add((peer.endpoint, cause)):
             logger.warning("peer %s: %s; requests for its KV will be recomputed: %s", peer.endpoint, cause, error)

@@ -6,11 +6,11 @@ are in place before it runs out need not ask whether they were still the right o
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
+from kvconnect.clock import SYSTEM, Clock
 from kvconnect.pipes import host
 
 _MAX_LEASE_MS = 1 << 31
@@ -28,22 +28,23 @@ class Promise:
     left; another host gets nothing, for its clock is another one. Thread-safe.
     """
 
-    __slots__ = ("question", "until")
+    __slots__ = ("clock", "question", "until")
 
-    def __init__(self, until: float = 0.0) -> None:
-        #: A time of `time.monotonic`.
+    def __init__(self, until: float = 0.0, clock: Clock = SYSTEM) -> None:
+        self.clock = clock
+        #: A time of that clock.
         self.until = until
         #: The latest claim; its answer may be under way.
         self.question: Answer | None = None
 
     def holds(self, for_s: float = 0.0) -> bool:
         """Whether it reaches to ``for_s`` seconds from now."""
-        return time.monotonic() + for_s < self.until
+        return self.clock.now() + for_s < self.until
 
     def ask(self, call: Callable[[], Answer]) -> Answer:
         """Claim the blocks by ``call``, be it for the first time or again: an ``"ok"`` is good for a lease."""
         # From before the question: the owner counts from when it heard it.
-        asked = time.monotonic()
+        asked = self.clock.now()
         self.question = question = call()
         question.add_done_callback(lambda answer: self._heard(answer, asked))
         return question
@@ -60,7 +61,8 @@ class Promise:
 
     def __reduce__(self) -> tuple[Callable[[float, str], Promise], tuple[float, str]]:
         """Pickle what is known."""
-        return _arrived, (self.until, host.identity()["host"])
+        until = self.until if self.clock is SYSTEM else 0.0
+        return _arrived, (until, host.identity()["host"])
 
 
 def _arrived(until: float, boot: str) -> Promise:

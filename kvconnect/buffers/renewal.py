@@ -5,7 +5,6 @@ Runs on the control client's thread.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -76,7 +75,7 @@ class Renewal:
             del self._rounds[endpoint]
             return
         done, round_.done = round_.done, []
-        asked, promises = time.monotonic(), dict(round_.grants)
+        asked, promises = self._client.clock.now(), dict(round_.grants)
         body = {"grants": sorted(promises), "done": done}
         # An answer that takes longer than until the next round is of no use.
         call = self._client.call(endpoint, "renew", body, self._interval(endpoint))

@@ -35,10 +35,10 @@ class RemoteScheduler(SchedulerEnd):
         self._taker: Taker | None = None
         self._client: ControlClient | None = None
         self._directory = Directory(options.group)
-        own, access = "", Access(options)
+        own, access = "", Access(options, settings.clock)
         if settings.produces:
             server, own = access.server("kvconnect-lender")
-            self._lender = Lender(me, server, own)
+            self._lender = Lender(me, server, own, clock=settings.clock.now)
             self._directory.publish(me, own)
         if settings.consumes:
             self._client = access.client("kvconnect-taker")

@@ -23,8 +23,10 @@ from kvconnect.buffers.directory import Producers
 from kvconnect.buffers.hello import Hello, check_shapes
 from kvconnect.buffers.ledger import digest_of
 from kvconnect.buffers.peers import Peer, Peers, worker_of
+from kvconnect.buffers.promise import Promise
 from kvconnect.buffers.renewal import Renewal
 from kvconnect.buffers.ticket import Ticket
+from kvconnect.clock import Clock
 from kvconnect.config import Config
 from kvconnect.control import ControlClient
 from kvconnect.errors import BrokenError, DeadlineError, HandshakeError, KVConnectError
@@ -92,7 +94,7 @@ class Taker:
             self._looks[request_id] = look
         ticket = look.ticket
         if ticket and ticket.key == want.key and self._peers.met(ticket.at, ticket.incarnation):
-            self._claim_ticket(look, _claim_of(look, ticket))
+            self._claim_ticket(look, _claim_of(look, ticket, self._client.clock))
         elif ticket or (self._options.content_lookup and self._producers.any()):
             if not self._client.soon(lambda: self._search(look)):
                 self._answer(look, Miss("closed"))
@@ -200,7 +202,7 @@ class Taker:
         if look.over:
             return
         if peer.is_met(ticket.incarnation):
-            self._claim_ticket(look, _claim_of(look, ticket))
+            self._claim_ticket(look, _claim_of(look, ticket, self._client.clock))
             return
         look.cause = peer.failure or Miss("gone", f"engine {ticket.engine} was restarted")
         self._by_content(look)
@@ -285,7 +287,7 @@ class Taker:
         if look.offers:
             offer = look.offers.pop(0)
             look.claiming, look.at = True, offer.at
-            claim = _claim_of(look, offer)
+            claim = _claim_of(look, offer, self._client.clock)
             self._ask_claim(claim).add_done_callback(lambda answer: self._offer_claimed(look, claim, answer))
         elif not look.waiting:
             self._answer(look, look.cause or Miss("absent"))
@@ -354,7 +356,7 @@ def _is_late(answer: Future[dict[str, Any]]) -> bool:
     return isinstance(answer.exception(), DeadlineError)
 
 
-def _claim_of(look: Look, ticket: Ticket) -> Claim:
+def _claim_of(look: Look, ticket: Ticket, clock: Clock) -> Claim:
     data = {
         "at": ticket.at,
         "engine": ticket.engine,
@@ -365,7 +367,7 @@ def _claim_of(look: Look, ticket: Ticket) -> Claim:
         # With every question, the owner checks that these are its entry's.
         "blocks": digest_of(ticket.blocks),
     }
-    return Claim(look.grant, ticket.key, ticket.blocks, data)
+    return Claim(look.grant, ticket.key, ticket.blocks, data, Promise(clock=clock))
 
 
 def _blame(look: Look, endpoint: str, failure: Miss | None) -> None:

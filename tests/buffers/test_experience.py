@@ -1,6 +1,7 @@
 """What is remembered of pipes."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -30,9 +31,9 @@ def test_of_equally_near_pipes_the_fastest_comes_first_for_every_engine_of_the_h
     assert order(known, "10.0.0.2:1") == ["shm", "nixl", "tcp"]
 
 
-def test_a_pipe_that_failed_is_the_last_for_that_incarnation_and_for_a_while(monkeypatch):
-    known, now = Experience(), [100.0]
-    monkeypatch.setattr("kvconnect.buffers.experience.time.monotonic", lambda: now[0])
+def test_a_pipe_that_failed_is_the_last_for_that_incarnation_and_for_a_while():
+    now = [100.0]
+    known = Experience(SimpleNamespace(now=lambda: now[0]))
     known.fail("10.0.0.1:1", "i", "shm", "cut")
     assert order(known) == ["nixl", "tcp", "shm"]
     assert known.failure("10.0.0.1:1", "i", "shm") == "cut"
@@ -44,9 +45,9 @@ def test_a_pipe_that_failed_is_the_last_for_that_incarnation_and_for_a_while(mon
     assert len(known._failures) == 1, "failures that are over take memory"
 
 
-def test_a_pipe_that_fails_again_and_again_is_passed_over_for_longer_and_longer(monkeypatch):
-    known, now = Experience(), [100.0]
-    monkeypatch.setattr("kvconnect.buffers.experience.time.monotonic", lambda: now[0])
+def test_a_pipe_that_fails_again_and_again_is_passed_over_for_longer_and_longer():
+    now = [100.0]
+    known = Experience(SimpleNamespace(now=lambda: now[0]))
     lasted = []
     for _ in range(8):
         known.fail("10.0.0.1:1", "i", "shm", "cut")
@@ -57,9 +58,9 @@ def test_a_pipe_that_fails_again_and_again_is_passed_over_for_longer_and_longer(
     assert lasted == [60.0, 120.0, 240.0, 480.0, 960.0, 1800.0, 1800.0, 1800.0]
 
 
-def test_a_measurement_is_not_believed_for_ever_but_better_than_none(monkeypatch):
-    known, now = Experience(), [100.0]
-    monkeypatch.setattr("kvconnect.buffers.experience.time.monotonic", lambda: now[0])
+def test_a_measurement_is_not_believed_for_ever_but_better_than_none():
+    now = [100.0]
+    known = Experience(SimpleNamespace(now=lambda: now[0]))
     known.measure("a:1", {"tcp": 3e9, "nixl": 1e9})
     assert known.holds_until("a:2", "i") == 100.0 + experience._BELIEVED_S
     now[0] += experience._BELIEVED_S

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kvconnect.buffers.base import Claim, Miss, Want
+from kvconnect.clock import SYSTEM
 from kvconnect.errors import BrokenError, KVConnectError, LoadError, StaleError
 from kvconnect.testing.leaks import Holdings, assert_nothing_left
 from tests.buffers.engines import Engine, engines, eventually, group, is_miss, key, meet
@@ -237,10 +238,10 @@ def test_renewals_prolong_what_the_owner_has_promised():
         claim = d.find("r", Want(key(1), ticket=p.offer()))
         eventually(claim.promise.holds)
         first = claim.promise.until
-        assert first <= time.monotonic() + 0.9
+        assert first <= SYSTEM.now() + 0.9
         eventually(lambda: claim.promise.until > first, 2)
         renewed = claim.promise.until
-        p.end._lender._ledger.abandon(claim.grant, time.monotonic())
+        p.end._lender._ledger.abandon(claim.grant, SYSTEM.now())
         until = time.monotonic() + 0.7
         eventually(lambda: time.monotonic() > until)
         assert claim.promise.until <= renewed + 0.5, "a promise was prolonged that the owner had ended"

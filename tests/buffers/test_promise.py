@@ -1,12 +1,12 @@
 """Until when an owner's word counts, here and in another process."""
 
 import pickle
-import time
 from concurrent.futures import Future
 
 import pytest
 
 from kvconnect.buffers.promise import Promise
+from kvconnect.clock import SYSTEM
 from kvconnect.errors import DeadlineError
 from kvconnect.pipes import host
 
@@ -19,9 +19,9 @@ def answered(body):
 
 def test_a_promise_counts_from_before_the_question():
     promise, answer = Promise(), Future()
-    before = time.monotonic()
+    before = SYSTEM.now()
     promise.ask(lambda: answer)
-    asked = time.monotonic()
+    asked = SYSTEM.now()
     answer.set_result({"state": "ok", "lease_ms": 5000})
     assert before < promise.until < asked + 5
     assert promise.holds(4)
@@ -58,14 +58,14 @@ def test_a_question_without_an_answer_promises_nothing():
 
 def test_a_promise_is_only_ever_prolonged():
     promise = Promise()
-    now = time.monotonic()
+    now = SYSTEM.now()
     promise.prolong({"lease_ms": 9000}, now)
     promise.prolong({"lease_ms": 1000}, now)
     assert promise.holds(8)
 
 
 def test_another_process_of_the_host_gets_what_is_known_and_another_host_nothing(monkeypatch):
-    promise = Promise(time.monotonic() + 9)
+    promise = Promise(SYSTEM.now() + 9)
     promise.ask(Future)
     data = pickle.dumps(promise)
     copy = pickle.loads(data)  # noqa: S301 - as vLLM hands it to its workers

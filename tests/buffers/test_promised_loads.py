@@ -2,7 +2,6 @@
 
 import dataclasses
 import pickle
-import time
 from concurrent.futures import Future
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 
 from kvconnect.buffers import mover
 from kvconnect.buffers.promise import Promise
+from kvconnect.clock import SYSTEM
 from kvconnect.errors import BrokenError, DeadlineError, LoadError
 from tests.buffers.engines import eventually
 from tests.buffers.faults import claimed
@@ -134,7 +134,7 @@ def test_a_reader_so_slow_that_its_promise_runs_out_hears_that_its_blocks_are_st
     p, d = pair
     d.read(claimed(p, d, 1)).wait(8)
     claim = heard(claimed(p, d, 2))
-    slow = dataclasses.replace(claim, promise=Promise(time.monotonic() + 0.1))
+    slow = dataclasses.replace(claim, promise=Promise(SYSTEM.now() + 0.1))
     asked = listening(d, monkeypatch)
     faulty.clogs = True
     transfer = d.read(slow)

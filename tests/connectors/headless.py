@@ -41,14 +41,17 @@ LIMIT_S = 20.0
 class Engine:
     """One engine with a worker. Requests are steps of `step`, and each new token is the same."""
 
-    def __init__(self, model: str, transfer: Mapping[str, Any], shape: tuple[int, ...], seed: int) -> None:
+    def __init__(
+        self, model: str, transfer: Mapping[str, Any], shape: tuple[int, ...], seed: int, *, caches: bool = True
+    ) -> None:
+        """``caches``: blocks that are free again stay what they are until they are reused."""
         init_none_hash(sha256)
         self.config = VllmConfig(
             model_config=ModelConfig(model=model, dtype="float32", max_model_len=512, skip_tokenizer_init=True),
             scheduler_config=SchedulerConfig(
                 max_num_seqs=8, max_num_batched_tokens=128, max_model_len=512, is_encoder_decoder=False
             ),
-            cache_config=CacheConfig(block_size=BLOCK, enable_prefix_caching=True),
+            cache_config=CacheConfig(block_size=BLOCK, enable_prefix_caching=caches),
             kv_transfer_config=KVTransferConfig(**transfer),
         )
         self.config.cache_config.num_gpu_blocks = BLOCKS
@@ -70,9 +73,7 @@ class Engine:
 
     def ask(self, name: str, tokens: Sequence[int], params: Any = None, max_tokens: int = 3) -> tuple[Any, int]:
         """Serve a request to its end; return its last output and how many tokens its first step computed."""
-        sampling = SamplingParams(max_tokens=max_tokens, temperature=0, extra_args={"kv_transfer_params": params})
-        hasher = get_request_block_hasher(BLOCK, sha256)
-        self.scheduler.add_request(Request(name, list(tokens), sampling, None, block_hasher=hasher))
+        self.add(name, tokens, params, max_tokens)
         until, computed = time.monotonic() + LIMIT_S, 0
         while name not in self._ended:
             assert time.monotonic() < until, f"{name} is {self.scheduler.requests[name].status.name}"
@@ -80,11 +81,21 @@ class Engine:
             computed = computed or done.get(name, 0)
         return self._ended[name], computed
 
+    def add(self, name: str, tokens: Sequence[int], params: Any = None, max_tokens: int = 3) -> None:
+        """Take a request in."""
+        sampling = SamplingParams(max_tokens=max_tokens, temperature=0, extra_args={"kv_transfer_params": params})
+        hasher = get_request_block_hasher(BLOCK, sha256)
+        self.scheduler.add_request(Request(name, list(tokens), sampling, None, block_hasher=hasher))
+
     def step(self) -> SchedulerOutput:
         """Take one step, as an engine's core does."""
-        planned = self.scheduler.schedule()
+        return self.carry_out(self.scheduler.schedule())
+
+    def carry_out(self, planned: SchedulerOutput) -> SchedulerOutput:
+        """Do what the scheduler has planned."""
         kv_transfer_state._KV_CONNECTOR_AGENT = self.worker
         moved = KVConnectorModelRunnerMixin.kv_connector_no_forward(planned, self.config)
+        self.computed(planned, moved.kv_connector_output)
         names = list(planned.num_scheduled_tokens)
         requests = [self.scheduler.requests[name] for name in names]
         result = ModelRunnerOutput(
@@ -99,6 +110,9 @@ class Engine:
         for outputs in self.scheduler.update_from_output(planned, result).values():
             self._ended |= {o.request_id: o for o in outputs.outputs if o.finish_reason is not None}
         return planned
+
+    def computed(self, planned: SchedulerOutput, moved: Any) -> None:
+        """A step's tokens are computed and its loads heard of; the scheduler does not know yet."""
 
     def free_blocks(self) -> int:
         """Blocks that are nobody's; one of all is vLLM's own."""

@@ -23,7 +23,7 @@ from kvconnect.buffers.ledger import digest_of
 from kvconnect.buffers.lender import Lender
 from kvconnect.buffers.ticket import Ticket, unpack_ids
 from kvconnect.config import Config
-from kvconnect.control import ControlClient, ControlServer, address, wait_for
+from kvconnect.control import ControlClient, ControlServer, split, wait_for
 from kvconnect.errors import ConfigError, KVConnectError
 from kvconnect.paging import LayerLayout, PagedLayout
 from kvconnect.pipes import host
@@ -130,7 +130,7 @@ def answerer():
 
 def run_endpoint(endpoint):
     with refused:
-        address(endpoint)
+        split(endpoint)
     client = answerer().client
     # Only what no resolver would have to be asked for.
     if not endpoint.isascii() or "\0" in endpoint or not endpoint.rpartition(":")[0]:

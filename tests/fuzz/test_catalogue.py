@@ -18,7 +18,7 @@ TAKES_APART = {
 }  # fmt: skip
 #: In the table although nothing of the above is in them: they read bytes or fields in a way of their own.
 BY_HAND = {
-    "control:address", "paging:PagedLayout.from_wire", "pipes.tcp_listener:Listener._admit",
+    "control:split", "paging:PagedLayout.from_wire", "pipes.tcp_listener:Listener._admit",
     "pipes.tcp_listener:_Newcomer._read", "pipes.tcp_meeting:Serving.__init__", "pipes.peer_memory:PeerMemory.__init__",
     "pipes.shm_messages:Sender._send_large", "pipes.ring:adopt", "pipes.nccl_plan:read_row",
 }  # fmt: skip

@@ -15,7 +15,7 @@ from kvconnect.blocks import heap_memory
 from kvconnect.buffers import arena
 from kvconnect.buffers.hello import Hello, check_fit
 from kvconnect.config import parse_backend
-from kvconnect.control import address
+from kvconnect.control import split
 from kvconnect.errors import BrokenError, ConfigError, HandshakeError, LoadError
 from kvconnect.paging import PagedLayout
 from kvconnect.pipes import companion, nccl_blocks, tcp_requests, wire
@@ -38,7 +38,7 @@ def test_a_message_of_very_many_small_items_is_refused():
 
 def test_an_address_that_no_socket_takes_is_refused_before_there_is_one():
     with pytest.raises(ConfigError):
-        address("\ud800:1")
+        split("\ud800:1")
 
 
 def test_a_layout_of_more_pieces_than_any_memory_has_is_refused():

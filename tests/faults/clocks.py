@@ -1,0 +1,42 @@
+"""Clocks that stand still until a test moves them: one for each engine, seen by all processes."""
+
+from __future__ import annotations
+
+import mmap
+
+from kvconnect.clock import Clock
+
+#: Not 0, so that what was never set does not look like now.
+_START = 1000.0
+
+
+class Clocks:
+    """As many clocks as there are engines, in memory that forked processes share."""
+
+    def __init__(self, count: int) -> None:
+        self._times = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("d")
+        self.count = count
+        for index in range(count):
+            self._times[index] = _START
+
+    def advance(self, seconds: float, only: int | None = None) -> None:
+        """Let time pass for all engines, or make the clock of one jump."""
+        for index in range(self.count) if only is None else (only,):
+            self._times[index] += seconds
+
+    def of(self, index: int) -> Clock:
+        """Return an engine's clock."""
+        return _Shared(self._times, index)
+
+
+class _Shared(Clock):
+    """One of the clocks. Whoever waits for it looks every few milliseconds: it does not tell when it is moved."""
+
+    def __init__(self, times: memoryview, index: int) -> None:
+        self._times, self._index = times, index
+
+    def now(self) -> float:
+        return float(self._times[self._index])
+
+    def poll_ms(self, when: float) -> int:
+        return 0 if when <= self.now() else 4
