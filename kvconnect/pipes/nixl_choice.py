@@ -1,9 +1,10 @@
 """Piece by piece or staged: whichever was quicker for transfers like this one.
 
 Each transfer is measured, and what it took is kept for each peer: seconds a run for
-runs of about its length, seconds a byte for staged transfers of about its size. Where
-nothing is known yet, a transfer that is not large tries it out, so that a bad guess
-costs little; the slower way is tried again now and then, since a link or a pool changes.
+transfers of about its size in runs of about its length, seconds a byte for staged ones
+of about its size. Where nothing is known yet, a transfer that is not large tries it out,
+so that a bad guess costs little; the slower way is tried again now and then, since a link
+or a pool changes.
 Good news counts at once, bad news little by little: the first transfer of either kind
 also pays for connections and memory that the next ones find there.
 """
@@ -15,6 +16,8 @@ from collections.abc import Mapping
 from typing import ClassVar, Final, Literal
 
 Mode = Literal["runs", "staged"]
+#: What is alike: a mode, and powers of two of a transfer's bytes and of a run's.
+Bucket = tuple[Mode, int, int]
 
 #: Runs of this length on average are read about as fast as contiguous memory.
 LONG_RUN_BYTES: Final = 1 << 20
@@ -37,7 +40,7 @@ class Costs:
     def __init__(self, first: Mode) -> None:
         self._first: Mode = first
         self._lock = threading.Lock()
-        self._units: dict[tuple[Mode, int], float] = {}
+        self._units: dict[Bucket, float] = {}
         self._choices = 0
 
     def choose(self, runs: int, nbytes: int) -> Mode:
@@ -62,8 +65,8 @@ class Costs:
             new, old = took_s / units, self._units.get(key)
             self._units[key] = new if old is None or new < old else old + _NEW * (new - old)
 
-    def known(self) -> Mapping[tuple[Mode, int], float]:
-        """Return seconds a run or a byte, by mode and power of two of a run's or a transfer's bytes."""
+    def known(self) -> Mapping[Bucket, float]:
+        """Return seconds a run or a byte of what is alike."""
         with self._lock:
             return dict(self._units)
 
@@ -76,9 +79,10 @@ def _units(mode: Mode, runs: int, nbytes: int) -> int:
     return max(1, runs if mode == "runs" else nbytes)
 
 
-def _bucket(mode: Mode, runs: int, nbytes: int) -> tuple[Mode, int]:
-    size = nbytes // max(1, runs) if mode == "runs" else min(nbytes, TRIAL_BYTES)
-    return mode, size.bit_length()
+def _bucket(mode: Mode, runs: int, nbytes: int) -> Bucket:
+    # What a transfer costs besides its bytes counts for little in large ones.
+    size, run = min(nbytes, TRIAL_BYTES), nbytes // max(1, runs) if mode == "runs" else 0
+    return mode, size.bit_length(), run.bit_length()
 
 
 class _Known:

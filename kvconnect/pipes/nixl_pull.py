@@ -129,6 +129,7 @@ class Pull:
         elif plan.mode == "staged":
             self._staged = dict(enumerate(ours))
             try:
+                self._end.shared.slots.expect()
                 self._end.shared.slots.open()
             except Exception as error:  # noqa: BLE001 - the device's allocator may raise anything
                 self._fail(failed(error))

@@ -159,9 +159,10 @@ class Slot:
 class SlotPool:
     """Registered staging memory in slots of one size, allocated when the first is asked for. For the agent's thread.
 
-    Lending leaves a slot to landing: of two processes that read from each other, neither
-    can hold all of its slots for what the other one has no slot to read into. What lands
-    waits for nobody else.
+    Once anything is to land here, lending leaves a slot to it: of two processes that read
+    from each other, neither can hold all of its slots for what the other one has no slot to
+    read into. A process that has only lent so far lends to some that have one, so that its
+    slots come back.
     """
 
     def __init__(self, agent: Agent, stager: Stager, place: Place, slot_bytes: int, slots: int) -> None:
@@ -169,9 +170,14 @@ class SlotPool:
         self.slot_bytes, self._slots = slot_bytes, slots
         self._free: list[Slot] = []
         self._held = dict.fromkeys(Use, 0)
+        self._lands = False
         self._waiting: dict[Use, deque[Callable[[Slot], None]]] = {use: deque() for use in Use}
         self._memory: Tensor | None = None
         self._registration: Registration | None = None
+
+    def expect(self) -> None:
+        """Keep a slot for what lands, from now on: before a peer is asked to lend."""
+        self._lands = True
 
     def open(self) -> Registration:
         """Allocate and register, once; may take milliseconds.
@@ -202,7 +208,7 @@ class SlotPool:
         self._hand_out(slot.use)
 
     def _hand_out(self, use: Use) -> None:
-        most = self._slots - 1 if use is Use.LENDING else self._slots
+        most = self._slots - 1 if use is Use.LENDING and self._lands else self._slots
         while self._waiting[use] and self._free and self._held[use] < most:
             slot = self._free.pop()
             slot.use = use

@@ -240,10 +240,34 @@ def test_slots_are_taken_back_from_an_end_that_does_not_read_them(monkeypatch):
     pair.close()
 
 
-def test_lending_leaves_a_slot_to_what_lands(pair):
-    agent = pair.here._agent
+def _pool_of_three(agent):
     pool = SlotPool(agent, STAGERS["cpu"]("cpu"), Place.of("cpu"), BLOCK, 3)
     agent.call(pool.open)
+    return pool
+
+
+def test_a_process_that_only_lends_lends_every_slot_until_something_is_to_land(pair):
+    agent = pair.here._agent
+    pool, lent = _pool_of_three(agent), []
+
+    def lend(count):
+        for _ in range(count):
+            pool.take(Use.LENDING, lent.append)
+
+    agent.call(partial(lend, 4))
+    assert len(lent) == 3
+    agent.call(pool.expect)
+    agent.call(lambda: pool.give(lent[0]))
+    assert len(lent) == 3, "the slot that came back was not kept for what lands"
+    agent.call(lambda: pool.give(lent[1]))
+    assert len(lent) == 4
+    agent.call(pool.close)
+
+
+def test_lending_leaves_a_slot_to_what_lands(pair):
+    agent = pair.here._agent
+    pool = _pool_of_three(agent)
+    agent.call(pool.expect)
     landing, lending = [], []
 
     def fill():
