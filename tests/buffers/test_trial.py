@@ -17,6 +17,7 @@ from kvconnect import registry
 from kvconnect.buffers import experience, links, trial
 from kvconnect.buffers.base import Want
 from kvconnect.buffers.choice import AutoOptions
+from kvconnect.clock import Clock
 from kvconnect.config import Backend
 from kvconnect.errors import (
     BrokenError,
@@ -428,15 +429,20 @@ def test_a_pipe_that_hangs_after_it_has_worked_is_given_the_whole_time_of_a_load
     assert time.monotonic() - began > 1.4
 
 
-def later(monkeypatch, seconds):
-    """Let what is remembered of pipes, and nothing else, grow older."""
-    now = time.monotonic
+class Ahead(Clock):
+    """The host's clock, some seconds later."""
 
-    class Clock:
-        monotonic = staticmethod(lambda: now() + seconds)
+    def __init__(self, seconds):
+        self._seconds = seconds
 
-    for module in (experience, links):
-        monkeypatch.setattr(module, "time", Clock)
+    def now(self):
+        return super().now() + self._seconds
+
+
+def later(d, seconds):
+    """Let what is remembered of pipes grow older; no timer ends."""
+    known = d.workers[0]._links
+    known._client.clock = known._experience._clock = Ahead(seconds)
 
 
 def test_a_link_that_fell_back_takes_the_better_pipe_when_its_failure_is_long_ago(register, pair, monkeypatch):
@@ -450,7 +456,7 @@ def test_a_link_that_fell_back_takes_the_better_pipe_when_its_failure_is_long_ag
     old = link(d)
     load(p, d, 2)
     assert link(d) is old
-    later(monkeypatch, experience._PASSED_OVER_S)
+    later(d, experience._PASSED_OVER_S)
     load(p, d, 3)  # goes by what there is
     eventually(lambda: link(d).name == "a")
     load(p, d, 4)
@@ -459,7 +465,7 @@ def test_a_link_that_fell_back_takes_the_better_pipe_when_its_failure_is_long_ag
     assert not d.workers[0]._links._retired
 
 
-def test_a_better_pipe_that_still_cannot_be_had_costs_the_loads_nothing(register, pair, monkeypatch):
+def test_a_better_pipe_that_still_cannot_be_had_costs_the_loads_nothing(register, pair):
     far = type("Far", (InprocPipe,), {"traits": Traits(reach=Reach.NETWORK)})
     known = register(a={"fails": {"asks": OSError("no handle")}}, b=far)
     p, d = pair(connect_timeout_s=1.0)
@@ -467,7 +473,7 @@ def test_a_better_pipe_that_still_cannot_be_had_costs_the_loads_nothing(register
     used = link(d).lines[0]
     known["a"].fails.clear()
     known["a"].hangs.add("asks")
-    later(monkeypatch, experience._PASSED_OVER_S)
+    later(d, experience._PASSED_OVER_S)
     began = time.monotonic()
     for number in range(2, 6):
         load(p, d, number)
@@ -485,7 +491,7 @@ def test_pipes_are_measured_again_when_that_was_long_ago_and_loads_under_way_go_
     assert link(d).name == "a"
     used = link(d).lines[0]
     known["a"].seconds_per_mb, known["b"].seconds_per_mb = 0.01, 0.0
-    later(monkeypatch, experience._BELIEVED_S)
+    later(d, experience._BELIEVED_S)
     load(p, d, 2)
     eventually(lambda: isinstance(link(d).pipe, trial.Trial))
     assert link(d).lines[0] is used
