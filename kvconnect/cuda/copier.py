@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,8 @@ import numpy.typing as npt
 from kvconnect.cuda import driver
 from kvconnect.cuda.tiles import Side, UInt64Array, is_aligned, listed, table
 from kvconnect.paging import IoVec
+
+Number = TypeVar("Number", np.int32, np.uint64)
 
 #: A tile of 32 KiB in three stages saturates NVLink from 16 multiprocessors and leaves
 #: each of them more than half of its shared memory (`docs/benchmarks.md`).
@@ -113,10 +115,10 @@ class Copier:
         bulk = self._bulk is not None and table.aligned[part.group] and not (part.from_shift | part.to_shift) % 16
         most = multiprocessors if bulk else multiprocessors * _THREADED_PER_SM
         with driver.errors("launch a copy"), driver.use(self.device):
-            pinned = _pinned(ids)
+            named = pinned(ids)
             args = (
                 tiles,
-                np.intp(pinned.ptr),
+                np.intp(named.ctypes.data),
                 np.uint64(part.from_shift),
                 np.uint64(part.to_shift),
                 np.intp(0 if seen is None else seen.data.ptr),
@@ -128,7 +130,7 @@ class Copier:
                 self._bulk(grid, (32,), args, shared_mem=_STAGES * TILE_BYTES, stream=stream)
             else:
                 self._threads(grid, (_THREADS,), args, stream=stream)
-        return pinned, tiles
+        return named, tiles
 
 
 @driver.per_process
@@ -137,8 +139,9 @@ def copier(device: int) -> Copier:
     return Copier(device)
 
 
-def _pinned(ids: npt.NDArray[np.int32]) -> Any:
-    """Put ids where kernels can read them without a copy of their own: they fetch them while data moves."""
-    memory = driver.cupy().cuda.alloc_pinned_memory(max(ids.nbytes, 8))
-    np.frombuffer(memory, np.int32, ids.size).reshape(ids.shape)[...] = ids
-    return memory
+def pinned(values: npt.NDArray[Number]) -> npt.NDArray[Number]:
+    """Return a copy of ``values`` that kernels can read and write without a copy of their own, while data moves."""
+    memory = driver.cupy().cuda.alloc_pinned_memory(max(values.nbytes, 8))
+    found = np.frombuffer(memory, values.dtype, values.size).reshape(values.shape)
+    found[...] = values
+    return found

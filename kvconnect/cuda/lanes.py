@@ -41,14 +41,14 @@ Call = Callable[[Any], object]
 
 
 class _Started(NamedTuple):
-    """Work on a stream: the event behind it, what it uses, whom to tell, when to look at it and when it is due."""
+    """Work on a stream: the event behind it, what it uses, whom to tell, when it began, how long it should take."""
 
     event: Any
     kept: object
     error: KVConnectError | None
     over: Over
-    look_at: float
-    due: float
+    began: float
+    expected_s: float
 
 
 class Lanes:
@@ -124,8 +124,7 @@ class _Lane:
                         event.record(self._stream)
             except Exception as failed:  # noqa: BLE001 - whatever it raises, its waiters must hear of it
                 error = as_ours(failed)
-            now = time.monotonic()
-            self._works.put(_Started(event, kept, error, over, now + _SURE * expected_s, now + expected_s))
+            self._works.put(_Started(event, kept, error, over, time.monotonic(), expected_s))
 
     def _wait(self) -> None:
         timers.keep_time()
@@ -135,7 +134,7 @@ class _Lane:
             try:
                 if work.event is not None:
                     with driver.errors("copy"), driver.use(self._device):
-                        _await(work)
+                        await_event(work.event, work.began, work.expected_s)
             except KVConnectError as failed:
                 error = error or failed
             self.started -= 1
@@ -143,14 +142,14 @@ class _Lane:
             del work  # and with it what was kept
 
 
-def _await(work: _Started) -> None:
-    """Return once the work's event is over. It has nothing to wait on but its interrupt: see the module."""
-    early = work.look_at - time.monotonic()
+def await_event(event: Any, began: float, expected_s: float) -> None:
+    """Return once ``event`` is over. It has nothing to wait on but its interrupt: see the module."""
+    due, early = began + expected_s, began + _SURE * expected_s - time.monotonic()
     if early > _SHORT_S:
         time.sleep(early)
-    while not work.event.done and (now := time.monotonic()) < work.due + _PATIENCE_S:
-        time.sleep(0 if abs(now - work.due) < _SHORT_S else _LOOK_S)
-    work.event.synchronize()  # also raises what the work failed with
+    while not event.done and (now := time.monotonic()) < due + _PATIENCE_S:
+        time.sleep(0 if abs(now - due) < _SHORT_S else _LOOK_S)
+    event.synchronize()  # also raises what the work failed with
 
 
 @driver.per_process

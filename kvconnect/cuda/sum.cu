@@ -1,12 +1,12 @@
 // Adds up blocks of paged memory as `kvconnect.sums` defines it: sum(mix(word[i] ^ (i + 1) * GOLDEN)),
-// where i is the word's place in the canonical stream. Additions modulo 2**64 may come in any order,
-// so that each CTA takes a run of tiles, as in copy.cu, and adds its part to the total once.
+// where i is the word's place in the canonical stream. Additions modulo 2**64 may come in any order:
+// each CTA takes a run of items, as in copy.cu, and each of its warps writes one part of the sum, which
+// the host adds up. There is at least one item for every CTA.
 //
 // `to` of a tile is its place in the stream. Addresses, sizes and places are multiples of 16.
 
 struct Side { unsigned long long address, stride, spread; };
 struct Tile { Side from, to; unsigned long long nbytes, reserved; };
-struct Pair { int from, to; };
 
 __device__ __forceinline__ unsigned long long mix(unsigned long long word, unsigned long long place)
 {
@@ -17,17 +17,24 @@ __device__ __forceinline__ unsigned long long mix(unsigned long long word, unsig
 }
 
 extern "C" __global__ void add_up(
-    const Tile *tiles, const Pair *pairs, unsigned long long start, unsigned long long *total, int num_tiles, int count)
+    const Tile *tiles, const int *ids, unsigned long long start, unsigned long long *parts, int num_tiles, int count)
 {
     const long long items = (long long)num_tiles * count;
     const long long end = items * (blockIdx.x + 1) / gridDim.x;
+    long long t = items * blockIdx.x / gridDim.x;
     unsigned long long sum = 0;
-    for (long long t = items * blockIdx.x / gridDim.x; t < end; t++) {
-        const Tile tile = tiles[t % num_tiles];
-        const Pair pair = pairs[t / num_tiles];
-        const ulonglong2 *words = reinterpret_cast<const ulonglong2 *>(tile.from.address + pair.from * tile.from.stride);
+    // Each item is looked up while the one before it is added: the ids are in the host's memory.
+    Tile next = tiles[t % num_tiles];
+    int next_id = ids[t / num_tiles];
+    for (; t < end; t++) {
+        const Tile tile = next;
+        const ulonglong2 *words = reinterpret_cast<const ulonglong2 *>(tile.from.address + next_id * tile.from.stride);
+        if (t + 1 < end) {
+            next = tiles[(t + 1) % num_tiles];
+            next_id = ids[(t + 1) / num_tiles];
+        }
         const unsigned long long place =
-            (start + tile.to.address + pair.to * tile.to.stride + count * tile.to.spread) / 8;
+            (start + tile.to.address + t / num_tiles * tile.to.stride + count * tile.to.spread) / 8;
         const unsigned long long pairs_of_words = tile.nbytes / 16;
 #pragma unroll 4
         for (unsigned long long i = threadIdx.x; i < pairs_of_words; i += blockDim.x) {
@@ -36,5 +43,5 @@ extern "C" __global__ void add_up(
         }
     }
     for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_down_sync(~0u, sum, lanes);
-    if (threadIdx.x % 32 == 0) atomicAdd(total, sum);
+    if (threadIdx.x % 32 == 0) parts[(blockIdx.x * blockDim.x + threadIdx.x) / 32] = sum;
 }

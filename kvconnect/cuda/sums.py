@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from importlib import resources
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from kvconnect.cuda import driver
-from kvconnect.cuda.copier import Table, copier
-from kvconnect.cuda.tiles import ALIGNMENT, Packed, Paged
+from kvconnect.cuda.copier import Table, copier, pinned
+from kvconnect.cuda.lanes import await_event
+from kvconnect.cuda.tiles import ALIGNMENT, Packed, Paged, UInt64Array
 from kvconnect.paging import BlockIds, PagedMemory
 
 #: Leaves most of the device to what computes, and is still faster than any wire.
 _MULTIPROCESSORS = 32
 _CTAS_PER_SM = 2
 _THREADS = 512
+_WARP = 32
+#: About what they read on an H200: to look at a sum's end when it is due.
+_BYTES_PER_S = 800e9
+
+#: Parts of a sum, and what their kernel reads.
+Launched = tuple[UInt64Array, npt.NDArray[np.int32], Any]
 
 
 class Summer:
@@ -43,28 +52,38 @@ class Summer:
             BrokenError: CUDA failed.
 
         """
+        with driver.errors("sum blocks up"), driver.use(self._device):
+            launched = self.launch(memory, blocks, self._stream)
+            if launched is None:
+                return None
+            over = driver.cupy().cuda.Event(block=True, disable_timing=True)
+            over.record(self._stream)
+            await_event(over, time.monotonic(), memory.layout.nbytes(blocks) / _BYTES_PER_S)
+        return sum(int(parts.sum()) for parts, *_ in launched) % 2**64
+
+    def launch(self, memory: PagedMemory, blocks: BlockIds, stream: Any) -> list[Launched] | None:
+        """Enqueue the sum of ``blocks`` on ``stream``, a CuPy stream of the current device; ``None`` as `of_blocks`.
+
+        Returns:
+            For each launch first ``uint64[warps]``, parts of the sum once the stream has passed it. All of
+            it has to live until then.
+
+        """
         table = self._table(memory)
         starts = [memory.layout.nbytes(blocks[:group]) for group in range(len(blocks))]
-        named = [group for group, ids in enumerate(blocks) if len(ids)]
+        named = [group for group, ids in enumerate(blocks) if len(ids) and len(table.tiles[group])]
         if any(starts[group] % ALIGNMENT or not table.aligned[group] for group in named):
             return None
-        cupy, kept = driver.cupy(), []
-        with driver.errors("sum blocks up"), driver.use(self._device), self._stream as stream:
-            total = cupy.zeros(1, dtype=np.uint64)
-            for group in named:
-                ids = blocks[group]
-                tiles = table.on_device[group]
-                pairs = cupy.asarray(np.stack([ids, np.arange(len(ids))], axis=1).astype(np.int32))
-                grid = (max(1, min(_MULTIPROCESSORS * _CTAS_PER_SM, len(tiles) * len(ids))),)
-                place = np.uint64(starts[group])
-                args = (tiles, pairs, place, total, np.int32(len(tiles)), np.int32(len(ids)))
-                self._kernel(grid, (_THREADS,), args, stream=stream)
-                kept.append(pairs)
-            over = cupy.cuda.Event(block=True, disable_timing=True)
-            over.record(stream)
-            over.synchronize()
-            found: Any = total.get(stream=stream)
-        return int(found[0])
+        launched = []
+        for group in named:
+            tiles, ids = table.on_device[group], pinned(np.asarray(blocks[group], dtype=np.int32))
+            ctas = min(_MULTIPROCESSORS * _CTAS_PER_SM, len(tiles) * len(ids))
+            parts = pinned(np.zeros(ctas * _THREADS // _WARP, dtype=np.uint64))
+            pointers = np.intp(ids.ctypes.data), np.intp(parts.ctypes.data)
+            args = (tiles, pointers[0], np.uint64(starts[group]), pointers[1], np.int32(len(tiles)), np.int32(len(ids)))
+            self._kernel((ctas,), (_THREADS,), args, stream=stream)
+            launched.append((parts, ids, tiles))
+        return launched
 
     def _table(self, memory: PagedMemory) -> Table:
         with self._lock:

@@ -84,7 +84,7 @@ nccl_blocks             pipes.nccl_blocks      NcclBlocks._on_meet NcclBlocks._o
 nccl_blocks             pipes.nccl_plan        read_selection read_row
 cuda_ipc_export         cuda.ipc               _checked
 cuda_ipc_card           pipes.cuda_ipc_staging CudaIpcMedium.meet
-own                     cuda.copier            _pinned
+own                     cuda.copier            pinned
 staged_tensors          pipes.staged           StagedTensors._await_acknowledgement StagedTensors._fetch
 own                     pipes.staged           StagedTensors._tell
 companion               pipes.companion        _offers _is_offer
