@@ -38,11 +38,12 @@ class Plan:
     ``plain`` ones have no connector; ``strangers`` have ``stranger_arguments`` beside everybody's,
     such that they fit nobody, and ``stranger_role``.
     With ``multi`` the connector is the only child of a MultiConnector.
-    ``extra_config`` goes under ``kv_connector_extra_config`` of each. With ``tiny``
-    the last consumer's KV cache has `TINY_BLOCKS` blocks, so that it preempts. Engines of several
-    workers are to be ``patient`` where cores are few, see `tests/vllm/patient`. Producers have the
-    first of ``roles`` and run on the first of ``devices``, all others on the second: CUDA devices,
-    one for each worker, or none for the CPU. ``model`` is a folder, if it is not the demo's ``variant``.
+    ``extra_config`` goes under ``kv_connector_extra_config`` of each, ``extra_of`` under that of one,
+    by its name. With ``tiny`` the last consumer's KV cache has `TINY_BLOCKS` blocks, so that it
+    preempts. ``failure_policy`` is vLLM's ``kv_load_failure_policy``. Engines of several workers
+    are to be ``patient`` where cores are few, see `tests/vllm/patient`. Producers have the first of
+    ``roles`` and run on the first of ``devices``, all others on the second: CUDA devices, one for each
+    worker, or none for the CPU. ``model`` is a folder, if it is not the demo's ``variant``.
     """
 
     connector: str
@@ -61,7 +62,9 @@ class Plan:
     model: str = ""
     env: Mapping[str, str] = field(default_factory=dict)
     lease_s: float = 8.0
+    failure_policy: str = "recompute"
     extra_config: Mapping[str, Any] = field(default_factory=dict)
+    extra_of: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     arguments: tuple[str, ...] = ()
 
 
@@ -237,8 +240,8 @@ class Fleet:
         transfer = {
             "kv_connector": self.plan.connector,
             "kv_role": role,
-            "kv_connector_extra_config": extra | dict(self.plan.extra_config),
-            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": extra | dict(self.plan.extra_config) | dict(self.plan.extra_of.get(name, {})),
+            "kv_load_failure_policy": self.plan.failure_policy,
         }
         if self.plan.multi:
             children = {"kv_connector_extra_config": {"connectors": [transfer]}}
