@@ -149,7 +149,7 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     book = config.stash[_BOOK]
     if not book.rows:
         return
-    order = {"tensor": 0, "ping-pong": 1, "blocks": 2}
+    order = {"tensor": 0, "ping-pong": 1, "blocks": 2, "sum": 3, "load": 4}
     book.rows.sort(key=lambda row: (order.get(row.case.split(" ")[0], 9), row.bytes, row.case, row.backend))
     results = results_file.build(book.rows, book.load)
     terminalreporter.write_line("")

@@ -103,6 +103,13 @@ class Near:
             ctypes.memmove(out.data_ptr(), source, nbytes)
         return (time.perf_counter() - start) / count
 
+    def memory_read(self, nbytes: int) -> float:
+        """Read within this process, on one thread; return seconds."""
+        words = self._source[:nbytes].numpy().view(np.uint64)
+        start = time.perf_counter()
+        words.max()
+        return time.perf_counter() - start
+
     def ping_pong(self, key: str, nbytes: int, count: int) -> list[float]:
         """Return ``count`` times half a round trip, the receivers blocked."""
         end, tensor = self._ends[key], self._source[:nbytes]

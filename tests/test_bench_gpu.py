@@ -265,14 +265,18 @@ def book():
     written = dataclasses.replace(shm(way="write"), label="written")
     blockwise = dataclasses.replace(shm(BLOCKWISE), label="blockwise")
     never = bad("no-such-pipe")
+    checked = dataclasses.replace(hand, label="checked", options={**hand.options, "checksum": True})
+    sums = (Entrant(f"sum, {layout}", "shm", "sums", "call", layout, moves=False) for layout in BOTH)
     goals = (Goal("shm", "ratio", 0.001, "written"), Goal("shm", "p50_us", 1e9))
     compared = {"shm": ("blockwise", "no-such-pipe")}
-    case = Case("read 4 blocks", 4, (shm(), written, blockwise, never, hand, ticket), goals, compared, repeats=2)
+    entrants = (shm(), written, blockwise, never, hand, ticket, checked, *sums)
+    case = Case("read 4 blocks", 4, entrants, goals, compared, repeats=2)
     return measure(case)
 
 
 def test_a_run_measures_two_processes_and_checks_their_bytes(book):
-    assert {row.backend for row in book.rows} == {"shm", "written", "blockwise", "hand", "from the ticket"}
+    moved = {"shm", "written", "blockwise", "hand", "from the ticket", "checked"}
+    assert {row.backend for row in book.rows} == {*moved, *(f"sum, {layout}" for layout in BOTH)}
     assert [row.met for row in book.rows if row.goal is not None] == [True, True]
     assert all(row.gb_per_s > 0 and row.bytes == 4 * BLOCK_BYTES for row in book.rows)
     assert {row.reference for row in book.rows if row.backend == "shm"} == {None, "written", "blockwise"}

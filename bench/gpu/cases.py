@@ -45,6 +45,7 @@ class Entrant:
         contiguous: it moves the first blocks of the block-outermost pool, in one run.
         local: it copies within D's own pool.
         piece_bytes: length of its pieces; 0 if it has only one.
+        moves: it moves blocks, to be compared; else it reads D's own and checks itself when it is connected.
 
     """
 
@@ -59,6 +60,7 @@ class Entrant:
     contiguous: bool = False
     local: bool = False
     piece_bytes: int = PIECE_BYTES
+    moves: bool = True
 
     @property
     def contender(self) -> str:
@@ -84,6 +86,7 @@ class Case:
         return self.blocks * BLOCK_BYTES
 
 
+CHECKED = "cuda_ipc, checksum"
 FEW, WIDE, ENGINE, LOCAL = "cuda_ipc kernel, 16 SMs", "cuda_ipc kernel, all SMs", "copy engine", "local copy"
 RAW_NCCL, ASKED_NCCL = "raw NCCL", "raw NCCL, one asked for"
 NIXL = ("NIXL READ", "NIXL WRITE")
@@ -191,21 +194,29 @@ def writes(blocks: int) -> Case:
 
 def hand_over(blocks: int) -> Case:
     """A hand-over with its control messages: from the granted claim, and from no more than the ticket."""
-    entrants = tuple(
-        Entrant(
-            label,
-            f"{name} hand-over",
-            "hand-over",
-            way,
-            LAYERWISE,
-            {"pipe": name, "layout": LAYERWISE},
-            assisted=True,
-        )
-        for name in PIPES
-        for label, way in ((name, "claim"), (f"{name}, from the ticket", "ticket"))
-    )
+
+    def entrant(label: str, name: str, way: str, **options: bool) -> Entrant:
+        options_of = {"pipe": name, "layout": LAYERWISE, **options}
+        return Entrant(label, f"{name} hand-over", "hand-over", way, LAYERWISE, options_of, assisted=True)
+
+    ways = (("", "claim"), (", from the ticket", "ticket"))
+    entrants = [entrant(name + suffix, name, way) for name in PIPES for suffix, way in ways]
+    entrants.append(entrant(CHECKED, "cuda_ipc", "claim", checksum=True))
     goals = (Goal("cuda_ipc", "p50_us", 500.0),) if blocks == 8 else ()
-    return Case(f"hand-over {title(blocks)}", blocks, entrants, goals, rounds=5, repeats=40)
+    compared = {CHECKED: ("cuda_ipc",)}
+    return Case(f"hand-over {title(blocks)}", blocks, tuple(entrants), goals, compared, rounds=5, repeats=40)
+
+
+def sums(blocks: int, layout: str) -> Case:
+    """What a checksum reads in D's memory, against copies within the GPU and from the other one."""
+    size = PIECE_BYTES if layout == LAYERWISE else BLOCK_BYTES
+    ours = tuple(
+        Entrant(label, "same GPU", "sums", way, layout, piece_bytes=size, moves=False)
+        for label, way in (("sum kernel", "kernel"), ("sum", "call"))
+    )
+    compared = {one.label: (LOCAL, ENGINE) for one in ours}
+    entrants = (*ours, engine(LOCAL, "local", "same GPU", local=True), engine())
+    return Case(f"sum {title(blocks)}, {layout}", blocks, entrants, (), compared, rounds=5, repeats=5)
 
 
 def same_gpu(blocks: int) -> Case:
@@ -244,6 +255,7 @@ def all_cases() -> list[Case]:
         hand_over(8),
         *(reads(blocks, BLOCKWISE) for blocks in (128, 512)),
         *(same_gpu(blocks) for blocks in (128, 512)),
+        *(sums(blocks, layout) for layout in (LAYERWISE, BLOCKWISE) for blocks in (8, 128, 512)),
         *(kernels(blocks, BLOCKWISE) for blocks in (128, 512)),
         writes(128),
         reads(1, LAYERWISE),

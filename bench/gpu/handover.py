@@ -10,7 +10,7 @@ from typing import Any
 from bench.gpu.contender import Contender, Host, Ids
 from kvconnect.buffers.base import Claim, EndSettings, LookupKey, Miss, Want
 from kvconnect.buffers.remote import RemoteBuffer
-from kvconnect.config import Backend, Config
+from kvconnect.config import Config, parse_backend
 
 #: From where the clock runs: D has its claim, granted by P; or no more than the ticket.
 CLAIM, TICKET = "claim", "ticket"
@@ -20,7 +20,7 @@ _POLL_S = 0.5e-3
 
 
 class HandOver(Contender):
-    """Both ends of `RemoteBuffer` in either process, over the pipe that is named.
+    """Both ends of `RemoteBuffer` in either process, over the pipe that is named, with ``checksum`` or without.
 
     P lends blocks for a ticket, which names them. D looks, has its claim, reads. The clock
     ends when the bytes are in place *and* P has promised that they were the right ones:
@@ -33,7 +33,11 @@ class HandOver(Contender):
     def __init__(self, host: Host, options: Mapping[str, Any]) -> None:
         super().__init__(host, options)
         config = Config(
-            group=str(options["group"]), connect_timeout_s=_LIMIT_S, transfer_timeout_s=_LIMIT_S, lease_s=120.0
+            group=str(options["group"]),
+            connect_timeout_s=_LIMIT_S,
+            transfer_timeout_s=_LIMIT_S,
+            lease_s=120.0,
+            checksum=bool(options.get("checksum", False)),
         )
         settings = EndSettings(
             "bench-D" if host.near else "bench-P",
@@ -42,7 +46,7 @@ class HandOver(Contender):
             produces=not host.near,
             consumes=host.near,
             options=config,
-            pipe=Backend(str(options["pipe"])),
+            pipe=parse_backend("pipe", options["pipe"]),
         )
         self._end = RemoteBuffer.scheduler_end(settings)
         self._worker = RemoteBuffer.worker_end(settings, 0, host.pools[str(options["layout"])].memory)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,6 +110,13 @@ class Pool:
             total += (view * self._weights).sum(-1) * factor
         found: Int64Array = total.cpu().numpy()
         return found
+
+    def stream(self, ids: Sequence[int]) -> npt.NDArray[np.uint64]:
+        """Return the canonical stream of the blocks ``ids`` as words in host memory."""
+        index = torch.tensor(ids, device=self.regions[0].device)
+        held = torch.stack([view[index] for view in self._views]).view(LAYERS, -1, len(ids), _WORDS)
+        found: npt.NDArray[np.int64] = held.transpose(1, 2).flatten().cpu().numpy()
+        return found.view(np.uint64)
 
     def _pieces(self) -> list[Tensor]:
         """Return ``int64[blocks, words]`` views of each piece of all blocks, in canonical order."""

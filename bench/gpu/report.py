@@ -98,7 +98,7 @@ def bars(rows: Sequence[Row], case: str) -> dict[str, float]:
 
 
 def _colour(label: str) -> str:
-    if label.startswith(("cuda_ipc", "nccl", "nixl")):
+    if label.startswith(("cuda_ipc", "nccl", "nixl", "sum")):
         return "tab:blue"
     return "tab:gray" if label.startswith(("copy", "local", "raw")) else "tab:orange"
 

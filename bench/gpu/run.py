@@ -121,7 +121,7 @@ class Runner:
         if key not in self._connected:
             options = dict(entrant.options)
             if entrant.kind == "hand-over":
-                options["group"] = f"{self._group}-{entrant.pair}"
+                options["group"] = f"{self._group}-{entrant.contender}"
             try:
                 self._pairs[entrant.pair].connect(entrant.contender, entrant.kind, options)
             except (RuntimeError, LostError) as error:
@@ -174,6 +174,8 @@ class Runner:
 
     def _verify(self, entrant: Entrant, blocks: int) -> None:
         self._connect(entrant)
+        if not entrant.moves:
+            return
         chosen = self._select(entrant, blocks)
         pair = self._pairs[entrant.pair]
         pair.check(lambda: self._move(entrant, [chosen]), entrant.layout, chosen, local=entrant.local)

@@ -55,6 +55,12 @@ def _hand_over() -> type[Contender]:
     return HandOver
 
 
+def _sums() -> type[Contender]:
+    from bench.gpu.sums import Sums
+
+    return Sums
+
+
 #: Looked up by name, imported in the one process that needs it: media do not share a process.
 KINDS: Mapping[str, Callable[[], type[Contender]]] = {
     "copies": _copies,
@@ -63,6 +69,7 @@ KINDS: Mapping[str, Callable[[], type[Contender]]] = {
     "mooncake": _mooncake,
     "pipe": _pipe,
     "hand-over": _hand_over,
+    "sums": _sums,
 }
 
 
