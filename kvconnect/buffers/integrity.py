@@ -7,9 +7,11 @@ own blocks once they are in place. Only blocks that compare equal are decoded fr
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Final
 
 from kvconnect import blocks as paged
 from kvconnect import sums
@@ -19,12 +21,16 @@ from kvconnect.buffers.links import Link
 from kvconnect.buffers.promise import Answer
 from kvconnect.buffers.station import Station, foreign
 from kvconnect.control import ControlServer
-from kvconnect.errors import BrokenError, ClosedError, IntegrityError, KVConnectError
+from kvconnect.errors import BrokenError, BusyError, ClosedError, IntegrityError, KVConnectError
 from kvconnect.paging import BlockIds
 from kvconnect.pipes import flows
 from kvconnect.pipes.base import Message
 
 Then = Callable[[KVConnectError | None], None]
+
+#: What the sums that one pipe's other end waits for may cost, in blocks: 16 million tokens at a time.
+_MAX_DUE: Final = 1 << 20
+_COST_OF_ONE: Final = 64
 
 
 class Integrity:
@@ -34,6 +40,7 @@ class Integrity:
         """Answer ``pipe.sum`` at ``server`` to whoever has a pipe that this worker ``serves``; sum up on ``crew``."""
         self._station, self._crew, self._serves = station, crew, serves
         self._memory = station.memory
+        self._lock, self._due = threading.Lock(), Counter[str]()
         server.handle("pipe.sum", self._handle)
 
     def ask(self, link: Link | None, remote: BlockIds) -> Answer:
@@ -74,13 +81,16 @@ class Integrity:
         if not self._serves(pipe):
             raise BrokenError("the peer has closed its end of the pipe")
         blocks = flows.unpack(body.get("groups"))
-        self._memory.layout.check(blocks)
         paged.check_counts(self._memory.layout, blocks)
+        self._memory.layout.check(blocks)
         kind = sums.kind_for(self._memory.device, device)
         answer: Future[Message] = Future()
+        self._count(pipe, _COST_OF_ONE + sum(map(len, blocks)), answer)
 
         def add_up() -> None:
             try:
+                if not self._serves(pipe):
+                    raise BrokenError("the pipe was closed before its turn came")
                 found = sums.of_blocks(self._memory, blocks, kind)
             except Exception as error:  # noqa: BLE001 - kernels may raise anything; the peer must hear of it
                 answer.set_exception(foreign(error))
@@ -88,8 +98,23 @@ class Integrity:
                 answer.set_result({"kind": kind, "sum": _packed(found).hex()})
 
         if not self._crew.submit(add_up, lane=pipe):
-            raise ClosedError("the peer is shutting down")
+            answer.set_exception(ClosedError("the peer is shutting down"))
         return answer
+
+    def _count(self, pipe: str, cost: int, answer: Future[Message]) -> None:
+        """Bound what waits for its turn: a peer that asks and asks is refused, not remembered."""
+
+        def forget(_: Future[Message]) -> None:
+            with self._lock:
+                self._due[pipe] -= cost
+                if not self._due[pipe]:
+                    del self._due[pipe]
+
+        with self._lock:
+            if self._due[pipe] and self._due[pipe] + cost > _MAX_DUE:
+                raise BusyError("the peer waits for the sums of too many blocks already")
+            self._due[pipe] += cost
+        answer.add_done_callback(forget)
 
 
 def _packed(found: int) -> bytes:

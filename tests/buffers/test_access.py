@@ -162,6 +162,7 @@ def test_who_speaks_the_protocol_without_the_key_can_call_nothing_at_scheduler_o
             (worker["endpoint"], "pipe.ready", {"pipe": "q"}),
             (worker["endpoint"], "pipe.call", {"pipe": "q/serves", "op": "x", "body": {}}),
             (worker["endpoint"], "pipe.ping", {"pipe": "q/serves"}),
+            (worker["endpoint"], "pipe.sum", {"pipe": "q", "groups": [bytes(4)], "device": "cpu"}),
             (worker["endpoint"], "pipe.close", {"pipe": "q"}),
         ]
         heard = []

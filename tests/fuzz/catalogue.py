@@ -17,6 +17,7 @@ control_server          control                ControlServer._receive ControlSer
 control_client          control                _Peer._take
 control_endpoint        control                address
 own                     control                _Peer._notice
+control_door            keys                   _Door._answer
 hello                   buffers.hello          Hello.from_wire check_shapes
 hello                   buffers.peers          Peers._heard worker_of
 hello                   buffers.choice         choose_pipe _refused
@@ -42,6 +43,8 @@ plain                   buffers.channels       Channels._seen
 worker_pipes            buffers.channels       Channels._call Channels._ping
 worker_pipes            buffers.serving        PipeServer._handle_open PipeServer._handle_ready
 worker_pipes            buffers.serving        PipeServer._handle_close
+worker_pipes            buffers.integrity      Integrity._handle
+sums                    buffers.integrity      Integrity.compare.check
 asking_worker           buffers.lines          Lines.open Lines._join Lines._join.exchange
 wire_header             pipes.wire             read _parse
 tcp_seal                pipes.tcp_checksum     check_seal unpack

@@ -13,8 +13,9 @@ from pathlib import Path
 import msgpack
 import zmq
 from hypothesis import strategies as st
+from zmq.utils import z85
 
-from kvconnect import messages
+from kvconnect import keys, messages
 from kvconnect.buffers import taker as taking
 from kvconnect.buffers.base import Claim, LookupKey, Miss, Want
 from kvconnect.buffers.directory import Directory, Producers
@@ -22,6 +23,7 @@ from kvconnect.buffers.hello import Hello, check_fit, check_shapes
 from kvconnect.buffers.ledger import digest_of
 from kvconnect.buffers.lender import Lender
 from kvconnect.buffers.ticket import Ticket, unpack_ids
+from kvconnect.clock import SYSTEM
 from kvconnect.config import Config
 from kvconnect.control import ControlClient, ControlServer, split, wait_for
 from kvconnect.errors import ConfigError, KVConnectError
@@ -153,6 +155,44 @@ _ENDPOINTS = [
 ]
 
 
+# -- who is let in ------------------------------------------------------------------------------------
+
+_ZAP = [b"1.0", b"1", b"kvconnect", b"127.0.0.1", b"", b"CURVE", bytes(range(32))]
+
+
+class _DoorBell:
+    """The socket on which libzmq asks, and the loop that would watch it."""
+
+    def __init__(self):
+        self.context, self.frames, self.said = self, [], None
+
+    def socket(self, _kind):
+        return self
+
+    def setsockopt(self, *_):
+        pass
+
+    bind = setsockopt
+
+    def watch(self, _socket, answer):
+        self.answer = answer
+
+    def recv_multipart(self, _flags):
+        return self.frames
+
+    def send_multipart(self, frames):
+        self.said = frames[2]
+
+
+def run_door(told):
+    bell = _DoorBell()
+    keys._Door(bell, frozenset([z85.encode(_ZAP[6])]))
+    for frames in (_ZAP, [*_ZAP[:3], *told]):
+        bell.frames, bell.said = frames, None
+        bell.answer()
+        assert bell.said == (b"200" if frames[5:] == _ZAP[5:] else b"400")
+
+
 # -- what engines say of themselves ---------------------------------------------------------------
 
 LAYOUT = PagedLayout(
@@ -226,7 +266,7 @@ def run_ticket(body):
         again = Ticket.from_wire(ticket.to_wire())
         assert again == ticket
         look = taking.Look("r", Want(KEY), "g", "t")
-        messages.pack_request(1, "claim", {"grant": "g", **taking._claim_of(look, ticket).data})
+        messages.pack_request(1, "claim", {"grant": "g", **taking._claim_of(look, ticket, SYSTEM).data})
     for packed in body.get("blocks", []) if isinstance(body.get("blocks"), list) else []:
         with refused:
             unpack_ids(packed)
@@ -298,6 +338,8 @@ def _still_lends(lender, ears):
 
 class _Oracle:
     """A control client's place: peers' answers are known before they are asked; nothing waits."""
+
+    clock = SYSTEM
 
     def __init__(self, answers):
         self._answers, self.timers = answers, []
@@ -376,6 +418,13 @@ TARGETS = [
     Target("control_message", packed_messages(), run_message, per_byte=128),
     Target("control_server", st.lists(packed_messages(), max_size=4), lambda frames: asker().run(frames), 256),
     Target("control_client", noise(_REPLIES) | packed_messages(), lambda data: answerer().run(data), 256),
+    Target(
+        "control_door",
+        st.tuples(noise(_ZAP[3:4]), noise([b""]), noise(_ZAP[5:6]), st.lists(noise(_ZAP[6:]), max_size=2)).map(
+            lambda told: [*told[:3], *told[3]]
+        ),
+        run_door,
+    ),
     Target("control_endpoint", st.sampled_from(_ENDPOINTS) | mutated([["h", "1"]]).map(str), run_endpoint),
     Target("hello", mutated(HELLOS) | values().map(lambda v: {"workers": v}), run_hello, fixed_bytes=1 << 20),
     Target("layout", mutated(_LAYOUTS), run_layout, fixed_bytes=16 << 20),

@@ -18,7 +18,9 @@ import msgpack
 import torch
 from hypothesis import strategies as st
 
+from kvconnect import sums
 from kvconnect.buffers.base import Claim, EndSettings, LookupKey
+from kvconnect.buffers.integrity import Integrity
 from kvconnect.buffers.mover import Mover
 from kvconnect.config import Backend, Config, parse_backend
 from kvconnect.cuda import ipc
@@ -193,6 +195,11 @@ def _asked():
             ["call", {**call, "op": "blocks.read", "body": READ}],
             ["close", {"pipe": "n1"}],
         ],
+        [
+            ["open", _opening()],
+            ["sum", {"pipe": "n1", "groups": READ["groups"], "device": "cpu"}],
+            ["sum", {"pipe": "n1", "groups": [bytes(4) * 64, b""], "device": "cuda:0"}],
+        ],
         [["call", call], ["ready", {"pipe": "n2"}], ["open", _opening()], ["open", _opening()]],
     ]
 
@@ -221,6 +228,30 @@ def _answered(handler):
         return reply
 
     return answer
+
+
+# -- what owners say that their blocks add up to -----------------------------------------------------------------
+
+_BLOCKS = ((1, 2), (3,))
+_SUMS = [
+    {"kind": kind, "sum": sums.of_blocks(LAYOUT_MEMORY, _BLOCKS, kind).to_bytes(8, "little").hex()}
+    for kind in (sums.XXH3, sums.WORDS)
+]
+
+
+def run_sums(answer):
+    crew = SimpleNamespace(submit=lambda call, **_: call() or True)
+    compare = Integrity(SimpleNamespace(memory=LAYOUT_MEMORY), _Beside(), crew, bool).compare
+    for told in (answer, *_SUMS):
+        asked, heard = Future(), []
+        compare(asked, _BLOCKS, heard.append)
+        asked.set_result(told if isinstance(told, dict) else {})
+        assert len(heard) == 1
+        if heard != [None]:
+            assert isinstance(heard[0], KVConnectError)
+            assert told not in _SUMS
+        else:
+            assert {**told, "sum": bytes.fromhex(told["sum"]).hex()} in _SUMS
 
 
 # -- pipes that a worker asks its peers for -----------------------------------------------------------------------
@@ -301,6 +332,7 @@ TARGETS = [
     Target("companion", st.deferred(lambda: mutated([_offer()])), run_companion, fixed_bytes=1 << 20),
     Target("tcp_opening", mutated([{"tcp": 2, "checksum": True}]), run_opening, fixed_bytes=1 << 20),
     Target("pipe_cards", mutated(_CARDS), run_cards),
+    Target("sums", mutated(_SUMS), run_sums, fixed_bytes=1 << 20),
     Target("asking_worker", st.deferred(lambda: mutated(_told())), run_asking, per_byte=256, fixed_bytes=4 << 20),
     Target("worker_pipes", st.deferred(lambda: mutated(_asked())), run_worker, per_byte=256, fixed_bytes=4 << 20),
 ]
