@@ -19,7 +19,7 @@ COMMAND = "make bench"
 GIT = shutil.which("git") or "git"
 #: Files that a run itself writes; they do not make the commit that was measured dirty.
 WRITTEN = ("bench/results/cpu.json", "bench/results/h200x2.json", "docs/benchmarks.md", "docs/img/h200x2.svg")
-MEASURED = ("kvconnect", "torch", "numpy", "nixl", "pytest-benchmark")
+MEASURED = ("kvconnect", "torch", "numpy", "nixl", "xxhash", "pytest-benchmark")
 
 
 def build(rows: list[Row], load: float) -> dict[str, Any]:

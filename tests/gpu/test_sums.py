@@ -1,5 +1,7 @@
 """Sums of blocks on a GPU: those of the same bytes in host memory."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -24,6 +26,15 @@ def test_a_gpu_and_the_host_agree_on_the_sum_of_the_same_blocks(groups, piece):
         assert sums.of_blocks(there, blocks, sums.WORDS) == sums.of_blocks(here, blocks, sums.WORDS)
     changed = noisy_memory(layout, 2, "cuda:0")
     assert sums.of_blocks(changed, [[5]], sums.WORDS) != sums.of_blocks(here, [[5]], sums.WORDS)
+
+
+def test_threads_that_sum_at_the_same_time_get_each_its_own_sum():
+    layout = separate_layers(3, 16, 2, 65536)
+    here, there = noisy_memory(layout, 1), noisy_memory(layout, 1, "cuda:0")
+    chosen = [[[number % 16, 15 - number % 7]] for number in range(100)]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda blocks: on_device.of_blocks(there, blocks), chosen, timeout=60))
+    assert found == [sums.of_blocks(here, blocks, sums.WORDS) for blocks in chosen]
 
 
 def test_a_layout_of_odd_sizes_is_summed_up_by_way_of_the_host():
