@@ -6,6 +6,7 @@ from concurrent.futures import Future
 
 import pytest
 
+from kvconnect import clock
 from kvconnect.buffers.promise import Promise
 from kvconnect.clock import SYSTEM, Clock
 from kvconnect.control import ControlClient, ControlServer
@@ -14,6 +15,8 @@ from kvconnect.errors import DeadlineError
 
 class Hand(Clock):
     """A clock that is set by hand."""
+
+    identity = "by hand"
 
     def __init__(self):
         self.time = 100.0
@@ -38,6 +41,21 @@ def test_a_promise_by_another_clock_says_nothing_in_another_process():
     assert promise.holds()
     assert not pickle.loads(pickle.dumps(promise)).holds()  # noqa: S301 - as vLLM hands it to its workers
     assert pickle.loads(pickle.dumps(Promise(SYSTEM.now() + 9))).holds(8)  # noqa: S301 - likewise
+
+
+def test_containers_of_a_host_share_a_clock_unless_their_time_is_shifted(tmp_path, monkeypatch):
+    for name in ("here", "shifted", "old kernel"):
+        (tmp_path / name).symlink_to({"here": "time:[1]", "shifted": "time:[2]"}.get(name, "nowhere"))
+    (tmp_path / "old kernel").unlink()
+    (tmp_path / "boot").write_text("b00t\n")
+    names = []
+    for name in ("here", "shifted", "old kernel"):
+        files = {"/proc/sys/kernel/random/boot_id": tmp_path / "boot", "/proc/self/ns/time": tmp_path / name}
+        monkeypatch.setattr(clock, "Path", files.__getitem__)
+        names.append(clock._of_this_host.__wrapped__())
+    assert names == ["b00t time:[1]", "b00t time:[2]", "b00t"]
+    monkeypatch.setattr(clock, "Path", lambda _: tmp_path / "missing")
+    assert not clock._of_this_host.__wrapped__()
 
 
 def test_deadlines_of_calls_are_those_of_the_injected_clock():

@@ -18,7 +18,7 @@ from kvconnect.buffers.base import LookupKey
 from kvconnect.buffers.hello import Hello, check_fit
 from kvconnect.buffers.ledger import Blocks, Entry, Ledger
 from kvconnect.buffers.ticket import Ticket
-from kvconnect.clock import SYSTEM
+from kvconnect.clock import SYSTEM, Clock
 from kvconnect.control import ControlServer
 from kvconnect.errors import ClosedError, HandshakeError
 
@@ -39,7 +39,7 @@ class Lender:
         server: ControlServer,
         advertised: str,
         on_ended: Callable[[], None] | None = None,
-        clock: Callable[[], float] = SYSTEM.now,
+        clock: Clock = SYSTEM,
     ) -> None:
         """Answer peers at ``server``, which they reach as ``advertised``.
 
@@ -49,7 +49,6 @@ class Lender:
         self._me, self._at, self._clock = me, advertised, clock
         self._lock = threading.Lock()
         self._ledger = Ledger(me.lease_s)
-        self._lease_ms = int(me.lease_s * 1000)
         self._counts: collections.Counter[str] = collections.Counter()
         self._workers: list[dict[str, Any]] | None = None
         self._waiting: list[Future[Mapping[str, Any]]] = []
@@ -75,14 +74,14 @@ class Lender:
         with self._lock:
             if self._closed:
                 raise ClosedError("the buffer was closed")
-            entry = self._ledger.insert(key, blocks, self._clock(), label=label, asked=asked, replace=replace)
+            entry = self._ledger.insert(key, blocks, self._clock.now(), label=label, asked=asked, replace=replace)
             self._counts["offered"] += 1
         return self._ticket(entry)
 
     def drain_released(self) -> list[Blocks]:
         """Return the blocks of entries that ended since the last call."""
         with self._lock:
-            self._ledger.expire(self._clock())
+            self._ledger.expire(self._clock.now())
             ended = self._ledger.drain()
             self._counts.update(_COUNTED[entry.ended] for entry in ended if entry.ended)
         return [entry.blocks for entry in ended]
@@ -106,7 +105,7 @@ class Lender:
     def expires_in(self) -> float:
         """Seconds in which nothing expires."""
         with self._lock:
-            return self._ledger.next_expiry - self._clock()
+            return self._ledger.next_expiry - self._clock.now()
 
     def replaceable(self, key: LookupKey) -> int:
         """Blocks that an `offer` with ``replace`` would end."""
@@ -185,7 +184,7 @@ class Lender:
         key, taker = fields.read_key(body), fields.text(body, "taker")
         label = fields.text(body, "label") if body.get("label") else None
         with self._lock:
-            self._ledger.expire(self._clock())
+            self._ledger.expire(self._clock.now())
             entry = self._ledger.find(key, label, taker)
         if entry is None:
             return {}
@@ -195,18 +194,22 @@ class Lender:
         """Promise a scheduler, or its worker that is about to read, that an entry stays as it is for a lease."""
         with self._lock:
             claimed = self._vouch(body) is not None
-        return {"state": "ok", "lease_ms": self._lease_ms} if claimed else {"state": "gone"}
+        return {"state": "ok", **self._lease()} if claimed else {"state": "gone"}
 
     def _renew(self, body: Body) -> Mapping[str, Any]:
         grants, done = fields.texts(body, "grants"), fields.texts(body, "done")
         with self._lock:
-            now = self._clock()
+            now = self._clock.now()
             self._ledger.expire(now)
             gone = [grant for grant in grants if not self._ledger.renew(grant, now)]
             for grant in done:
                 self._ledger.settle(grant)
         self._on_ended()
-        return {"gone": gone, "lease_ms": self._lease_ms}
+        return {"gone": gone, **self._lease()}
+
+    def _lease(self) -> Mapping[str, Any]:
+        """How long a claim lasts, and by which clock, so that a taker knows whether it can tell when that is over."""
+        return {"lease_ms": int(self._me.lease_s * 1000), "clock": self._clock.identity, "now": self._clock.now()}
 
     def _release(self, body: Body) -> Mapping[str, Any]:
         part = fields.number(body, "part", self._me.num_parts)
@@ -226,7 +229,7 @@ class Lender:
         """
         grant, taker, blocks = fields.text(body, "grant"), fields.text(body, "taker"), fields.text(body, "blocks")
         generation = fields.number(body, "generation", _MAX_GENERATION)
-        now = self._clock()
+        now = self._clock.now()
         self._ledger.expire(now)
         entry = self._ledger.get(fields.text(body, "entry"))
         if entry is None or (entry.generation, entry.digest) != (generation, blocks):
@@ -240,7 +243,7 @@ class Lender:
     def _abandon(self, body: Body) -> Mapping[str, Any]:
         with self._lock:
             for grant in fields.texts(body, "grants"):
-                self._ledger.abandon(grant, self._clock())
+                self._ledger.abandon(grant, self._clock.now())
         self._on_ended()
         return {}
 

@@ -241,9 +241,9 @@ class Mover(WorkerEnd):
             self._finish(read, ClosedError("the buffer was closed"))
 
     def _ask(self, read: _Read) -> None:
-        """Have the owner promise, while the blocks move, that they stay as they are, unless it has."""
+        """Have the owner promise, while the blocks move, that they stay as they are, unless it has or cannot."""
         promise = read.claim.promise
-        if not read.release or promise.holds(_ENOUGH_S):
+        if not read.release or promise.foreign or promise.holds(_ENOUGH_S):
             return
         if promise.question is None or promise.question.done():
             promise.ask(lambda: self._tell("claim", read.claim))

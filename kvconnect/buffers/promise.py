@@ -1,7 +1,9 @@
 """What an owner has promised a taker: to leave the blocks of its claim as they are, for a lease.
 
-Every answer that grants, renews or holds a claim is such a promise. A reader whose bytes
-are in place before it runs out need not ask whether they were still the right ones.
+Every answer that grants, renews or holds a claim is such a promise, if both count by one clock,
+as the processes of a host do. A reader whose bytes are in place before it runs out need not ask
+whether they were still the right ones. Clocks of two hosts may part (a virtual machine that was
+paused does not notice): a peer's promise is no ground to decode from what was read.
 """
 
 from __future__ import annotations
@@ -11,11 +13,8 @@ from concurrent.futures import Future
 from typing import Any
 
 from kvconnect.clock import SYSTEM, Clock
-from kvconnect.pipes import host
 
 _MAX_LEASE_MS = 1 << 31
-#: Of a lease; the owner's clock may run faster than ours.
-_SURE = 0.99
 
 Answer = Future[dict[str, Any]]
 
@@ -28,10 +27,12 @@ class Promise:
     left; another host gets nothing, for its clock is another one. Thread-safe.
     """
 
-    __slots__ = ("clock", "question", "until")
+    __slots__ = ("clock", "foreign", "question", "until")
 
-    def __init__(self, until: float = 0.0, clock: Clock = SYSTEM) -> None:
+    def __init__(self, until: float = 0.0, clock: Clock = SYSTEM, *, foreign: bool = False) -> None:
         self.clock = clock
+        #: Whether the owner is known to count by another clock: to ask it for a promise is of no use.
+        self.foreign = foreign
         #: A time of that clock.
         self.until = until
         #: The latest claim; its answer may be under way.
@@ -52,18 +53,23 @@ class Promise:
     def prolong(self, answer: Mapping[str, Any], asked: float) -> None:
         """Take note of the lease in a good ``answer`` to what was asked then."""
         lease_ms = answer.get("lease_ms")
-        if type(lease_ms) is int and 0 < lease_ms < _MAX_LEASE_MS:
-            self.until = max(self.until, asked + _SURE * lease_ms / 1000)
+        self.foreign = not self._is_of_our_clock(answer, asked)
+        if not self.foreign and type(lease_ms) is int and 0 < lease_ms < _MAX_LEASE_MS:
+            self.until = max(self.until, asked + lease_ms / 1000)
+
+    def _is_of_our_clock(self, answer: Mapping[str, Any], asked: float) -> bool:
+        """By its name, and by what it read between our question and now (sandboxes may fake names)."""
+        now, name = answer.get("now"), self.clock.identity
+        return bool(name) and answer.get("clock") == name and type(now) is float and asked <= now <= self.clock.now()
 
     def _heard(self, answer: Answer, asked: float) -> None:
         if answer.exception() is None and answer.result().get("state") == "ok":
             self.prolong(answer.result(), asked)
 
-    def __reduce__(self) -> tuple[Callable[[float, str], Promise], tuple[float, str]]:
+    def __reduce__(self) -> tuple[Callable[[float, str, bool], Promise], tuple[float, str, bool]]:
         """Pickle what is known."""
-        until = self.until if self.clock is SYSTEM else 0.0
-        return _arrived, (until, host.identity()["host"])
+        return _arrived, (self.until, self.clock.identity, self.foreign)
 
 
-def _arrived(until: float, boot: str) -> Promise:
-    return Promise(until if boot == host.identity()["host"] else 0.0)
+def _arrived(until: float, clock: str, foreign: bool) -> Promise:
+    return Promise(until if clock == SYSTEM.identity else 0.0, foreign=foreign)

@@ -38,7 +38,7 @@ class RemoteScheduler(SchedulerEnd):
         own, access = "", Access(options, settings.clock)
         if settings.produces:
             server, own = access.server("kvconnect-lender")
-            self._lender = Lender(me, server, own, clock=settings.clock.now)
+            self._lender = Lender(me, server, own, clock=settings.clock)
             self._directory.publish(me, own)
         if settings.consumes:
             self._client = access.client("kvconnect-taker")

@@ -5,10 +5,16 @@ from collections import Counter
 from typing import ClassVar
 
 from kvconnect.buffers.base import Want
+from kvconnect.clock import SYSTEM
 from kvconnect.errors import BrokenError
 from kvconnect.pipes.base import Transfer
 from kvconnect.pipes.inproc import InprocPipe
 from tests.buffers.engines import Engine, group, key
+
+
+def granted(lease_ms=9000):
+    """Return what an owner of this host answers to a claim."""
+    return {"state": "ok", "lease_ms": lease_ms, "clock": SYSTEM.identity, "now": SYSTEM.now()}
 
 
 class FaultyPipe(InprocPipe):

@@ -6,9 +6,9 @@ from concurrent.futures import Future
 import pytest
 
 from kvconnect.buffers.promise import Promise
-from kvconnect.clock import SYSTEM
+from kvconnect.clock import SYSTEM, Clock
 from kvconnect.errors import DeadlineError
-from kvconnect.pipes import host
+from tests.buffers.faults import granted
 
 
 def answered(body):
@@ -22,30 +22,62 @@ def test_a_promise_counts_from_before_the_question():
     before = SYSTEM.now()
     promise.ask(lambda: answer)
     asked = SYSTEM.now()
-    answer.set_result({"state": "ok", "lease_ms": 5000})
+    answer.set_result(granted(5000))
     assert before < promise.until < asked + 5
     assert promise.holds(4)
     assert not promise.holds(5)
 
 
 @pytest.mark.parametrize(
-    "body",
+    "wrong",
     [
-        {},
-        {"state": "gone", "lease_ms": 5000},
-        {"lease_ms": 5000},
-        {"state": "ok"},
-        {"state": "ok", "lease_ms": 0},
-        {"state": "ok", "lease_ms": "5000"},
-        {"state": "ok", "lease_ms": True},
-        {"state": "ok", "lease_ms": -5},
-        {"state": "ok", "lease_ms": 1 << 40},
-        {"state": "ok", "lease_ms": 1e300},
+        {"state": "gone"},
+        {"state": None},
+        {"lease_ms": None},
+        {"lease_ms": 0},
+        {"lease_ms": "5000"},
+        {"lease_ms": True},
+        {"lease_ms": -5},
+        {"lease_ms": 1 << 40},
+        {"lease_ms": 1e300},
     ],
 )
-def test_only_a_grant_with_a_lease_is_a_promise(body):
+def test_only_a_grant_with_a_lease_is_a_promise(wrong):
     promise = Promise()
-    promise.ask(lambda: answered(body))
+    promise.ask(lambda: answered({**granted(), **wrong}))
+    assert not promise.holds()
+    promise.ask(lambda: answered(granted()))
+    assert promise.holds()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"clock": None},
+        {"clock": ""},
+        {"clock": "another host's"},
+        {"now": None},
+        {"now": 5},
+        {"now": float("nan")},
+        {"now": SYSTEM.now() - 1},
+        {"now": SYSTEM.now() + 1e6},
+    ],
+)
+def test_an_owner_by_another_clock_promises_nothing_and_is_not_asked_again(other):
+    promise = Promise()
+    assert not promise.foreign
+    promise.ask(lambda: answered({**granted(), **other}))
+    assert not promise.holds()
+    assert promise.foreign
+    assert pickle.loads(pickle.dumps(promise)).foreign  # noqa: S301 - as vLLM hands it to its workers
+
+
+def test_a_clock_without_a_name_is_nobody_elses():
+    class Nameless(Clock):
+        identity = ""
+
+    promise = Promise(clock=Nameless())
+    promise.ask(lambda: answered({**granted(), "clock": ""}))
     assert not promise.holds()
 
 
@@ -59,8 +91,8 @@ def test_a_question_without_an_answer_promises_nothing():
 def test_a_promise_is_only_ever_prolonged():
     promise = Promise()
     now = SYSTEM.now()
-    promise.prolong({"lease_ms": 9000}, now)
-    promise.prolong({"lease_ms": 1000}, now)
+    promise.prolong(granted(9000), now)
+    promise.prolong(granted(1000), now)
     assert promise.holds(8)
 
 
@@ -71,5 +103,5 @@ def test_another_process_of_the_host_gets_what_is_known_and_another_host_nothing
     copy = pickle.loads(data)  # noqa: S301 - as vLLM hands it to its workers
     assert copy.until == promise.until
     assert copy.question is None
-    monkeypatch.setattr(host, "identity", lambda: {"host": "elsewhere"})
+    monkeypatch.setattr(Clock, "identity", "elsewhere")
     assert not pickle.loads(data).holds()  # noqa: S301 - likewise

@@ -9,10 +9,10 @@ import torch
 
 from kvconnect.buffers import mover
 from kvconnect.buffers.promise import Promise
-from kvconnect.clock import SYSTEM
+from kvconnect.clock import SYSTEM, Clock
 from kvconnect.errors import BrokenError, DeadlineError, LoadError
 from tests.buffers.engines import eventually
-from tests.buffers.faults import claimed
+from tests.buffers.faults import claimed, granted
 
 
 def unpromised(claim):
@@ -66,7 +66,7 @@ def test_within_a_promised_lease_a_load_waits_for_no_confirmation(pair, monkeypa
         answer = real(endpoint, op, body, timeout_s)
         if op == "claim":  # at once: the real promise might come after so short a load
             answer = Future()
-            answer.set_result({"state": "ok", "lease_ms": 9000})
+            answer.set_result(granted())
         if op != "release":
             return answer
         told.append(answer)
@@ -129,6 +129,35 @@ def test_a_load_under_a_promise_that_came_with_its_claim_asks_nothing_and_waits_
     assert asked == ["release"]
 
 
+@pytest.fixture
+def elsewhere(pair, monkeypatch):
+    """Have P be on a host of its own, as far as clocks go."""
+
+    class Elsewhere(Clock):
+        identity = "another host's"
+
+    p, d = pair
+    monkeypatch.setattr(p.end._lender, "_clock", Elsewhere())
+    return p, d
+
+
+@pytest.mark.parametrize("verdict", ["ok", "stale"])
+def test_a_load_from_another_host_asks_no_promise_and_waits_for_the_owners_last_word(elsewhere, monkeypatch, verdict):
+    p, d = elsewhere
+    d.read(claimed(p, d, 1)).wait(8)
+    claim = claimed(p, d, 2)
+    eventually(lambda: claim.promise.foreign)
+    release = Future()
+    asked = listening(d, monkeypatch, {"release": release})
+    transfer = d.read(pickle.loads(pickle.dumps(claim)))  # noqa: S301 - as vLLM hands it to its workers
+    eventually(lambda: "moved" in transfer.phases)
+    eventually(lambda: asked)
+    assert asked == ["release"]
+    assert not transfer.done
+    release.set_result({"answer": verdict})
+    assert (transfer.error is None) == (verdict == "ok")
+
+
 def test_a_reader_so_slow_that_its_promise_runs_out_hears_that_its_blocks_are_stale(pair, faulty, monkeypatch):
     monkeypatch.setattr(mover, "_ENOUGH_S", 0.0)
     p, d = pair
@@ -160,7 +189,7 @@ def test_a_load_waits_for_the_promise_it_has_asked_for_rather_than_ask_again(pai
     eventually(lambda: faulty.started)[0].finish()
     assert asked == ["claim"]
     assert not transfer.done
-    promise.set_result({"state": answer, "lease_ms": 9000})
+    promise.set_result({**granted(), "state": answer})
     assert transfer.done == (answer == "ok")
     assert asked == ["claim", "release"]
     release.set_result({"answer": "stale"})
@@ -176,7 +205,7 @@ def test_a_read_joins_the_question_that_its_own_scheduler_has_under_way(pair, mo
     transfer = d.read(claim)
     eventually(lambda: "moved" in transfer.phases)
     assert not transfer.done
-    question.set_result({"state": "ok", "lease_ms": 9000})
+    question.set_result(granted())
     transfer.wait(8)
     assert "claim" not in asked
 

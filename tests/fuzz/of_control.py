@@ -23,7 +23,7 @@ from kvconnect.buffers.hello import Hello, check_fit, check_shapes
 from kvconnect.buffers.ledger import digest_of
 from kvconnect.buffers.lender import Lender
 from kvconnect.buffers.ticket import Ticket, unpack_ids
-from kvconnect.clock import SYSTEM
+from kvconnect.clock import SYSTEM, Clock
 from kvconnect.config import Config
 from kvconnect.control import ControlClient, ControlServer, split, wait_for
 from kvconnect.errors import ConfigError, KVConnectError
@@ -302,16 +302,25 @@ _CALLS = [
 ]
 
 
+class _Hand(Clock):
+    """A clock that calls set."""
+
+    time = 0.0
+
+    def now(self):
+        return self.time
+
+
 def run_lender(calls):
-    ears, now = _Ears(), [0.0]
-    lender = Lender(ME, ears, "127.0.0.1:5", clock=lambda: now[0])
+    ears, hand = _Ears(), _Hand()
+    lender = Lender(ME, ears, "127.0.0.1:5", clock=hand)
     lender.introduce([worker(0), worker(1)])
     ticket = lender.offer(KEY, BLOCKS, label="l", asked=True)
     returned = []
     for call in calls if isinstance(calls, list) else []:
         op, body = call if isinstance(call, list) and len(call) == 2 else ("hello", call)
         if op == "clock" and isinstance(body, int):
-            now[0] += min(abs(body), 1 << 20)
+            hand.time += min(abs(body), 1 << 20)
         elif isinstance(op, str) and op in ears.handlers and isinstance(body, dict):
             if body.get("entry") == "$entry":
                 body = {**body, "entry": ticket["entry"]}
@@ -319,7 +328,7 @@ def run_lender(calls):
                 ears.handlers[op](body)
         returned += lender.drain_released()
     _still_lends(lender, ears)
-    now[0] += 1 << 30
+    hand.time += 1 << 30
     returned += lender.drain_released()
     assert sorted(map(str, returned)).count(str(BLOCKS)) == 1, "an entry's blocks come back exactly once"
 
@@ -372,8 +381,8 @@ class _Oracle:
 _ANSWERS = {
     "hello": {**plain(ME), "incarnation": "i" * 16},
     "match": {"ticket": TICKET, "labelled": True},
-    "claim": {"state": "ok", "lease_ms": 30000},
-    "renew": {"gone": ["x"], "lease_ms": 1000},
+    "claim": {"state": "ok", "lease_ms": 30000, "clock": SYSTEM.identity, "now": 1e300},
+    "renew": {"gone": ["x"], "lease_ms": 1000, "clock": "", "now": 0.0},
     "abandon": {},
 }
 
