@@ -30,7 +30,7 @@ lender                  buffers.lender         Lender._vouch Lender._abandon
 owners_answers          buffers.taker          Taker._read_ticket Taker._heard Taker._refusal _check_workers
 own                     buffers.taker          Taker._ask
 owners_answers          buffers.renewal        Renewal._answered
-owners_answers          buffers.promise        Promise.prolong Promise._heard
+owners_answers          buffers.promise        Promise.prolong Promise._is_of_our_clock Promise._heard
 directory               buffers.directory      Directory._read _alive
 own                     buffers.directory      base_directory
 stored_entry            buffers.arena          decode
