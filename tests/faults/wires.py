@@ -76,6 +76,8 @@ class Wire:
                 _reset(near)
                 continue
             far.settimeout(None)
+            for sock in (near, far):  # else a message waits for the acknowledgement of the one before
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             line = _Line(near, far)
             with self._lock:
                 self._lines.add(line)
