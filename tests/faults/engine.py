@@ -77,9 +77,10 @@ class Subject(Engine):
         self._check_spoilt()
         for name, tokens in planned.num_scheduled_tokens.items():
             prompt = self._prompts[name]
-            if tokens == 1 and name not in self.outcomes:
+            begun = self.scheduler.requests[name].num_computed_tokens > tokens
+            if begun and name not in self.outcomes:
                 self._check_loaded(name, prompt)
-            elif tokens > 1:
+            elif tokens > 1 or not begun:
                 self.outcomes[name] = "computed"
                 self._each(
                     name, prompt, lambda block, index, layer, p=prompt: block.copy_(content(p, index, block, layer))
