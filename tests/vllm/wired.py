@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 
 from kvconnect.demo import engines
@@ -113,6 +114,9 @@ def running(folder: Path, start_s: float, **changes: Any) -> Iterator[Wired]:
     """Run a wired fleet for a while."""
     ports = Ports()
     fleet = Fleet(plan(ports, **changes), folder)
+    fleet.http.close()
+    # A server that was stopped closes connections that look idle to it, with a request just sent or not.
+    fleet.http = httpx.Client(timeout=120.0, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
     try:
         fleet.start(start_s)
         wired = Wired(fleet, ports)

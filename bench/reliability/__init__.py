@@ -1,0 +1,1 @@
+"""What faults cost whoever sends requests to two real engines. ``python -m bench.reliability``."""

@@ -1,0 +1,69 @@
+"""The table of ``docs/reliability.md``.
+
+``python -m bench.reliability.report`` rewrites that part of the document.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from bench import report
+from bench.report import ROOT, Row
+
+RESULTS = ROOT / "bench" / "results" / "reliability-cpu.json"
+DOCUMENT = ROOT / "docs" / "reliability.md"
+BEGIN = "<!-- begin: written by python -m bench.reliability.report -->"
+END = "<!-- end: written by python -m bench.reliability.report -->"
+_HEAD = ("fault", "what the user sees", "fetched again after", "all blocks free after", "blocks leaked")
+
+
+def render(results: dict[str, Any] | None) -> str:
+    """Return everything that a results file says, as Markdown."""
+    if results is None:
+        return "No run was recorded yet."
+    rule = ["---", "---", "---:", "---:", "---:"]
+    rows = [line(row) for row in results["rows"]]
+    return "\n".join([report.machine(results), "", _line(_HEAD), _line(rule), *rows])
+
+
+def line(row: Row) -> str:
+    """Return a row of the table."""
+    over = f" (from when {row['over']})" if row["over"] else ""
+    seconds = f"{row['recovered_s']:.1f} s{over}"
+    return _line([row["case"], _seen(row), seconds, f"{row['free_after_s']:.0f} s", str(row["leaked_blocks"])])
+
+
+def _seen(row: Row) -> str:
+    """Say what became of the requests."""
+    answered = row["asked"] - row["failed"]
+    parts = []
+    if answered:
+        wrong = answered - row["right"]
+        parts.append(f"{answered} of {row['asked']} answered, " + (f"{wrong} WRONG" if wrong else "all right"))
+        computed = answered - row["fetched"]
+        parts.append(f"{row['fetched']} fetched, {computed} computed by D" if computed else "all fetched")
+        parts.append(f"slowest after {row['slowest_s']:.1f} s")
+    if row["failed"]:
+        errors = "; ".join(dict.fromkeys(_short(error) for error in row["errors"]))
+        parts.append(f"{row['failed']} of {row['asked']} fail at once: {errors}")
+    return ", ".join(parts)
+
+
+def _short(error: str) -> str:
+    """Return the part of an error that does not depend on the run."""
+    return re.sub(r"http://\S+ answered (\d+): .*", r"HTTP \1", error, flags=re.DOTALL)
+
+
+def update() -> None:
+    """Rewrite the document from the results file."""
+    text = render(report.load(RESULTS))
+    DOCUMENT.write_text(report.between(DOCUMENT.read_text(encoding="utf-8"), BEGIN, END, text), encoding="utf-8")
+
+
+def _line(cells: Any) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    update()
