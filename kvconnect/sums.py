@@ -34,6 +34,7 @@ _CHUNK_BYTES: Final = 1 << 20
 _WORD_BYTES: Final = 8
 
 _PyBUF_READ: Final = 0x100
+_PyBUF_WRITE: Final = 0x200
 _memoryview = ctypes.pythonapi.PyMemoryView_FromMemory
 _memoryview.restype = ctypes.py_object
 _memoryview.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
@@ -47,6 +48,12 @@ def view(address: int, nbytes: int) -> Bytes:
     if not nbytes:
         return b""
     found: memoryview = _memoryview(address, nbytes, _PyBUF_READ)
+    return found
+
+
+def room(address: int, nbytes: int) -> memoryview:
+    """Return memory (some) to write to; as `view`."""
+    found: memoryview = _memoryview(address, nbytes, _PyBUF_WRITE)
     return found
 
 

@@ -5,6 +5,7 @@ one call, and straight into the final tensor at the other end. Blocks go over a
 second connection (`kvconnect.pipes.tcp_blocks`), which one thread of the process
 serves for all pipes. The asking end makes both connections. Unless neither end
 wants them, everything carries checksums, which are compared where it has landed.
+Or both ends have certificates, and everything travels in TLS (`kvconnect.pipes.tcp_tls`).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from kvconnect.pipes.base import Channel, Pipe, PipeSpec, Reach, Traits, Transfe
 from kvconnect.pipes.landing import Landing
 from kvconnect.pipes.tcp_blocks import BlockConnection
 from kvconnect.pipes.tcp_farewell import hang_up
+from kvconnect.pipes.tcp_handshake import Met
 from kvconnect.pipes.tcp_link import Link
 from kvconnect.pipes.tcp_meeting import Asking, Serving, TcpOptions
 from kvconnect.pipes.wire import Kind, Meta
@@ -79,8 +81,9 @@ class TcpPipe(Pipe):
         """Open this end.
 
         Raises:
-            ConfigError: a wrong option, or an address that cannot be bound.
-            HandshakeError: the other end's message is not one of a TCP pipe.
+            ConfigError: a wrong option, a certificate that cannot be read, or an address that cannot be bound.
+            HandshakeError: the other end's message is not one of a TCP pipe, or one end refuses the other's
+                certificate (a serving end learns of this in its first send or receive).
             BrokenError, DeadlineError: the other end cannot be reached.
 
         """
@@ -301,11 +304,14 @@ class TcpPipe(Pipe):
             raise ClosedError("attach() this pipe to paged memory before moving blocks")
         return self._blocks
 
-    def _joined(self, sock: socket.socket) -> None:
+    def _joined(self, sock: socket.socket, met: Met) -> None:
         """Take over the tensors' connection, perhaps on the reactor's thread."""
+        if isinstance(met, KVConnectError):
+            self._refuse(met, met.__cause__)
+            return
         try:
             self._options.tune(sock, same_host=tcp_meeting.same_host(sock))
-            link = Link(sock, self._timeout_s)
+            link = Link(sock, self._timeout_s, met)
         except OSError as error:
             hang_up(sock)
             self._refuse(BrokenError(f"the connection failed: {error}"), error)

@@ -31,10 +31,14 @@ from kvconnect.pipes import reactor, tcp_frames
 from kvconnect.pipes.base import Transfer
 from kvconnect.pipes.reactor import Reactor, Timer
 from kvconnect.pipes.tcp_farewell import Farewell, hang_up
+from kvconnect.pipes.tcp_handshake import Handshake, Met
+from kvconnect.pipes.tcp_io import PLAIN
 from kvconnect.pipes.tcp_requests import BlockRequests
 
 #: Number, our pieces, transfer, packed ids of the peer's blocks.
 _Begin = Callable[[int, IoVec, Transfer, bytes], None]
+#: Begins to secure a connecting socket, saying a hello first.
+Secure = Callable[[socket.socket, bytes], Handshake]
 
 
 class BlockConnection:
@@ -70,6 +74,7 @@ class BlockConnection:
         self._requests = BlockRequests(local, chunk_bytes, checksum=checksum)
         self._numbers = itertools.count(1)
         self._sock: socket.socket | None = None
+        self._handshake: Handshake | None = None
         self._events = 0
         self._error: KVConnectError | None = None
         self._progress = 0.0
@@ -125,7 +130,9 @@ class BlockConnection:
 
     # -- on the reactor's thread ----------------------------------------------------------
 
-    def connect(self, make: Callable[[], socket.socket], address: Any, hello: bytes) -> None:
+    def connect(
+        self, make: Callable[[], socket.socket], address: Any, hello: bytes, secure: Secure | None = None
+    ) -> None:
         """Connect what ``make`` returns, a non-blocking socket, to ``address`` and say ``hello`` first."""
         if self._error is not None:
             return
@@ -139,15 +146,23 @@ class BlockConnection:
             hang_up(sock)
             self._fail(BrokenError(f"cannot reach the peer's blocks: {os.strerror(number)}"))
             return
-        self._requests.writer.say_first(hello)
-        self.accept(sock)
+        if secure is None:
+            self._requests.writer.say_first(hello)
+            self.accept(sock)
+        else:
+            self._handshake = secure(sock, hello)
+            self._handshake.then(self.accept)
 
-    def accept(self, sock: socket.socket) -> None:
-        """Take over a connected (or connecting) non-blocking socket."""
+    def accept(self, sock: socket.socket, met: Met = PLAIN) -> None:
+        """Take over a connected (or connecting) non-blocking socket, or learn why there is none."""
+        if isinstance(met, KVConnectError):
+            self._fail(met, met.__cause__)
+            return
         if self._error is not None or self._sock is not None:
             hang_up(sock)
             return
         self._sock = sock
+        self._requests.writer.io = self._requests.reader.io = met
         self._events = reactor.READ | reactor.WRITE
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -156,6 +171,9 @@ class BlockConnection:
             self._loop.watch(sock.fileno(), self._events, self._ready)
         except OSError as error:
             self._fail(BrokenError(f"the connection failed: {error}"), error)
+            return
+        if met.pending:
+            self._ready(reactor.READ)
 
     def _begin(self, begin: _Begin, number: int, iov: IoVec, transfer: Transfer, ids: bytes) -> None:
         if self._error is not None:
@@ -220,6 +238,8 @@ class BlockConnection:
         self._error = error
         if self._timer is not None:
             self._timer.cancel()
+        if self._handshake is not None:
+            self._handshake.cancel()
         sock, self._sock = self._sock, None
         if sock is not None:
             self._loop.unwatch(sock.fileno())

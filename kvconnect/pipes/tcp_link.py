@@ -18,6 +18,7 @@ from kvconnect.pipes import vectored
 from kvconnect.pipes.reactor import Reactor
 from kvconnect.pipes.tcp_checksum import SEAL_BYTES
 from kvconnect.pipes.tcp_farewell import Farewell, hang_up
+from kvconnect.pipes.tcp_io import PLAIN, Io
 from kvconnect.pipes.wire import MAX_HEADER_BYTES
 
 #: A message may take this long a byte on top of the pipe's time-out, so that size alone never fails it.
@@ -40,14 +41,14 @@ class Link:
     while it is in use.
     """
 
-    def __init__(self, sock: socket.socket, timeout_s: float) -> None:
-        """Take over a connected ``sock``."""
+    def __init__(self, sock: socket.socket, timeout_s: float, io: Io = PLAIN) -> None:
+        """Take over a connected ``sock``, which ``io`` sends and receives over."""
         sock.setblocking(True)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(timeout_s))
         self._blocked_s = min(_BLOCKED_S, timeout_s / 2)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(self._blocked_s))
-        self._sock, self._timeout_s = sock, timeout_s
+        self._sock, self._timeout_s, self._io = sock, timeout_s, io
         self._lock = threading.Lock()
         self._users = [0, 0]
         self._ended = self._deaf = False
@@ -83,7 +84,7 @@ class Link:
         try:
             while left:
                 try:
-                    done = vectored.send(fd, iov)
+                    done = self._io.send(fd, iov)
                 except InterruptedError:
                     continue  # a signal; its Python handler ran on the way here
                 except BlockingIOError:
@@ -113,11 +114,12 @@ class Link:
         try:
             while nbytes:
                 try:
-                    done = vectored.recv_at(fd, address, nbytes, socket.MSG_WAITALL)
+                    done = self._io.recv_at(fd, address, nbytes, socket.MSG_WAITALL)
                 except InterruptedError:
                     continue  # a signal; its Python handler ran on the way here
                 except BlockingIOError:
-                    if self._await_bytes(fd):
+                    # With TLS, bytes may come for ever that are no record yet.
+                    if time.monotonic() < deadline and self._await_bytes(fd):
                         continue
                     if idle:
                         return False

@@ -13,6 +13,7 @@ from kvconnect.paging import IoVec, Pieces
 from kvconnect.pipes import tcp_checksum, vectored
 from kvconnect.pipes.tcp_checksum import SEAL_BYTES
 from kvconnect.pipes.tcp_frames import FRAME_BYTES, Frame, pack_data, unpack
+from kvconnect.pipes.tcp_io import PLAIN, Io
 from kvconnect.pipes.wire import Kind
 
 _SCRATCH_BYTES: Final = 256 << 10
@@ -66,6 +67,7 @@ class FrameWriter:
 
     def __init__(self, chunk_bytes: int, *, checksum: bool = False) -> None:
         self._chunk_bytes, self._checksum = chunk_bytes, checksum
+        self.io: Io = PLAIN
         self._short: deque[bytes] = deque()
         self._waiting: deque[Outgoing] = deque()
         self._current: Outgoing | None = None
@@ -118,7 +120,7 @@ class FrameWriter:
         if not self._left:
             return 0
         try:
-            done = vectored.send(fd, self._iov)
+            done = self.io.send(fd, self._iov)
         except BlockingIOError:
             return 0
         self._left -= done
@@ -175,6 +177,7 @@ class FrameReader:
 
     def __init__(self, handler: FrameHandler, *, checksum: bool = False) -> None:
         self._handler, self._checksum = handler, checksum
+        self.io: Io = PLAIN
         self._head = np.empty(FRAME_BYTES + SEAL_BYTES * checksum, dtype=np.uint8)
         self._head_iov = vectored.pieces((self._head.ctypes.data, self._head.nbytes))
         #: Where the payload lands that is to be checked, and its sum.
@@ -198,9 +201,9 @@ class FrameReader:
 
         """
         got = 0
-        while got < budget and not self.stopped:
+        while (got < budget or self.io.pending) and not self.stopped:
             try:
-                done = vectored.recv(fd, self._iov)
+                done = self.io.recv(fd, self._iov)
             except BlockingIOError:
                 break
             if not done:
