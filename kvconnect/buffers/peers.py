@@ -32,11 +32,17 @@ class Peer:
     hello: Hello | None = None
     failure: Miss | None = None
     retry_at: float = 0.0
+    #: The incarnation that was last looked for there.
+    sought: str | None = None
     waiting: list[Callable[[Peer], None]] = field(default_factory=list)
 
     def is_met(self, incarnation: str | None) -> bool:
         """Whether this very incarnation (any, if ``None``) has been met."""
         return self.hello is not None and incarnation in (None, self.hello.incarnation)
+
+    def has_failed(self, incarnation: str | None, now: float) -> bool:
+        """Whether it is too early to try again; not if there is word of another incarnation: it was restarted."""
+        return self.failure is not None and now < self.retry_at and incarnation in (None, self.sought)
 
 
 class Peers:
@@ -71,9 +77,10 @@ class Peers:
         self._peers[endpoint] = peer
         if len(self._peers) > _MAX_PEERS:
             self._forget_oldest()
-        if peer.is_met(incarnation) or (peer.failure and self._client.clock.now() < peer.retry_at):
+        if peer.is_met(incarnation) or peer.has_failed(incarnation, self._client.clock.now()):
             then(peer)
             return
+        peer.sought = incarnation or peer.sought
         peer.waiting.append(then)
         if len(peer.waiting) == 1:
             self._client.call(endpoint, "hello", self._me.to_wire(), self._timeout_s).add_done_callback(

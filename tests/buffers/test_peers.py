@@ -1,6 +1,7 @@
 """Peers that do not fit, or are not there."""
 
 import dataclasses
+import itertools
 import logging
 import socket
 import time
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from kvconnect.buffers import lender, links, peers, taker
-from kvconnect.buffers.base import Claim, Want
+from kvconnect.buffers.base import Claim, Miss, Want
 from kvconnect.buffers.recent import Recent
 from kvconnect.control import ControlClient
 from kvconnect.errors import HandshakeError, KVConnectError, LoadError
@@ -197,6 +198,18 @@ def test_a_restarted_producer_is_met_afresh_and_its_old_tickets_are_gone(pair):
     claim = eventually(lambda: _claimed(d, again))
     d.read(claim).wait(8)
     assert torch.equal(d.block(10), again.block(1))
+    again.close()
+
+
+def test_a_restarted_producer_is_asked_at_once_though_its_address_has_just_failed(pair):
+    p, d = pair
+    meet(p, d)
+    ticket = p.offer()
+    p.close()
+    numbers = itertools.count()
+    eventually(lambda: isinstance(d.find(f"dead{next(numbers)}", Want(key(1), ticket=ticket)), Miss))
+    again = Engine("P", produces=True, port=int(ticket["at"].rpartition(":")[2]), group=group())
+    assert isinstance(d.find("new", Want(key(1), ticket=again.offer())), Claim)
     again.close()
 
 
