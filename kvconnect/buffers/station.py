@@ -40,7 +40,8 @@ class Station:
     def open(self, cls: type[Pipe], name: str, side: Side, exchange: Callable[[Message], Message]) -> Pipe:
         """Open one end, with the options that the configuration has for it."""
         options = AutoOptions.of(self.settings.pipe).options.get(name, {})
-        spec = PipeSpec(side, exchange, self.memory.device, self.settings.options.transfer_timeout_s, options)
+        limit_s = self.settings.options.transfer_timeout_s
+        spec = PipeSpec(side, exchange, self.memory.device, limit_s, options, self.client.check)
         pipe = cls.open(spec)
         if "timeout_s" not in vars(pipe) and cls.timeout_s is Pipe.timeout_s:
             # Its author may have thought of the three methods only.

@@ -110,6 +110,10 @@ class Channel(Protocol):
         ...
 
 
+def _anywhere(_endpoint: str) -> None:
+    """Contact whatever is named."""
+
+
 @dataclass(frozen=True)
 class PipeSpec:
     """What an end needs to open.
@@ -121,6 +125,9 @@ class PipeSpec:
     So the serving end binds or listens *before* it exchanges, and the asking end
     connects *after*. The serving end may not wait for the other inside
     ``open`` once it has exchanged; it waits in its first send or receive.
+
+    ``check("host:port")`` raises a `KVConnectError` if the other end, that nobody vouches for,
+    may not send this one there: to be called before an address from its message is contacted.
     """
 
     side: Literal["asks", "serves"]
@@ -128,6 +135,7 @@ class PipeSpec:
     device: str = "cpu"
     timeout_s: float = 30.0
     options: Mapping[str, Any] = field(default_factory=dict)
+    check: Callable[[str], None] = _anywhere
 
 
 class Transfer:

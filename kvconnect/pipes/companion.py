@@ -136,7 +136,7 @@ class _Opening:
 
         auto = self._wanted.name == "auto"
         options = self._wanted.options if not auto or name == _TAKES_OPTIONS else {}
-        spec = PipeSpec(self._spec.side, exchange, "cpu", self._spec.timeout_s, options)
+        spec = PipeSpec(self._spec.side, exchange, "cpu", self._spec.timeout_s, options, self._spec.check)
         try:
             self._pipes[name, number] = self._classes[name].open(spec)
         except _NotChosenError:
