@@ -32,6 +32,7 @@ Reply = Mapping[str, Any]
 Handler = Callable[[dict[str, Any]], "Reply | Future[Reply]"]
 
 _BATCH = 64  # messages taken from one socket before the loop looks at the others
+_MOST_UNREAD = 32  # messages of one connection; more of them wait at their sender, not in our memory
 _HEARTBEAT_MS = 5_000
 _HEARTBEAT_LIMIT_MS = 15_000
 _LINGER_MS = 200
@@ -42,6 +43,7 @@ _IDLE_S = 300.0  # a connection not used for this long is closed: each costs soc
 def _tune(sock: zmq.Socket[bytes]) -> None:
     sock.setsockopt(zmq.LINGER, 0)
     sock.setsockopt(zmq.MAXMSGSIZE, messages.MAX_MESSAGE_BYTES)
+    sock.setsockopt(zmq.RCVHWM, _MOST_UNREAD)
     # A host that vanishes without closing its connections is noticed by these only.
     sock.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
     sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_LIMIT_MS)
