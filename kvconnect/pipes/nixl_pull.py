@@ -142,7 +142,7 @@ class Pull:
         if error is not None:
             self._fail(failed(error))
 
-    def _read(self, local: IoVec, remote: IoVec, then: Then) -> None:
+    def _read(self, local: IoVec, remote: IoVec, then: Then, *, again: bool = False) -> None:
         target, shared = self._end.target(), self._end.shared
 
         def over(error: KVConnectError | None) -> None:
@@ -150,7 +150,7 @@ class Pull:
             then(error)
             self._say_if_given_up()
 
-        shared.agent.read(Read(target.peer.name, (shared.place, local), (target.place, remote), over, shared))
+        shared.agent.read(Read(target.peer.name, (shared.place, local), (target.place, remote), over, shared, again))
         self._state.reading += 1
 
     # -- straight into place ---------------------------------------------------------------
@@ -189,7 +189,7 @@ class Pull:
         then = partial(self._landed, number, blocks, slot, source)
         try:
             # It touches no blocks: given up, it may end late without harm.
-            self._read(local, remote, then)
+            self._read(local, remote, then, again=True)
         except KVConnectError as error:
             then(error)
 

@@ -429,8 +429,14 @@ def test_the_layers_of_a_block_and_neighbouring_blocks_are_read_in_one_run():
 # -- the choice ----------------------------------------------------------------------------------
 
 
+def _warm(known):
+    for mode in ("runs", "staged"):
+        known.note(mode, 1, 1, 1.0)
+    return known
+
+
 def test_the_quicker_way_is_taken_once_both_are_known():
-    known = Costs("runs")
+    known = _warm(Costs("runs"))
     small = (64, 2 << 20)
     assert known.choose(*small) == "runs"
     known.note("runs", *small, 1.0)
@@ -442,14 +448,14 @@ def test_the_quicker_way_is_taken_once_both_are_known():
 
 
 def test_a_large_transfer_tries_nothing_out():
-    known = Costs("runs")
+    known = _warm(Costs("runs"))
     large = (8192, TRIAL_BYTES * 4)
     known.note("runs", *large, 1.0)
     assert [known.choose(*large) for _ in range(2 * AGAIN)] == ["runs"] * 2 * AGAIN
 
 
 def test_long_runs_are_staged_only_once_that_has_proved_quicker():
-    known = Costs("staged")
+    known = _warm(Costs("staged"))
     long = (4, 8 << 20)
     assert known.choose(*long) == "runs"
     known.note("runs", *long, 1.0)
@@ -458,8 +464,19 @@ def test_long_runs_are_staged_only_once_that_has_proved_quicker():
     assert known.choose(*long) == "runs"
 
 
-def test_what_the_first_transfer_paid_for_is_forgotten_with_the_second():
+def test_what_the_first_transfer_of_a_kind_paid_for_does_not_count():
     known = Costs("staged")
+    small = (64, 2 << 20)
+    took = {"staged": iter((9.0, 0.1, 0.1)), "runs": iter((9.0, 1.0, 1.0))}
+    chosen = []
+    for _ in range(5):
+        chosen.append(known.choose(*small))
+        known.note(chosen[-1], *small, next(took[chosen[-1]]))
+    assert chosen == ["staged", "staged", "runs", "runs", "staged"]
+
+
+def test_good_news_counts_at_once():
+    known = _warm(Costs("staged"))
     large = (8192, TRIAL_BYTES * 4)
     known.note("staged", *large, 9.0)
     known.note("runs", *large, 1.0)
@@ -468,8 +485,15 @@ def test_what_the_first_transfer_paid_for_is_forgotten_with_the_second():
     assert known.choose(*large) == "staged"
 
 
+def test_what_small_transfers_took_says_nothing_of_large_ones():
+    known = _warm(Costs("runs"))
+    known.note("runs", 8, 16 << 20, 1.0)
+    known.note("staged", 8, 512 << 20, 2.0)
+    assert known.choose(256, 512 << 20) == "runs"
+
+
 def test_the_slower_way_is_tried_again_now_and_then():
-    known = Costs("runs")
+    known = _warm(Costs("runs"))
     small = (64, 2 << 20)
     known.note("runs", *small, 0.1)
     known.note("staged", *small, 0.2)
