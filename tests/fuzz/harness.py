@@ -111,6 +111,10 @@ _confessions: list[_Confessions] = []
 _warm: set[str] = set()
 
 
+#: Most bytes that an example allocated, by target.
+peaks: dict[str, int] = {}
+
+
 class HangError(AssertionError):
     """An example keeps the processor busy for too long."""
 
@@ -141,6 +145,7 @@ def check(target: Target, example: Any) -> None:
         target.run(example)
     took = time.monotonic() - begun
     peak = tracemalloc.get_traced_memory()[1] - before
+    peaks[target.name] = max(peak, peaks.get(target.name, 0))
     for confessions in _confessions:
         heard, confessions.heard = confessions.heard, []
         assert not heard, f"{target.name}: caught somewhere, but undeclared: {heard[0]}"
