@@ -30,7 +30,7 @@ help:
 	@echo "make venv       install everything into $(VENV) (about 3 GB), once"
 	@echo "make demo       two vLLM engines on this machine hand KV over"
 	@echo "make test       units, contracts and real engines (test-unit, then test-vllm)"
-	@echo "make test-full  the same with the slow ones"
+	@echo "make test-full  the same with the slow ones, then make fuzz"
 	@echo "make test-gpu   what needs CUDA, with GPU_PYTHON=$(GPU_PYTHON)"
 	@echo "make fuzz       what peers may send, for ten minutes (FUZZ=\"--seconds 60 --seed 7\")"
 	@echo "make lint       ruff, mypy, import-linter; make format rewrites"
@@ -66,6 +66,7 @@ test-vllm: venv
 
 test-full: venv
 	$(BIN)/python -m pytest -v --durations=20 -m "not gpu" $(PYTEST)
+	$(BIN)/python -m tests.fuzz $(FUZZ)
 
 # pytest-timeout is the only plugin asked for: the options of the others would be errors without them.
 test-gpu:

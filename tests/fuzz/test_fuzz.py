@@ -6,7 +6,6 @@ import tracemalloc
 
 import pytest
 
-from tests.fuzz.__main__ import main
 from tests.fuzz.catalogue import TARGETS
 from tests.fuzz.harness import hunt, listening, replay
 
@@ -24,9 +23,3 @@ def test_the_corpus_and_a_few_new_examples_are_refused_or_served(name):
     with listening():
         assert replay(TARGETS[name]), "its corpus is gone"
         hunt(TARGETS[name], 1, examples=EXAMPLES)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_ten_minutes_of_new_examples_are_refused_or_served():
-    assert main(["--seconds", "600", "--seed", "1"]) == 0
