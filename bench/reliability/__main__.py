@@ -12,13 +12,15 @@ import argparse
 import os
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench import report as files
 from bench import results_file
-from bench.reliability import cases, report
+from bench.reliability import cases, clocks, report
 from bench.reliability.session import Session
+from bench.report import Row
 from kvconnect.config import Config
 from kvconnect.demo.deployment import say
 from tests.vllm import wired
@@ -38,18 +40,26 @@ def main() -> int:
         "commit": args.commit or results_file.commit(),
         "rows": [],
     }
-    chosen = [case for case in cases.CASES if not args.case or case.__name__ in args.case]
-    with tempfile.TemporaryDirectory(prefix="reliability-") as folder:
-        logs = args.logs or Path(folder)
-        with wired.running(logs, _START_S, lease_s=Config().lease_s) as w:
-            session = Session(w)
-            for case in chosen:
-                for row in case(session):
-                    run["rows"].append(row)
-                    say(report.line(row))
-                    files.save(run, args.out)
+    for row in _rows(args.case, args.logs):
+        run["rows"].append(row)
+        say(report.line(row))
+        files.save(run, args.out)
     say(report.render(run))
     return 0
+
+
+def _rows(names: Sequence[str] | None, logs: Path | None) -> Iterator[Row]:
+    """Measure the cases chosen; those that fork before there are threads."""
+    if not names:
+        yield from clocks.rows()
+    with (
+        tempfile.TemporaryDirectory(prefix="reliability-") as folder,
+        wired.running(logs or Path(folder), _START_S, lease_s=Config().lease_s) as w,
+    ):
+        session = Session(w)
+        for case in cases.CASES:
+            if not names or case.__name__ in names:
+                yield from case(session)
 
 
 def _arguments() -> argparse.Namespace:

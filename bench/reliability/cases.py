@@ -27,7 +27,7 @@ def network_reset(s: Session) -> Iterator[Row]:
 
 def network_silent(s: Session) -> Iterator[Row]:
     """Nothing comes through and nothing is closed, until every request is answered."""
-    struck = s.strike("network: silent (packets dropped, half-open)", s.w.stall, over="network")
+    struck = s.strike("network: silent (packets dropped, half-open)", s.w.stall, over="the network is back")
     s.w.heal()
     struck.over_at = time.monotonic()
     yield s.recovered(struck)

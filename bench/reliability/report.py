@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from bench import report
+from bench.reliability.session import ENGINES
 from bench.report import ROOT, Row
 
 RESULTS = ROOT / "bench" / "results" / "reliability-cpu.json"
@@ -31,22 +32,26 @@ def line(row: Row) -> str:
     """Return a row of the table."""
     over = f" (from when {row['over']})" if row["over"] else ""
     seconds = f"{row['recovered_s']:.1f} s{over}"
-    return _line([row["case"], _seen(row), seconds, f"{row['free_after_s']:.0f} s", str(row["leaked_blocks"])])
+    free = "a lease" if row["free_after_s"] is None else f"{row['free_after_s']:.0f} s"
+    case = row["case"] + ("" if row["engines"] == ENGINES else f" ({row['engines']})")
+    return _line([case, _seen(row), seconds, free, str(row["leaked_blocks"])])
 
 
 def _seen(row: Row) -> str:
     """Say what became of the requests."""
-    answered = row["asked"] - row["failed"]
+    asked, answered = row["asked"], row["asked"] - row["failed"] - row["cut_short"]
     parts = []
     if answered:
         wrong = answered - row["right"]
-        parts.append(f"{answered} of {row['asked']} answered, " + (f"{wrong} WRONG" if wrong else "all right"))
+        parts.append(f"{answered} of {asked} answered, " + (f"{wrong} WRONG" if wrong else "all right"))
         computed = answered - row["fetched"]
         parts.append(f"{row['fetched']} fetched, {computed} computed by D" if computed else "all fetched")
         parts.append(f"slowest after {row['slowest_s']:.1f} s")
+    if row["cut_short"]:
+        parts.append(f"{row['cut_short']} of {asked} end at once, with as much as there was")
     if row["failed"]:
         errors = "; ".join(dict.fromkeys(_short(error) for error in row["errors"]))
-        parts.append(f"{row['failed']} of {row['asked']} fail at once: {errors}")
+        parts.append(f"{row['failed']} of {asked} fail at once: {errors}")
     return ", ".join(parts)
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import httpx
 
 from bench.report import Row
+from kvconnect.demo import client as api
 from kvconnect.demo.client import EXTERNAL_TOKENS, Answer, Prompt
-from tests.vllm.clients import held, poke
+from tests.vllm.clients import held, poke, until
 from tests.vllm.fleet import unique
 from tests.vllm.wired import Wired
 
@@ -22,6 +23,7 @@ from tests.vllm.wired import Wired
 REQUESTS, TOKENS = 4, 900
 #: How much of the first one's bytes has passed when a fault strikes in the middle.
 MIDDLE_BYTES = 300_000
+ENGINES = "two vLLM engines, `tcp`"
 #: Nothing may take longer.
 LIMIT_S = 120.0
 
@@ -39,11 +41,13 @@ class Struck:
     """What became of the requests of one case. Times are `time.monotonic`."""
 
     case: str
-    engines: str = "two vLLM engines, `tcp`"
+    engines: str = ENGINES
     answers: list[Answer | Exception] = field(default_factory=list)
     #: Seconds from asking D to its answer.
     waits_s: list[float] = field(default_factory=list)
     right: int = 0
+    #: Answers that are the beginning of the right one.
+    cut_short: int = 0
     fetched: int = 0
     #: When the cause was over, and what that was.
     over_at: float = 0.0
@@ -66,20 +70,20 @@ class Session:
                 self._right[seed] = self.fleet.reference(prompts[seed]).texts
         return [Ticket(prompt, self.fleet.ticket(self.w.p, prompt)) for prompt in prompts]
 
-    def strike(self, case: str, do: Callable[[], object], *, middle: bool = True, over: str = "") -> Struck:
-        """Send requests to D, have ``do`` strike (in the ``middle`` of P's bytes), and wait for all answers.
+    def strike(self, case: str, do: Callable[[], object], *, over: str = "") -> Struck:
+        """Send requests to D, have ``do`` strike in the middle of P's bytes, and wait for all answers.
 
         ``over`` names what ends the cause, if it is over with the last answer and not with ``do``.
         """
         struck = Struck(case, over=over)
         tickets = self.tickets()
-        if middle:
-            self.w.data.after(MIDDLE_BYTES, "hold")
+        self.w.data.after(MIDDLE_BYTES, "hold")
         with concurrent.futures.ThreadPoolExecutor(len(tickets), thread_name_prefix="clients") as pool:
             before = self._fetched_tokens()
             asked = [pool.submit(self._ask, ticket) for ticket in tickets]
-            if middle and not self.w.data.struck.wait(LIMIT_S):
+            if not self.w.data.struck.wait(LIMIT_S):
                 raise TimeoutError("no bytes came by")
+            until(lambda: self._at_d() == len(tickets), LIMIT_S, "all requests are at D")
             do()
             struck.over_at = time.monotonic()
             self.w.data.let_go()
@@ -117,6 +121,7 @@ class Session:
             "engines": struck.engines,
             "asked": len(struck.answers),
             "right": struck.right,
+            "cut_short": struck.cut_short,
             "fetched": struck.fetched,
             "failed": sum(isinstance(answer, Exception) for answer in struck.answers),
             "errors": errors,
@@ -135,6 +140,10 @@ class Session:
                 return left, passed
             threading.Event().wait(0.5)
 
+    def _at_d(self) -> int:
+        found = api.metrics(self.fleet.http, self.w.d.url)
+        return round(found["vllm:num_requests_running"] + found["vllm:num_requests_waiting"])
+
     def _ask(self, ticket: Ticket) -> tuple[Prompt, Answer | Exception, float]:
         began = time.monotonic()
         found: Answer | Exception
@@ -148,7 +157,10 @@ class Session:
         for number, (_, answer, wait_s) in enumerate(found):
             struck.answers.append(answer)
             struck.waits_s.append(wait_s)
-            struck.right += isinstance(answer, Answer) and answer.texts == self._right[number]
+            if isinstance(answer, Answer):
+                (right,) = self._right[number]
+                struck.right += answer.text == right
+                struck.cut_short += answer.text != right and right.startswith(answer.text)
 
     def _loaded(self) -> bool:
         prompt = self.fleet.prompt(100, 1, salt=unique("next"))

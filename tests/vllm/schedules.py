@@ -104,9 +104,9 @@ OF_DATA: tuple[Strike, ...] = (cut_later, cut_later, hold, corrupt, corrupt)
 class Schedules:
     """Draws schedules from seeds and runs them against one pair of engines."""
 
-    def __init__(self, w: Wired, *, of_data: bool) -> None:
+    def __init__(self, w: Wired) -> None:
         self._w = w
-        self._strikes = STRIKES + (OF_DATA if of_data else ())
+        self._strikes = STRIKES + (OF_DATA if w.carries_data else ())
         self._contents = [w.fleet.prompt(tokens, seed, max_tokens=12) for seed, tokens in enumerate(LENGTHS)]
         self._right = [w.fleet.reference(prompt).texts for prompt in self._contents]
 

@@ -71,6 +71,11 @@ class Wired:
         return self.fleet.consumers[0]
 
     @property
+    def carries_data(self) -> bool:
+        """Whether the pipe's bytes go through a wire, too."""
+        return self.fleet.plan.extra_of[self.p.name]["pipe"] != "shm"
+
+    @property
     def wires(self) -> list[Wire]:
         """Every wire."""
         return [self.ask, self.data, *(wire for wires in self._movers.values() for wire in wires)]
