@@ -20,6 +20,7 @@ from kvconnect.errors import HandshakeError, KVConnectError
 PROTOCOL = (1, 1)
 MAX_MESSAGE_BYTES = 16 << 20
 _MAX_DEPTH = 12
+_MAX_ERROR_CHARS = 4096
 #: Items of a message, in all: what is a byte on the wire may take a hundred in memory. A list or map counts as several.
 _MAX_ITEMS = 1 << 20
 _CONTAINER_ITEMS = 8
@@ -63,7 +64,7 @@ def pack_reply(number: int, body: Mapping[str, Any]) -> bytes:
 def pack_error(number: int, error: KVConnectError) -> bytes:
     """Encode a failure by its class's name."""
     name = next(cls.__name__ for cls in type(error).__mro__ if cls.__name__ in _ERRORS)
-    return _pack({"p": PROTOCOL, "id": number, "error": name, "text": str(error)[:4096]})
+    return _pack({"p": PROTOCOL, "id": number, "error": name, "text": str(error)[:_MAX_ERROR_CHARS]})
 
 
 def unpack(data: bytes) -> dict[str, Any]:
@@ -115,9 +116,13 @@ def check_version(message: Mapping[str, Any]) -> None:
 
 
 def error_of(message: Mapping[str, Any]) -> KVConnectError:
-    """Rebuild the error that a reply carries; an unknown class becomes `KVConnectError`."""
+    """Rebuild the error that a reply carries; an unknown class becomes `KVConnectError`.
+
+    What would break a line is escaped: these texts come to stand in logs.
+    """
     cls = _ERRORS.get(str(message.get("error")), KVConnectError)
-    return cls(str(message.get("text", "")))
+    text = str(message.get("text", ""))[:_MAX_ERROR_CHARS]
+    return cls(text if text.isprintable() else ascii(text)[1:-1])
 
 
 def _pack(message: Mapping[str, Any]) -> bytes:

@@ -12,10 +12,10 @@ _MAX_TEXT = 1024
 
 
 def text(data: Mapping[str, Any], name: str) -> str:
-    """Return the non-empty string ``name``."""
+    """Return the non-empty string ``name``; it is printable, since it may come to stand in a log."""
     value = data.get(name)
-    if not isinstance(value, str) or not 0 < len(value) <= _MAX_TEXT:
-        raise HandshakeError(f"field {name!r} must be a short string, got {type(value).__name__}")
+    if not isinstance(value, str) or not 0 < len(value) <= _MAX_TEXT or not value.isprintable():
+        raise HandshakeError(f"field {name!r} must be a short printable string, got {type(value).__name__}")
     return value
 
 

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import socket
 import struct
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -15,7 +17,7 @@ from kvconnect.buffers.base import Miss, Want
 from kvconnect.buffers.hello import Hello
 from kvconnect.config import Backend
 from kvconnect.control import ControlServer
-from kvconnect.errors import KVConnectError
+from kvconnect.errors import HandshakeError, KVConnectError
 from kvconnect.keys import Keys
 from kvconnect.pipes import flows
 from kvconnect.pipes.tcp_listener import GREETING, Listener
@@ -286,6 +288,28 @@ def test_an_engine_that_nobody_allowed_is_not_looked_up_at_either():
         assert p.end.stats()["taken"] == 0
 
 
+# -- lines in logs ------------------------------------------------------------------------------------
+
+_FORGED = "E\n2026-01-01 CRITICAL all is lost\x1b[2J"
+
+
+def test_no_stranger_writes_lines_into_logs_of_either_side(caplog):
+    caplog.set_level("DEBUG")
+    with engines(pipe="tcp", content_lookup=False) as (p, d):
+        with stranger(p.end._lender._at) as one:
+            assert one.ask("hello", {**ME, "engine": _FORGED}) == "HandshakeError"
+            assert one.ask("hello", {**ME, "fingerprint": {_FORGED: _FORGED}}) == "HandshakeError"
+            assert one.ask("match", {**lookup(1), "label": _FORGED}) == "HandshakeError"
+        server, shown = ControlServer(), []
+        server.handle("hello", lambda _: (_ for _ in ()).throw(HandshakeError(_FORGED)))
+        for number, lie in enumerate(({"engine": _FORGED}, {"at": _FORGED}, {"at": server.endpoint})):
+            shown.append(d.find(f"r{number}", Want(key(1), ticket={**p.offer(1), **lie})).detail)
+        server.close()
+    lines = [record.getMessage() for record in caplog.records] + shown
+    assert any("CRITICAL" in line for line in lines)
+    assert [line for line in lines if not line.isprintable()] == []
+
+
 # -- too much, too long, too slow ---------------------------------------------------------------------
 
 _GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + b"\0" + bytes(31)
@@ -361,3 +385,29 @@ def test_slow_strangers_at_the_data_port_keep_nobody_out(tokens, count):
         with engines(pipe="tcp") as (other_p, other_d), traffic(other_p, other_d):
             assert len({port for port, _ in tokens}) == 1, "newcomers at the same port"
         assert all(map(hung_up, socks))
+
+
+_FEW_DESCRIPTORS = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+from kvconnect import control
+control._HANDSHAKE_MS = 2000
+server = control.ControlServer()
+server.handle("ping", lambda body: body)
+print(server.port, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_process_whose_descriptors_strangers_use_up_goes_on_with_its_peers_and_recovers():
+    command = [sys.executable, "-c", _FEW_DESCRIPTORS]
+    with contextlib.ExitStack() as stack:
+        process = stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        stack.callback(process.stdin.close)
+        port = int(process.stdout.readline())
+        known = stack.enter_context(stranger(f"127.0.0.1:{port}"))
+        assert known.ask("ping", {"n": 1}) == {"n": 1}
+        with connections(("127.0.0.1", port), 200):
+            assert known.ask("ping", {"n": 2}) == {"n": 2}
+        with stranger(f"127.0.0.1:{port}") as late:
+            assert late.ask("ping", {"n": 3}, 10.0) == {"n": 3}

@@ -153,6 +153,7 @@ def test_who_speaks_the_protocol_without_the_key_can_call_nothing_at_scheduler_o
         opening = {"pipe": "q", "name": "tcp", "message": {"tcp": 2, "checksum": True}, "hello": me.to_wire()}
         calls = [
             (ticket["at"], "hello", me.to_wire()),
+            (ticket["at"], "misfit", {"engine": "E", "difference": "model"}),
             (ticket["at"], "match", {"namespace": "ns", "digest": key(1).digest.hex(), "length": 32, "taker": "t"}),
             (ticket["at"], "claim", claim),
             (ticket["at"], "release", claim),
