@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import trustme
 
 from bench import rows
 from bench.conftest import Book, label
@@ -58,12 +59,32 @@ def test_blocks(
     book.rows += rows.of_race(case, label(backend), race)
 
 
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Option ``tls`` of the tcp pipe, for both ends."""
+    folder, authority = tmp_path_factory.mktemp("tls"), trustme.CA()
+    blobs = {"key": (issued := authority.issue_cert("bench")).private_key_pem, "ca": authority.cert_pem}
+    for name, blob in (blobs | {"cert": issued.cert_chain_pems[0]}).items():
+        blob.write_to_path(str(folder / name))
+    return {name: str(folder / name) for name in ("cert", "key", "ca")}
+
+
 @pytest.mark.benchmark(timer=clock)
 @pytest.mark.parametrize("op", ["read", "write"])
-def test_checksum(benchmark: Any, near: Near, book: Book, rounds: Callable[[int], int], op: str) -> None:
-    """What checksums cost: the tcp pipe with them against itself without."""
+@pytest.mark.parametrize("what", ["checksum", "tls"])
+def test_safety(
+    benchmark: Any,
+    near: Near,
+    book: Book,
+    rounds: Callable[[int], int],
+    certificates: dict[str, str],
+    what: str,
+    op: str,
+) -> None:
+    """What checksums and TLS cost: the tcp pipe with them against itself without."""
     blocks = max(COUNTS)
-    keys = [near.end("tcp", {"checksum": wanted}) for wanted in (True, False)]
+    options: dict[str, Any] = {"tls": certificates} if what == "tls" else {"checksum": True}
+    keys = [near.end("tcp", options), near.end("tcp", {"checksum": False})]
     checked, unchecked = (near.attached(key) for key in keys)
     rng = np.random.default_rng(blocks)
     chosen = [draw(rng, blocks) for _ in range(COUNTS[blocks])]
@@ -76,7 +97,7 @@ def test_checksum(benchmark: Any, near: Near, book: Book, rounds: Callable[[int]
         near.release(key)
     nbytes = blocks * BLOCK_BYTES
     case = rows.Case(f"blocks {_title(blocks)}, {op}", nbytes, PIECE_BYTES, is_blocks=True)
-    book.rows += rows.of_race(case, "tcp checksum", race)
+    book.rows += rows.of_race(case, f"tcp {what}", race)
 
 
 def _packed(near: Near, end: str, nbytes: int, _round: int) -> float:

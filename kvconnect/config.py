@@ -61,7 +61,7 @@ class Config:
         log_transfers: one INFO line a transfer (it is DEBUG otherwise), for demonstrations and debugging.
         checksum: compare the sum of the blocks that have arrived with that of the owner's blocks, whatever
             the pipe, before they are used; where they differ, the request is recomputed. (The pipe ``tcp``
-            has checksums of what is on the wire besides; they are on unless it is told otherwise.)
+            has checksums of what is on the wire besides; they are on unless it has TLS or is told otherwise.)
         kv_ip, kv_port, kv_rank, kv_parallel_size: vLLM's older fields. With a ``kv_ip`` that
             is not loopback, the engine of rank r listens on ``kv_ip`` at ``kv_port + r``, and
             consumers look at the other ranks there.

@@ -30,7 +30,7 @@ from kvconnect.pipes import vectored
 from kvconnect.sums import room, view
 
 #: Encrypted at once, and fetched at once: what each connection holds in memory, in each direction.
-_PART_BYTES: Final = 128 << 10
+_PART_BYTES: Final = 256 << 10
 #: Looked at, at once, of pieces of memory.
 _PIECES: Final = 64
 _CURE: Final = "name a file in PEM format that this user may read"
@@ -133,7 +133,7 @@ class TlsIo:
                 a record has come.
 
         """
-        done = self._decrypt(iov)
+        done = self._decrypt(iov) if self.pending else 0
         if done or not self.fetch(fd):
             return done
         done = self._decrypt(iov)

@@ -16,7 +16,7 @@ from kvconnect.blocks import heap_memory
 from kvconnect.buffers import arena
 from kvconnect.errors import BrokenError, LoadError
 from kvconnect.paging import LayerLayout, PagedLayout
-from kvconnect.pipes import reactor, ring, tcp_checksum, tcp_frames, tcp_listener, tcp_meeting, wire
+from kvconnect.pipes import reactor, ring, tcp_checksum, tcp_frames, tcp_handshake, tcp_listener, tcp_meeting, wire
 from kvconnect.pipes.base import Transfer
 from kvconnect.pipes.peer_memory import Beacon, PeerMemory
 from kvconnect.pipes.peer_process import PeerProcess
@@ -277,7 +277,10 @@ def _wait_for(condition):
     raise AssertionError("a valid newcomer was not let in")
 
 
-_INVITATION = {"tcp": 2, "checksum": True, "host": "127.0.0.1", "port": 80, "token": b"t" * 16, "blocks": b"b" * 16}
+_INVITATION = {
+    "tcp": 2, "checksum": True, "tls": True, "secret": b"s" * 16,
+    "host": "127.0.0.1", "port": 80, "token": b"t" * 16, "blocks": b"b" * 16,
+}  # fmt: skip
 
 
 def run_tcp_meeting(body):
@@ -285,6 +288,11 @@ def run_tcp_meeting(body):
         return  # `fields.mapping` has looked
     with refused:
         tcp_meeting._wants_checksum(body)
+    for ours in (False, True):
+        with refused:
+            tcp_meeting._check_tls(body, ours=ours)
+    with refused:
+        assert len(tcp_meeting._secret(body)) == tcp_handshake.SECRET_BYTES
     with refused:
         host, port, token, blocks = tcp_meeting._checked(body)
         assert 0 < port < 65536

@@ -65,15 +65,6 @@ class TestTcpPipeOverTls(PipeTests):
         cls.options: ClassVar[Mapping[str, Any]] = {"tls": tls}
 
 
-class TestTcpPipeOverTlsWithChecksums(PipeTests):
-    pipe_class = TcpPipe
-
-    @pytest.fixture(scope="class", autouse=True)
-    @classmethod
-    def secured(cls, tls: Tls) -> None:
-        cls.options: ClassVar[Mapping[str, Any]] = {"tls": tls, "checksum": True}
-
-
 @pytest.fixture
 def pair(tls: Tls) -> Iterator[PipePair]:
     one = open_pair(TcpPipe, {"tls": tls})
@@ -264,6 +255,19 @@ def test_damage_on_the_way_fails_a_read_and_the_blocks_stay_as_they_were(tls: Tl
         with pytest.raises(BrokenError):
             transfer.wait(LIMIT_S)
     assert torch.equal(naive_stream(mine, [list(range(8))]), naive_stream(before, [list(range(8))]))
+
+
+def test_checksums_may_be_had_besides(tls: Tls) -> None:
+    mine, theirs = (noisy_memory(separate_layers(2, 8, 2, 4096), seed) for seed in (1, 2))
+    with closing(open_pair(TcpPipe, {"tls": tls, "checksum": True})) as pair:
+        for pipe, local in ((pair.here, mine), (pair.there, theirs)):
+            pipe.attach(local, local.layout, memory_channels()[0])
+        sent = torch.arange(1 << 18)
+        sending = spawn(lambda: pair.here.send_tensor(sent))
+        assert torch.equal(pair.there.recv_tensor(), sent)
+        sending.result(LIMIT_S)
+        pair.here.write_blocks([[1, 2]], [[3, 4]]).wait(LIMIT_S)
+    assert torch.equal(naive_stream(mine, [[1, 2]]), naive_stream(theirs, [[3, 4]]))
 
 
 def test_both_directions_at_once_lose_nothing(pair: PipePair) -> None:
