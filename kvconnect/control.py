@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 Reply = Mapping[str, Any]
 Handler = Callable[[dict[str, Any]], "Reply | Future[Reply]"]
 
+_MOST_REFUSALS = 64  # that are told in the log
 _BATCH = 64  # messages taken from one socket before the loop looks at the others
 _MOST_UNREAD = 32  # messages of one connection; more of them wait at their sender, not in our memory
 _HEARTBEAT_MS = 5_000
@@ -88,6 +89,7 @@ class ControlServer:
 
         """
         self.malformed = 0
+        self._refused: set[str] = set()
         self._handlers: dict[str, Handler] = {}
         self._loop = Loop(name, clock)
         self._socket: zmq.Socket[bytes] = self._loop.context.socket(zmq.ROUTER)
@@ -152,12 +154,22 @@ class ControlServer:
                 reply(answer)
 
     def _call(self, message: dict[str, Any]) -> Reply | Future[Reply]:
-        messages.check_version(message)
+        self._check_version(message)
         op, body = message.get("op"), message.get("body")
         handler = self._handlers.get(op) if isinstance(op, str) else None
         if handler is None or not isinstance(body, dict):
             raise KVConnectError(f"unknown operation {op!r}")
         return handler(body)
+
+    def _check_version(self, message: dict[str, Any]) -> None:
+        try:
+            messages.check_version(message)
+        except HandshakeError as error:
+            # Versions are the peers' choice: the log must not grow with them.
+            if str(error) not in self._refused and len(self._refused) < _MOST_REFUSALS:
+                self._refused.add(str(error))
+                logger.warning("a peer is refused: %s", error)
+            raise
 
     def _reply(self, peer: bytes, number: int, answer: Reply | KVConnectError) -> None:
         try:

@@ -1,7 +1,7 @@
 """What engines tell each other first, and whether they fit.
 
 Errors say *ours* and *theirs* from the asking engine's side, since it is the one
-that reads them.
+that reads them; the other side's log says the same from its own.
 """
 
 from __future__ import annotations
@@ -91,18 +91,23 @@ class Hello:
 
 
 def check_fit(ours: Hello, theirs: Hello) -> None:
-    """Raise `HandshakeError` naming the first fingerprint field that differs, ours and theirs."""
+    """Raise `HandshakeError` naming the first field that differs, ours and theirs."""
+    if difference := misfit(ours, theirs):
+        raise HandshakeError(difference)
+
+
+def misfit(ours: Hello, theirs: Hello) -> str:
+    """Name the first field of fingerprints, or else of shapes, that differs, ours and theirs; empty if all fit."""
     for name in [*ours.fingerprint, *(name for name in theirs.fingerprint if name not in ours.fingerprint)]:
         mine, other = ours.fingerprint.get(name, "(absent)"), theirs.fingerprint.get(name, "(absent)")
         if mine != other:
-            raise HandshakeError(
+            return (
                 f"{name:.80} differs: ours {mine!r:.200}, theirs {other!r:.200} (engine {theirs.engine}); "
                 "start both engines alike"
             )
     if ours.num_parts != theirs.num_parts:
-        raise HandshakeError(
-            f"number of workers differs: ours {ours.num_parts}, theirs {theirs.num_parts} (engine {theirs.engine})"
-        )
+        return f"number of workers differs: ours {ours.num_parts}, theirs {theirs.num_parts} (engine {theirs.engine})"
+    return ""
 
 
 def check_shapes(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:

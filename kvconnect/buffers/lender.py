@@ -15,7 +15,7 @@ from typing import Any
 
 from kvconnect.buffers import fields
 from kvconnect.buffers.base import LookupKey
-from kvconnect.buffers.hello import Hello, check_fit
+from kvconnect.buffers.hello import Hello, check_fit, misfit
 from kvconnect.buffers.ledger import Blocks, Entry, Ledger
 from kvconnect.buffers.ticket import Ticket
 from kvconnect.clock import SYSTEM, Clock
@@ -57,6 +57,7 @@ class Lender:
         self._server = server
         for op, handler in {
             "hello": self._hello,
+            "misfit": self._misfit,
             "match": self._match,
             "claim": self._claim,
             "renew": self._renew,
@@ -150,12 +151,9 @@ class Lender:
 
     def _hello(self, body: Body) -> Mapping[str, Any] | Future[Mapping[str, Any]]:
         caller = Hello.from_wire(body)
-        try:
-            if not caller.worker:
-                check_fit(caller, self._me)
-        except HandshakeError as error:
-            self._refuse(caller, error)
-            raise
+        if not caller.worker and (difference := misfit(self._me, caller)):
+            self._refuse(caller.engine, difference)
+            check_fit(caller, self._me)  # the same in the caller's words
         if self._me.role == "consumer":
             raise HandshakeError(f"role differs: engine {self._me.engine} is a consumer and lends nothing")
         with self._lock:
@@ -169,16 +167,21 @@ class Lender:
     def _introduction(self) -> dict[str, Any]:
         return {**self._me.to_wire(), "workers": self._workers or []}
 
-    def _refuse(self, caller: Hello, error: HandshakeError) -> None:
+    def _misfit(self, body: Body) -> Mapping[str, Any]:
+        """A taker has found, in our answer to its hello, that it cannot read our blocks."""
+        self._refuse(fields.text(body, "engine"), f"in its own words, {fields.text(body, 'difference')!r:.500}")
+        return {}
+
+    def _refuse(self, engine: str, difference: str) -> None:
         with self._lock:
             self._counts["refused"] += 1
-            refusal = (caller.engine, str(error))
+            refusal = (engine, difference)
             # Engine names are the peers' choice: the log must not grow with them.
             first = refusal not in self._refused and len(self._refused) < _MAX_WAITING
             if first:
                 self._refused.add(refusal)
         if first:
-            logger.warning("engine %s does not fit, its requests will be recomputed: %s", caller.engine, error)
+            logger.warning("engine %.80s does not fit, its requests will be recomputed: %s", engine, difference)
 
     def _match(self, body: Body) -> Mapping[str, Any]:
         key, taker = fields.read_key(body), fields.text(body, "taker")

@@ -126,12 +126,18 @@ class Peers:
             if self._check is not None:
                 self._check(hello)
         except KVConnectError as error:
-            self._fail(peer, "mismatch", error)
+            self._refuse(peer, error)
         except Exception as error:  # noqa: BLE001 - what peers send may break anything (a third party's pipe, say); those who wait must hear of it
-            self._fail(peer, "mismatch", HandshakeError(f"its hello is of no use: {type(error).__name__}: {error}"))
+            self._refuse(peer, HandshakeError(f"its hello is of no use: {type(error).__name__}: {error}"))
         else:
             peer.hello, peer.failure = hello, None
             self._logged.forget(lambda entry: entry[0] == peer.endpoint)
+
+    def _refuse(self, peer: Peer, error: KVConnectError) -> None:
+        """What it has told does not fit; its own log is to say so, too."""
+        self._fail(peer, "mismatch", error)
+        told = {"engine": self._me.engine, "difference": str(error)[:1000]}
+        self._client.call(peer.endpoint, "misfit", told, self._timeout_s)  # whatever it answers
 
     def _fail(self, peer: Peer, cause: str, error: KVConnectError) -> None:
         peer.hello, peer.failure = None, Miss(cause, str(error))

@@ -12,6 +12,7 @@ from kvconnect.buffers import fields
 from kvconnect.buffers.channels import PeerChannel
 from kvconnect.buffers.crew import Crew
 from kvconnect.buffers.hello import Hello, check_fit, check_shapes
+from kvconnect.buffers.recent import Recent
 from kvconnect.buffers.station import Station, foreign
 from kvconnect.control import ControlServer
 from kvconnect.errors import BrokenError, ClosedError, HandshakeError
@@ -44,6 +45,7 @@ class PipeServer:
         """Answer ``pipe.*`` at ``server``; open pipes on ``crew`` and abort them on ``ending``."""
         self._station, self._channels, self._crew, self._ending = station, station.channels, crew, ending
         self._served: dict[str, Served] = {}
+        self._told: Recent[str] = Recent()
         server.handle("pipe.open", self._handle_open)
         server.handle("pipe.ready", self._handle_ready)
         server.handle("pipe.close", self._handle_close)
@@ -74,6 +76,14 @@ class PipeServer:
     # -- on the server's thread ---------------------------------------------------------
 
     def _handle_open(self, body: dict[str, Any]) -> Future[Message]:
+        try:
+            return self._admit(body)
+        except HandshakeError as error:
+            if self._told.add(str(error)):
+                logger.warning("a peer's pipe is refused; in its words: %s", error)
+            raise
+
+    def _admit(self, body: dict[str, Any]) -> Future[Message]:
         check_fit(Hello.from_wire(fields.mapping(body, "hello")), self._station.me)
         worker = fields.mapping(body, "worker")
         check_shapes(worker, self._station.worker)

@@ -291,6 +291,7 @@ class _Ears:
 _ENTRY = {"entry": "$entry", "generation": 1, "blocks": digest_of(BLOCKS)}
 _CALLS = [
     ["hello", plain(ME)],
+    ["misfit", {"engine": "D", "difference": "memory layout differs"}],
     ["match", {"namespace": "ns", "digest": (b"k" * 16).hex(), "length": 32, "taker": "t", "label": "l"}],
     ["claim", {"grant": "g", "taker": "t", **_ENTRY}],
     ["claim", {"grant": "g2", "taker": "t", **_ENTRY}],
@@ -384,6 +385,7 @@ _ANSWERS = {
     "claim": {"state": "ok", "lease_ms": 30000, "clock": SYSTEM.identity, "now": 1e300},
     "renew": {"gone": ["x"], "lease_ms": 1000, "clock": "", "now": 0.0},
     "abandon": {},
+    "misfit": {},
 }
 
 

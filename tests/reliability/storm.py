@@ -36,10 +36,12 @@ from tests.reliability.parties import (
     start,
 )
 
+#: For machines that have much else to do; what it took is told.
+_BUSY_S = 10.0
 #: Nothing may keep a request longer than all its deadlines one after another, and its turn behind others.
-ENOUGH_S = CONNECT_S + LOOKUP_S + TRANSFER_S + RELEASE_S + 5.0
+ENOUGH_S = CONNECT_S + LOOKUP_S + TRANSFER_S + RELEASE_S + _BUSY_S
 #: A restarted P that gives tickets is loaded from within this: its new incarnation is asked at once.
-RECOVERED_S = CONNECT_S + LOOKUP_S + 2.0
+RECOVERED_S = CONNECT_S + LOOKUP_S + _BUSY_S
 #: A P that is to be killed is given so long for D to have a load under way.
 _AIM_S = 2.0
 #: Requests at D at once, so few that none is preempted; and those that come together.
@@ -94,11 +96,12 @@ class _Request:
 class Storm:
     """P and D, and whoever sends them requests."""
 
-    def __init__(self, pipe: str, policy: str, requests: int, lasting_s: float, kill_every_s: float) -> None:
+    def __init__(self, pipe: str, policy: str, requests: int, lasting_s: float, kills_s: tuple[float, float]) -> None:
+        """``kills_s``: when P is killed for the first time, and how often after that."""
         self.name = f"{pipe}, {policy}"
         self.tally = Tally()
         self._policy, self._count = policy, requests
-        self._gap_s, self._kill_every_s = lasting_s / requests, kill_every_s
+        self._gap_s, self._kills_s = lasting_s / requests, kills_s
         self._dice = random.Random(self.name)  # noqa: S311 - lengths of prompts
         self._numbers = itertools.count(1)
         self._tickets: queue.SimpleQueue[_Request] = queue.SimpleQueue()
@@ -130,7 +133,7 @@ class Storm:
 
     def _endure(self, say: Callable[[str], None], began: float) -> Holdings | None:
         """Serve all requests, and kill P in time; return what D held when nothing had struck yet."""
-        told, kill_at, held = began, began + self._kill_every_s, None
+        told, kill_at, held = began, began + self._kills_s[0], None
         while self.tally.requests < self._count:
             now = time.monotonic()
             if now > kill_at and (self._report.loading or now > kill_at + _AIM_S):
@@ -138,7 +141,7 @@ class Storm:
                 self.tally.under_way += bool(self._report.loading)
                 self._p.kill()
                 self.tally.kills = self._p.kills
-                kill_at += self._kill_every_s
+                kill_at += self._kills_s[1]
             if now > told + _TELL_S:
                 say(f"{self.name}: {now - began:.0f} s, {self.tally.line()}")
                 told = now
