@@ -15,7 +15,7 @@ target                  module                 functions
 control_message         messages               unpack error_of _is_frame
 control_server          control                ControlServer._receive ControlServer._answer ControlServer._call
 control_client          control                _Peer._take
-control_endpoint        control                address
+control_endpoint        control                split
 own                     control                _Peer._notice
 control_door            keys                   _Door._answer
 hello                   buffers.hello          Hello.from_wire check_shapes
