@@ -55,9 +55,10 @@ tcp_blocks              pipes.tcp_stream       FrameReader._begin
 own                     pipes.tcp_stream       FrameWriter._compose
 tcp_block_ids           pipes.tcp_frames       unpack_ids
 tcp_newcomer            pipes.tcp_listener     Listener._admit _Newcomer._read
-tcp_meeting             pipes.tcp_meeting      _wants_checksum _checked
+tcp_meeting             pipes.tcp_meeting      _wants_checksum _check_tls _secret _checked
 tcp_opening             pipes.tcp_meeting      Serving.__init__
 own                     pipes.tcp_farewell     _unacknowledged
+own                     pipes.tcp_tls          TlsIo.flush
 shm_meeting             pipes.shm              ShmPipe._look_at
 shm_meeting             pipes.peer_memory      PeerMemory.__init__
 own                     pipes.peer_memory      Beacon.__init__
