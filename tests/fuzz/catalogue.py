@@ -26,7 +26,7 @@ layout                  paging                 PagedLayout.from_wire
 ticket                  buffers.ticket         Ticket.from_wire unpack_ids
 own                     buffers.ticket         Ticket.to_wire
 lender                  buffers.lender         Lender._hello Lender._match Lender._renew Lender._release
-lender                  buffers.lender         Lender._vouch Lender._abandon
+lender                  buffers.lender         Lender._vouch Lender._abandon Lender._misfit
 owners_answers          buffers.taker          Taker._read_ticket Taker._heard Taker._refusal _check_workers
 own                     buffers.taker          Taker._ask
 owners_answers          buffers.renewal        Renewal._answered
@@ -41,7 +41,7 @@ plain                   buffers.remote         RemoteBuffer._release
 own                     buffers.remote         RemoteBuffer._present
 plain                   buffers.channels       Channels._seen
 worker_pipes            buffers.channels       Channels._call Channels._ping
-worker_pipes            buffers.serving        PipeServer._handle_open PipeServer._handle_ready
+worker_pipes            buffers.serving        PipeServer._admit PipeServer._handle_ready
 worker_pipes            buffers.serving        PipeServer._handle_close
 worker_pipes            buffers.integrity      Integrity._handle
 sums                    buffers.integrity      Integrity.compare.check
