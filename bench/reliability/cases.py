@@ -79,12 +79,13 @@ def producer_stopped(s: Session) -> Iterator[Row]:
 
 
 def consumer_killed(s: Session) -> Iterator[Row]:
-    """D dies in the middle, and is started again."""
+    """D dies in the middle, and is started again once P has its blocks back."""
     struck = s.strike("D killed", functools.partial(wired.kill, s.w.d), over="D serves again")
+    free_after_s = s.producer_free_after(struck)
     s.w.heal()
     s.w.restart(s.w.d)
     struck.over_at = time.monotonic()
-    yield s.recovered(struck)
+    yield s.recovered(struck) | {"free_after_s": round(free_after_s, 1)}
 
 
 def consumer_stopped(s: Session) -> Iterator[Row]:

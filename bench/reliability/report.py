@@ -9,13 +9,14 @@ import re
 from typing import Any
 
 from bench import report
-from bench.reliability.session import ENGINES
 from bench.report import ROOT, Row
 
 RESULTS = ROOT / "bench" / "results" / "reliability-cpu.json"
 DOCUMENT = ROOT / "docs" / "reliability.md"
 BEGIN = "<!-- begin: written by python -m bench.reliability.report -->"
 END = "<!-- end: written by python -m bench.reliability.report -->"
+#: What a row is of, unless it says otherwise.
+ENGINES = "two vLLM engines, `tcp`"
 _HEAD = ("fault", "what the user sees", "fetched again after", "all blocks free after", "blocks leaked")
 
 
@@ -60,10 +61,14 @@ def _short(error: str) -> str:
     return re.sub(r"http://\S+ answered (\d+): .*", r"HTTP \1", error, flags=re.DOTALL)
 
 
+def document(text: str, results: dict[str, Any] | None) -> str:
+    """Return ``text`` with the table between the markers; raises `ValueError` if it lacks one."""
+    return report.between(text, BEGIN, END, render(results))
+
+
 def update() -> None:
     """Rewrite the document from the results file."""
-    text = render(report.load(RESULTS))
-    DOCUMENT.write_text(report.between(DOCUMENT.read_text(encoding="utf-8"), BEGIN, END, text), encoding="utf-8")
+    DOCUMENT.write_text(document(DOCUMENT.read_text(encoding="utf-8"), report.load(RESULTS)), encoding="utf-8")
 
 
 def _line(cells: Any) -> str:

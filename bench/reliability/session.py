@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 
+from bench.reliability.report import ENGINES
 from bench.report import Row
 from kvconnect.demo import client as api
 from kvconnect.demo.client import EXTERNAL_TOKENS, Answer, Prompt
@@ -23,7 +24,6 @@ from tests.vllm.wired import Wired
 REQUESTS, TOKENS = 4, 900
 #: How much of the first one's bytes has passed when a fault strikes in the middle.
 MIDDLE_BYTES = 300_000
-ENGINES = "two vLLM engines, `tcp`"
 #: Nothing may take longer.
 LIMIT_S = 120.0
 
@@ -128,6 +128,16 @@ class Session:
             "slowest_s": round(max(struck.waits_s, default=0.0), 2),
             "over": struck.over,
         }
+
+    def producer_free_after(self, struck: Struck) -> float:
+        """Wait until P has all blocks back without a D that could take any; return the seconds since the strike."""
+        while True:
+            # So that it takes a step; of the same prompt again and again it keeps one block.
+            self.fleet.ask(self.w.p, Prompt([5], max_tokens=1))
+            passed = time.monotonic() - struck.over_at
+            if held(self.fleet, self.w.p) <= 1 or passed > self.fleet.plan.lease_s + 20.0:
+                return passed
+            threading.Event().wait(0.5)
 
     def _leaked(self, struck: Struck) -> tuple[int, float]:
         """Wait until every block is free on both sides; return those that are not within a lease, and how long."""
