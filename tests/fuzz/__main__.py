@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from tests.fuzz.catalogue import TARGETS
 from tests.fuzz.harness import WAIT_S, Target, hunt, listening, peaks, replay
 
-#: Examples between two looks at the clock; some take a second each.
-_BATCH = 20
+#: Examples of a target's first batch; some take a second each.
+_FIRST = 20
+#: How long the next ones may take.
+_BATCH_S = 4.0
 
 
 @dataclass
@@ -37,10 +39,13 @@ class _Search:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description="Fuzz what reads bytes from peers.")
     parser.add_argument("--seconds", type=float, default=60.0, help="in all, shared evenly by the targets")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same examples")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the search; what fails is printed whole, for the corpus"
+    )
     parser.add_argument("--target", choices=sorted(TARGETS), action="append", help="only this one; may be repeated")
     wanted = parser.parse_args(arguments)
     names = wanted.target or list(TARGETS)
+    gc.freeze()  # to look through torch's objects after each batch takes longer than the batch
     begun = time.monotonic()
     done: list[_Search] = []
     for place, name in enumerate(names):
@@ -62,12 +67,15 @@ def _search(target: Target, seconds: float, number: int) -> _Search:
     try:
         with listening():
             search.known = replay(target)
-            while search.new == 0 or time.monotonic() - begun < seconds:
+            examples, now = _FIRST, time.monotonic()
+            while search.new == 0 or now - begun < seconds:
                 # A wait that never ends cannot be interrupted from within: say where it is, and exit.
-                faulthandler.dump_traceback_later(_BATCH * WAIT_S, exit=True)
-                hunt(target, number + search.new, examples=_BATCH)
+                faulthandler.dump_traceback_later(_FIRST * WAIT_S, exit=True)
+                hunt(target, number + search.new, examples=examples)
                 gc.collect()
-                search.new += _BATCH
+                search.new += examples
+                took, now = time.monotonic() - now, time.monotonic()
+                examples = max(1, int(examples / took * min(_BATCH_S, seconds - (now - begun))))
     except Exception as error:  # noqa: BLE001 - whatever it is, the other targets are searched, too
         sys.stdout.write(f"{target.name}:\n{''.join(traceback.format_exception(error, limit=-4))}\n")
         search.failed = True
