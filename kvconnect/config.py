@@ -57,6 +57,10 @@ class Config:
         transfer_timeout_s: for moving one request's blocks.
         release_timeout_s: for the owner's confirmation afterwards.
         unasked_share: largest share of a producer's blocks that entries nobody asked for may hold.
+        lend_capacity_bytes: the most that lent blocks may hold of each worker's KV memory; nothing but the pool
+            bounds them, unless it is set.
+        lend_policy: what gives way when a prompt does not fit into it: the oldest entries that nobody has claimed
+            (``"evict"``), or that prompt, which its taker computes (``"refuse"``).
         content_lookup: look for requests without a ticket at the known producers.
         log_transfers: one INFO line a transfer (it is DEBUG otherwise), for demonstrations and debugging.
         checksum: compare the sum of the blocks that have arrived with that of the owner's blocks, whatever
@@ -86,6 +90,8 @@ class Config:
     transfer_timeout_s: float = 60.0
     release_timeout_s: float = 10.0
     unasked_share: float = 0.25
+    lend_capacity_bytes: int | None = None
+    lend_policy: Literal["evict", "refuse"] = "evict"
     content_lookup: bool = True
     log_transfers: bool = False
     checksum: bool = False
@@ -112,6 +118,8 @@ class Config:
                 raise ConfigError(f"{path}.{name} must be greater than 0, got {getattr(self, name)}")
         if not 0 <= self.unasked_share <= 1:
             raise ConfigError(f"{path}.unasked_share must be between 0 and 1, got {self.unasked_share}")
+        if self.lend_capacity_bytes is not None and self.lend_capacity_bytes < 0:
+            raise ConfigError(f"{path}.lend_capacity_bytes must not be negative, got {self.lend_capacity_bytes}")
         for name in ("port", "kv_port"):
             port = getattr(self, name)
             if port is not None and not 0 <= port <= 65535:

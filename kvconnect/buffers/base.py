@@ -326,15 +326,20 @@ class SchedulerEnd(ABC):
         """Return the blocks, per group, of every entry that ended since the last call."""
 
     @abstractmethod
-    def reclaim(self, num_blocks: int) -> None:
-        """End unclaimed entries nobody asked for, oldest first, until they held ``num_blocks``.
+    def reclaim(self, num_blocks: int, offered_s: float = float("inf")) -> int:
+        """End unclaimed entries, oldest first, until they held ``num_blocks``; return how many they held.
 
-        Their blocks are in the next `drain_released`.
+        First those nobody asked for, then those that have waited ``offered_s`` seconds for
+        whoever asked. Their blocks are in the next `drain_released`.
         """
 
     @abstractmethod
     def unasked_blocks(self) -> int:
-        """Blocks held by entries that `reclaim` could end."""
+        """Blocks held by unclaimed entries nobody asked for."""
+
+    @abstractmethod
+    def lent_blocks(self) -> int:
+        """Blocks held by all entries; one that is in two of them counts twice."""
 
     @abstractmethod
     def awaits_takers(self) -> bool:

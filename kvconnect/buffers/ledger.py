@@ -78,6 +78,8 @@ class Ledger:
         """Give entries, and claims that are not renewed, ``lease_s`` seconds."""
         self.lease_s = lease_s
         self.unasked_blocks = 0
+        #: Blocks of all entries; one that is in two of them counts twice.
+        self.blocks = 0
         self._entries: collections.OrderedDict[str, Entry] = collections.OrderedDict()
         self._by_key: dict[LookupKey, dict[str, Entry]] = {}
         self._grants: dict[str, Entry] = {}
@@ -122,6 +124,7 @@ class Ledger:
         self._entries[entry.id] = entry
         self._by_key.setdefault(key, {})[entry.id] = entry
         self._asked += asked
+        self.blocks += entry.num_blocks
         self._count_unasked(entry, +1)
         self.next_expiry = min(self.next_expiry, entry.expires)
         return entry
@@ -140,14 +143,20 @@ class Ledger:
                 self._drop(entry, late, "expired")
         self.next_expiry = min(map(_expiry, self._entries.values()), default=float("inf"))
 
-    def reclaim(self, num_blocks: int) -> None:
-        """End offered entries nobody asked for, oldest first, until they held ``num_blocks``."""
+    def reclaim(self, num_blocks: int, since: float = float("-inf")) -> int:
+        """End offered entries, oldest first, until they held ``num_blocks``; return how many they held.
+
+        First those nobody asked for, then those that have been offered since ``since`` or longer.
+        """
+        old = since + self.lease_s
+        ending = [*self._offered(lambda e: not e.asked), *self._offered(lambda e: e.asked and e.expires <= old)]
         freed = 0
-        for entry in self._offered(lambda entry: not entry.asked):
+        for entry in ending:
             if freed >= num_blocks:
-                return
+                break
             freed += entry.num_blocks
             self._end(entry, "reclaimed")
+        return freed
 
     def evict(self) -> bool:
         """End the oldest offered entry, asked for or not; ``False`` if there is none."""
@@ -276,6 +285,7 @@ class Ledger:
         if entry.taker is None:
             self._count_unasked(entry, -1)
         self._asked -= entry.asked
+        self.blocks -= entry.num_blocks
         entry.ended = cause
         self._ended.append(entry)
 

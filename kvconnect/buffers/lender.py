@@ -87,10 +87,10 @@ class Lender:
             self._counts.update(_COUNTED[entry.ended] for entry in ended if entry.ended)
         return [entry.blocks for entry in ended]
 
-    def reclaim(self, num_blocks: int) -> None:
-        """End unclaimed, unasked entries, oldest first, until they held ``num_blocks``."""
+    def reclaim(self, num_blocks: int, offered_s: float = float("inf")) -> int:
+        """End unclaimed entries until they held ``num_blocks``. See `SchedulerEnd.reclaim`."""
         with self._lock:
-            self._ledger.reclaim(num_blocks)
+            return self._ledger.reclaim(num_blocks, self._clock.now() - offered_s)
 
     def evict(self) -> bool:
         """End the oldest unclaimed entry; ``False`` if there is none."""
@@ -102,6 +102,12 @@ class Lender:
         """Blocks that `reclaim` could end."""
         with self._lock:
             return self._ledger.unasked_blocks
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of all entries."""
+        with self._lock:
+            return self._ledger.blocks
 
     def expires_in(self) -> float:
         """Seconds in which nothing expires."""

@@ -82,10 +82,13 @@ class RemoteScheduler(SchedulerEnd):
         """Return the blocks of entries that ended."""
         return self._lender.drain_released() if self._lender is not None else []
 
-    def reclaim(self, num_blocks: int) -> None:
-        """End unclaimed entries nobody asked for."""
-        if self._lender is not None:
-            self._lender.reclaim(num_blocks)
+    def reclaim(self, num_blocks: int, offered_s: float = float("inf")) -> int:
+        """End unclaimed entries."""
+        return self._lender.reclaim(num_blocks, offered_s) if self._lender is not None else 0
+
+    def lent_blocks(self) -> int:
+        """Blocks of all entries."""
+        return self._lender.blocks if self._lender is not None else 0
 
     def unasked_blocks(self) -> int:
         """Blocks that `reclaim` could end."""

@@ -90,6 +90,11 @@ def may_wish_for_layout(asker: str) -> bool:
     return hasattr(utils, "resolve_kv_cache_layout") and not asker.endswith("multi_connector")
 
 
+def block_bytes(config: KVCacheConfig) -> int:
+    """Return the bytes of one block in all layers of one worker."""
+    return sum(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks
+
+
 def inner_layout(config: KVCacheConfig) -> str:
     """Name the order of heads, tokens and content inside a block; where layers and blocks lie does not matter."""
     layout = getattr(config, "kv_cache_layout", None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvconnect.connectors import groups
@@ -28,6 +29,26 @@ log = logging.getLogger(__name__)
 _COMPLETE = frozenset({"FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED", "FINISHED_REPETITION"})
 
 
+@dataclass(frozen=True)
+class Limits:
+    """How much may be lent.
+
+    Args:
+        step_blocks: the most blocks that one scheduling step can ask for on behalf of running requests.
+        unasked_share: largest share of the pool that entries nobody asked for may hold.
+        blocks: the most that all entries may hold; only the pool bounds them, if ``None``.
+        policy: what gives way beyond that, `Config.lend_policy`.
+        spared_s: for so long a taker has time to claim what it asked for, even if a request waits for the blocks.
+
+    """
+
+    step_blocks: int
+    unasked_share: float
+    blocks: int | None = None
+    policy: str = "evict"
+    spared_s: float = 3.0
+
+
 class Lending:
     """Offers finished prompts and takes their blocks back. Engine thread only.
 
@@ -35,19 +56,15 @@ class Lending:
         end: the buffer.
         namespace: of all keys of this engine.
         groups: the KV-cache groups that take part.
-        step_blocks: the most blocks that one scheduling step can ask for on behalf of running requests.
-        unasked_share: largest share of the pool that entries nobody asked for may hold.
+        limits: how much may be lent.
 
     """
 
-    def __init__(
-        self, end: SchedulerEnd, namespace: str, groups: Sequence[Group], step_blocks: int, unasked_share: float
-    ) -> None:
+    def __init__(self, end: SchedulerEnd, namespace: str, groups: Sequence[Group], limits: Limits) -> None:
         self._end = end
         self._namespace = namespace
         self._groups = groups
-        self._step_blocks = step_blocks
-        self._unasked_share = unasked_share
+        self._limits = limits
         self._pins: BlockPins | None = None
         self.counters: Counter[str] = Counter()
 
@@ -70,26 +87,36 @@ class Lending:
                 log.debug("no hand-over for %s: %s", request.request_id, why_not or "its content has no token ids")
             return None
         blocks = select(self._groups, table, key.length)
-        if not asked and not self._has_room(sum(map(len, blocks))):
+        count = sum(map(len, blocks))
+        if not self._within_capacity(count) or (not asked and not self._has_room(count)):
+            self.counters["no_room"] += 1
             return None
         for ids in blocks:
             self._pins.pin(ids)
         ticket = self._end.offer(key, blocks, label=shared_label(request.request_id), asked=asked)
         return _nixl_params(request, ticket)
 
-    def make_room(self, num_blocks: int) -> None:
-        """Before a request is admitted: end unasked entries until ``num_blocks`` are free, if need be."""
+    def admit(self, num_blocks: int) -> None:
+        """Before a request is admitted: end entries until its ``num_blocks`` are free, if need be.
+
+        Takers that have vanished must not keep it waiting: what was asked for gives way, too, if
+        nobody has claimed it in good time.
+        """
+        self.make_room(num_blocks + self._limits.step_blocks)
+        self.make_room(num_blocks, self._limits.spared_s)
+
+    def make_room(self, num_blocks: int, offered_s: float = float("inf")) -> None:
+        """End unclaimed entries until ``num_blocks`` are free: unasked ones, and those offered for ``offered_s``."""
         self.take_back()
         if self._pins is None:
             return
         # Entries may share blocks (a common prefix), so ending one frees fewer than it held.
-        while (short := num_blocks - self._pins.free) > 0 and self._end.unasked_blocks():
-            self._end.reclaim(short)
+        while (short := num_blocks - self._pins.free) > 0 and self._end.reclaim(short, offered_s):
             self.take_back()
 
     def after_step(self) -> None:
         """After a scheduling step: keep free what running requests may ask for in the next one."""
-        self.make_room(self._step_blocks)
+        self.make_room(self._limits.step_blocks)
 
     def let_go(self) -> bool:
         """End every entry that no taker is reading; ``False`` if some are being read."""
@@ -118,18 +145,29 @@ class Lending:
                 return "some of its blocks are gone already"
         return None
 
+    def _within_capacity(self, num_blocks: int) -> bool:
+        """Whether so many more blocks may be lent, once what gives way to them has."""
+        capacity = self._limits.blocks
+        if capacity is None or num_blocks > capacity:
+            return capacity is None
+        over = self._end.lent_blocks() + num_blocks - capacity
+        if over > 0 and self._limits.policy == "evict":
+            over -= self._end.reclaim(over, 0.0)
+            self.take_back()
+        return over <= 0
+
     def _has_room(self, num_blocks: int) -> bool:
         """Make room for an entry nobody asked for within its share, without taking any from traffic."""
         if self._pins is None:
             return False
-        share = int(self._unasked_share * self._pins.total)
+        share = int(self._limits.unasked_share * self._pins.total)
         over = self._end.unasked_blocks() + num_blocks - share
         if num_blocks > share:
             return False
         if over > 0:
             self._end.reclaim(over)
             self.take_back()
-        return self._pins.free >= self._step_blocks
+        return self._pins.free >= self._limits.step_blocks
 
 
 def _nixl_params(request: Request, ticket: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvconnect.connectors import compat
 from kvconnect.connectors.fetching import Fetching
-from kvconnect.connectors.lending import Lending
+from kvconnect.connectors.lending import Lending, Limits
 from kvconnect.connectors.plan import Plan, WorkerNews
 
 if TYPE_CHECKING:
@@ -49,9 +49,10 @@ class SchedulerHalf:
         self._end = engine.buffer.scheduler_end(engine.settings)
         config = engine.config
         if engine.settings.produces:
-            self._lending = Lending(
-                self._end, engine.namespace, engine.groups, engine.step_blocks, config.unasked_share
+            limits = Limits(
+                engine.step_blocks, config.unasked_share, engine.lent_blocks, config.lend_policy, config.lease_s / 10
             )
+            self._lending = Lending(self._end, engine.namespace, engine.groups, limits)
         if engine.settings.consumes:
             if not engine.recomputes:
                 log.info(
@@ -79,7 +80,7 @@ class SchedulerHalf:
     def matched_tokens(self, request: Request, local_tokens: int) -> tuple[int | None, bool]:
         """``get_num_new_matched_tokens``: how much can be fetched, always asynchronously."""
         if self._lending is not None:
-            self._lending.make_room(self._engine.blocks_for(request.num_tokens) + self._engine.step_blocks)
+            self._lending.admit(self._engine.blocks_for(request.num_tokens))
         if self._fetching is None:
             return 0, False
         tokens = self._fetching.external_tokens(request, local_tokens)

@@ -32,6 +32,7 @@ class Engine:
         namespace: of all keys: hash of the fingerprint.
         groups: KV-cache groups that take part.
         num_blocks: blocks of the pool.
+        lent_blocks: the most of them that may be lent, or ``None``.
         step_blocks: the most blocks one scheduling step can ask for on behalf of running requests.
         refusal: why this model's KV cannot be handed over, or ``None``.
         recomputes: whether vLLM computes a request whose load failed itself, rather than fail it.
@@ -46,6 +47,7 @@ class Engine:
     namespace: str
     groups: tuple[groups.Group, ...]
     num_blocks: int
+    lent_blocks: int | None
     step_blocks: int
     refusal: str | None
     recomputes: bool
@@ -101,6 +103,7 @@ def engine(vllm_config: VllmConfig, kv: KVCacheConfig, preset: str | None) -> En
         namespace=namespace(marks),
         groups=members,
         num_blocks=kv.num_blocks,
+        lent_blocks=_whole_blocks(config.lend_capacity_bytes, compat.block_bytes(kv)),
         step_blocks=step_blocks,
         refusal=refusal,
         recomputes=transfer.kv_load_failure_policy == "recompute",
@@ -168,6 +171,10 @@ def _require(pipe: str, preset: str | None) -> None:
             f"no installed distribution provides it; registered are {', '.join(error.registered)}",
             "upgrade kvconnect, or use kv_connector='KvConnect'",
         ) from error
+
+
+def _whole_blocks(nbytes: int | None, block_bytes: int) -> int | None:
+    return nbytes // block_bytes if nbytes is not None and block_bytes else None
 
 
 def _context_parallel(marks: Mapping[str, str | int]) -> str | None:

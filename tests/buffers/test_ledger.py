@@ -222,8 +222,8 @@ class LedgerUse(RuleBasedStateMachine):
 
     @rule(count=st.integers(0, 6))
     def reclaim(self, count):
-        before = self.ledger.unasked_blocks
-        self.ledger.reclaim(count)
+        before, held = self.ledger.unasked_blocks, self.ledger.blocks
+        assert self.ledger.reclaim(count) == held - self.ledger.blocks
         assert self.ledger.unasked_blocks <= max(0, before - min(count, before))
         self.drain()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -18,7 +19,7 @@ from kvconnect.buffers.remote import RemoteBuffer
 from kvconnect.config import Config
 from kvconnect.connectors.compat import BlockPins
 from kvconnect.connectors.groups import Group
-from kvconnect.connectors.lending import Lending
+from kvconnect.connectors.lending import Lending, Limits
 
 BLOCK = 4
 POOL = 41  # one of them is the null block
@@ -59,11 +60,10 @@ class Producer:
 
 @pytest.fixture
 def producer(request: pytest.FixtureRequest) -> Iterator[Producer]:
-    share = getattr(request, "param", 0.5)
     config = Config(group="test-lending", lease_s=30)
     end = RemoteBuffer.scheduler_end(EndSettings("engine", {"model": "m"}, 1, True, False, config))
     pool = BlockPool(POOL, enable_caching=True, hash_block_size=BLOCK)
-    lending = Lending(end, "ns", GROUPS, step_blocks=4, unasked_share=share)
+    lending = Lending(end, "ns", GROUPS, getattr(request, "param", Limits(4, 0.5)))
     lending.bind(BlockPins(pool, lending.let_go))
     yield Producer(pool, end, lending)
     end.close()
@@ -97,7 +97,7 @@ def test_a_request_that_was_aborted_is_not_offered(producer: Producer) -> None:
     assert producer.free == POOL - 1
 
 
-@pytest.mark.parametrize("producer", [0.25], indirect=True)
+@pytest.mark.parametrize("producer", [Limits(4, 0.25)], indirect=True)
 def test_unasked_entries_hold_no_more_than_their_share(producer: Producer) -> None:
     for _ in range(10):
         producer.serve(12)
@@ -105,13 +105,13 @@ def test_unasked_entries_hold_no_more_than_their_share(producer: Producer) -> No
     assert producer.free >= 0.75 * (POOL - 1)
 
 
-@pytest.mark.parametrize("producer", [0.25], indirect=True)
+@pytest.mark.parametrize("producer", [Limits(4, 0.25)], indirect=True)
 def test_a_prompt_larger_than_the_share_is_not_kept(producer: Producer) -> None:
     assert producer.serve(12 * BLOCK) is None
     assert producer.free == POOL - 1
 
 
-@pytest.mark.parametrize("producer", [1.0], indirect=True)
+@pytest.mark.parametrize("producer", [Limits(4, 1.0)], indirect=True)
 def test_unasked_entries_give_way_before_a_request_waits(producer: Producer) -> None:
     while producer.end.unasked_blocks() < 30:
         producer.serve(12)
@@ -121,7 +121,7 @@ def test_unasked_entries_give_way_before_a_request_waits(producer: Producer) -> 
     assert producer.end.unasked_blocks() < held
 
 
-@pytest.mark.parametrize("producer", [1.0], indirect=True)
+@pytest.mark.parametrize("producer", [Limits(4, 1.0)], indirect=True)
 def test_room_for_the_next_step_of_running_requests_is_always_free(producer: Producer) -> None:
     for _ in range(20):
         producer.serve(12)
@@ -180,7 +180,7 @@ def test_a_prompt_with_blocks_outside_its_window_missing_is_still_offered(produc
     group = Group(0, BLOCK, 8, ("layer",))
     # The last of 20 tokens is computed by the consumer: it reads from position 12 on.
     assert group.needed(19) == range(3, 5)
-    lending = Lending(producer.end, "ns", (group,), 4, 0.5)
+    lending = Lending(producer.end, "ns", (group,), Limits(4, 0.5))
     lending.bind(BlockPins(producer.pool, lending.let_go))
     blocks = producer.pool.get_new_blocks(2)
     request = Request("w", list(range(20)), SamplingParams(max_tokens=1), None)
@@ -188,3 +188,49 @@ def test_a_prompt_with_blocks_outside_its_window_missing_is_still_offered(produc
     assert lending.finished(request, [[0, 0, 0, *(b.block_id for b in blocks)]]) is not None
     request.request_id = "thin"
     assert lending.finished(request, [[0, 0, 0, 0, blocks[1].block_id]]) is None
+
+
+@pytest.mark.parametrize("producer", [Limits(4, 0.5, blocks=9)], indirect=True)
+def test_the_oldest_that_nobody_has_claimed_give_way_to_new_prompts_at_the_capacity(producer: Producer) -> None:
+    answers = [producer.serve(12, asked=True) for _ in range(10)]
+    assert None not in answers
+    assert producer.end.lent_blocks() == 9
+    assert producer.free == POOL - 1 - 9
+    assert producer.end.stats()["reclaimed"] == 7
+
+
+@pytest.mark.parametrize("producer", [Limits(4, 0.5, blocks=9)], indirect=True)
+def test_what_nobody_asked_for_gives_way_first(producer: Producer) -> None:
+    producer.serve(12, asked=True)
+    producer.serve(12)
+    producer.serve(12, asked=True)
+    producer.serve(12, asked=True)
+    assert producer.end.unasked_blocks() == 0
+    assert producer.end.lent_blocks() == 9
+
+
+@pytest.mark.parametrize("producer", [Limits(4, 0.5, blocks=9, policy="refuse")], indirect=True)
+def test_a_prompt_beyond_the_capacity_is_not_lent_if_the_policy_is_to_refuse(producer: Producer) -> None:
+    answers = [producer.serve(12, asked=True) for _ in range(5)]
+    assert [answer is None for answer in answers] == [False] * 3 + [True] * 2
+    assert producer.lending.counters["no_room"] == 2
+    assert producer.free == POOL - 1 - 9
+
+
+@pytest.mark.parametrize("producer", [Limits(4, 0.5, blocks=9)], indirect=True)
+def test_a_prompt_larger_than_the_capacity_ends_no_other(producer: Producer) -> None:
+    producer.serve(12, asked=True)
+    assert producer.serve(10 * BLOCK, asked=True) is None
+    assert producer.end.lent_blocks() == 3
+
+
+@pytest.mark.parametrize("producer", [Limits(4, 0.5, spared_s=0.2)], indirect=True)
+def test_what_was_asked_for_and_not_claimed_in_good_time_gives_way_to_a_request_that_waits(producer: Producer) -> None:
+    producer.serve(20 * BLOCK, asked=True)
+    producer.lending.admit(30)
+    assert producer.free == POOL - 1 - 20
+    threading.Event().wait(0.25)
+    producer.lending.after_step()
+    assert producer.free == POOL - 1 - 20, "nobody waits for it"
+    producer.lending.admit(30)
+    assert producer.free == POOL - 1
