@@ -64,11 +64,13 @@ class Mortal:
         if engine is None:
             raise AssertionError("P has not come back before it was to be killed again")
         self.kills += 1
-        engine.close()
-        self._restarting = threading.Thread(target=self._restart, name="test-restart", daemon=True)
+        engine.kill()
+        self._restarting = threading.Thread(target=self._restart, args=(engine,), name="test-restart", daemon=True)
         self._restarting.start()
 
-    def _restart(self) -> None:
+    def _restart(self, dead: EngineProcess) -> None:
+        with self._lock:
+            dead.close()  # not before whoever waits for its answer has heard of its death
         try:
             engine = self._start()
         except BaseException as error:  # noqa: BLE001 - handed to whoever calls next
