@@ -16,10 +16,11 @@ from kvconnect.demo import client as api
 from kvconnect.demo.client import Prompt
 from kvconnect.demo.engines import Server
 from tests.vllm.fleet import Fleet, unique
-from tests.vllm.workers import loads
 
 #: What no engine's log may contain.
 _CRASHES = ("Traceback (most recent call last)", "EngineDeadError", "AssertionError")
+#: How a load ended, well or not, and of which request: once for each worker.
+_END = re.compile(r'kvconnect\.load \{"request": "([^"]+)"|could not load the KV of ([^:\s]+):')
 
 
 def leave(
@@ -65,18 +66,9 @@ def poke(fleet: Fleet, p: int = 0, d: int = 0) -> None:
     fleet.by_ticket(Prompt([5], max_tokens=1, salt=unique("poke")), p, d)
 
 
-def crashes(server: Server) -> list[str]:
-    """Return the lines of a server's log that tell of a crash."""
-    lines = server.log.read_text(errors="replace").splitlines()
-    return [line for line in lines if any(sign in line for sign in _CRASHES)]
-
-
-def reported_twice(server: Server) -> list[str]:
-    """Return the requests whose load a server of one worker reports more than once, well or not."""
-    ends = [record["request"] for record in loads(server)]
-    ends += [
-        line.partition("could not load the KV of ")[2].partition(":")[0]
-        for line in server.log.read_text(errors="replace").splitlines()
-        if "could not load the KV of " in line
-    ]
-    return [request for request, times in Counter(ends).items() if times > 1]
+def complaints(server: Server, since: int = 0) -> list[str]:
+    """Return what a log says, from a byte on, of crashes, and of loads that were reported more than once."""
+    lines = server.log.read_bytes()[since:].decode(errors="replace").splitlines()
+    found = [line for line in lines if any(sign in line for sign in _CRASHES)]
+    ends = Counter(match[1] or match[2] for line in lines if (match := _END.search(line)))
+    return found + [f"{request}: reported {times} times" for request, times in ends.items() if times > 1]

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.vllm import wired
-from tests.vllm.clients import crashes, held, leave, poke, reported_twice, until
+from tests.vllm.clients import complaints, held, leave, poke, until
 from tests.vllm.fleet import BLOCK, unique
 from tests.vllm.schedules import Schedules
 from tests.vllm.wired import Wired
@@ -58,8 +58,7 @@ def at_rest(w: Wired) -> None:
 
     until(free, LEASE_S + 3, "every block is free")
     for engine in fleet.engines:
-        assert crashes(engine) == []
-        assert reported_twice(engine) == []
+        assert complaints(engine) == []
 
 
 def loaded(w: Wired) -> bool:
