@@ -1,4 +1,4 @@
-"""Clocks that stand still until a test moves them: one for each engine, seen by all processes."""
+"""Clocks that stand still until a test moves them: one for each host, seen by all processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _START = 1000.0
 
 
 class Clocks:
-    """As many clocks as there are engines, in memory that forked processes share."""
+    """As many clocks as there are hosts, in memory that forked processes share."""
 
     def __init__(self, count: int) -> None:
         self._times = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("d")
@@ -20,12 +20,12 @@ class Clocks:
             self._times[index] = _START
 
     def advance(self, seconds: float, only: int | None = None) -> None:
-        """Let time pass for all engines, or make the clock of one jump."""
+        """Let time pass at all hosts, or make the clock of one jump."""
         for index in range(self.count) if only is None else (only,):
             self._times[index] += seconds
 
     def of(self, index: int) -> Clock:
-        """Return an engine's clock."""
+        """Return a host's clock."""
         return _Shared(self._times, index)
 
 
@@ -34,6 +34,10 @@ class _Shared(Clock):
 
     def __init__(self, times: memoryview, index: int) -> None:
         self._times, self._index = times, index
+
+    @property
+    def identity(self) -> str:
+        return f"of host {self._index}"
 
     def now(self) -> float:
         return float(self._times[self._index])

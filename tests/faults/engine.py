@@ -25,6 +25,7 @@ from kvconnect.clock import Clock
 from kvconnect.connectors import compat, setup
 from kvconnect.testing.leaks import Holdings
 from tests.connectors.headless import BLOCK, SHAPES, Engine
+from tests.faults.copies import CopyGate
 
 #: No command takes longer, or the engine hangs.
 LIMIT_S = 15.0
@@ -235,17 +236,35 @@ class _Log(logging.Handler):
 class EngineProcess:
     """The parent's handle."""
 
-    def __init__(self, model: str, transfer: Mapping[str, Any], clock: Clock) -> None:
+    def __init__(
+        self,
+        model: str,
+        transfer: Mapping[str, Any],
+        clock: Clock,
+        copies: CopyGate | None = None,
+        *,
+        wait: bool = True,
+    ) -> None:
+        """``copies`` is where its copies from peers' memory can be held; without ``wait``, call `begun` later."""
         self._connection, theirs = _FORK.Pipe()
-        self._process = _FORK.Process(target=_main, args=(theirs, model, dict(transfer), clock), daemon=True)
+        self._process = _FORK.Process(target=_main, args=(theirs, model, dict(transfer), clock, copies), daemon=True)
         self._process.start()
         theirs.close()
         self.stopped = False
+        if wait:
+            self.begun()
+
+    def begun(self) -> None:
+        """Wait until it has started."""
         self._answer()
 
     @property
     def alive(self) -> bool:
         return self._process.is_alive()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid or 0
 
     def call(self, command: str, *arguments: Any) -> Any:
         """Have the engine obey; raises what it raised, or `EngineDiedError`."""
@@ -260,12 +279,12 @@ class EngineProcess:
         self._process.join(LIMIT_S)
 
     def stop(self) -> None:
-        os.kill(self._process.pid or 0, signal.SIGSTOP)
+        os.kill(self.pid, signal.SIGSTOP)
         self.stopped = True
 
     def go_on(self) -> None:
         if self.stopped:
-            os.kill(self._process.pid or 0, signal.SIGCONT)
+            os.kill(self.pid, signal.SIGCONT)
             self.stopped = False
 
     def close(self) -> None:
@@ -284,7 +303,9 @@ class EngineProcess:
         return outcome
 
 
-def _main(connection: Connection, model: str, transfer: dict[str, Any], clock: Clock) -> None:
+def _main(
+    connection: Connection, model: str, transfer: dict[str, Any], clock: Clock, copies: CopyGate | None = None
+) -> None:
     _forget_sockets(connection.fileno())
     torch.set_num_threads(1)
     log = _Log()
@@ -292,6 +313,8 @@ def _main(connection: Connection, model: str, transfer: dict[str, Any], clock: C
     logging.getLogger("kvconnect").propagate = False
     _plugin.register()
     compat.worker_rank = lambda: 0  # type: ignore[assignment]
+    if copies is not None:
+        copies.put_in_the_way()
     real = setup.engine
 
     def clocked(*args: Any) -> setup.Engine:

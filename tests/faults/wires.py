@@ -33,6 +33,8 @@ class Wire:
 
     def __init__(self, here: str, there: str, port: int) -> None:
         self._there, self._closed = (there, port), False
+        #: Grows with whatever passes, so that a test can tell whether anything does.
+        self.passed = 0
         self._lock = threading.Lock()
         self._lines: set[_Line] = set()
         self._flows = threading.Event()
@@ -89,6 +91,7 @@ class Wire:
     def _pump(self, line: _Line, source: socket.socket, target: socket.socket, asks: bool) -> None:
         try:
             for part in self._parts(line, source, asks):
+                self.passed += 1
                 self._flows.wait()
                 self._pass(line, target, part, asks)
             self._flows.wait()

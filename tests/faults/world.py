@@ -1,15 +1,20 @@
-"""Two engines, the wires between them and their clocks: one world for one schedule of faults."""
+"""Two engines, the wires between them and their clocks: one world for one schedule of faults.
+
+Nothing sleeps here until the engines are surely done: as long as anything passes a wire or an
+engine's report changes, the clocks stand still, and as soon as nothing does, they run fast.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
 import re
-import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from kvconnect import _plugin
@@ -18,6 +23,7 @@ from kvconnect.demo import model
 from kvconnect.testing.leaks import Holdings
 from tests.connectors.headless import BLOCKS, SHAPES, Engine
 from tests.faults.clocks import Clocks
+from tests.faults.copies import CopyGate
 from tests.faults.engine import EngineDiedError, EngineProcess, Report
 from tests.faults.wires import ControlWire, DataWire
 
@@ -25,16 +31,19 @@ LEASE_S, CONNECT_S, LOOKUP_S, TRANSFER_S, RELEASE_S = 10.0, 5.0, 2.0, 20.0, 5.0
 #: Nothing may keep a request longer than all its deadlines one after another, and what they leave to others.
 ENOUGH_S = 2 * (CONNECT_S + LOOKUP_S + TRANSFER_S + RELEASE_S) + 10.0
 TOKENS = 100
-#: Of real time, that real sockets and threads need before the clock is moved.
-_GRACE_S = 0.4
+#: How long nothing may stir, in real time, before the clocks are moved at all, and from then on.
+_GRACE_S, _QUIET_S = 0.03, 0.01
 _LIMIT_S = 20.0
 #: A connection of the control channel that nobody uses lives for so long at most.
 _IDLE_S = 450.0
-_HERE, _P_TOLD, _D_TOLD = "127.0.0.1", "127.0.0.2", "127.0.0.3"
 #: Threads of a pool of fixed size, each made when it is first needed.
 _CREW = re.compile(r"thread 'kvconnect-(read-starts|pipe-\w+)-[0-3]'")
+#: Where P listens, for control and for data: of those that the kernel gives to no connection of its own.
+_PORTS = 20001, 20002
 _worlds = itertools.count()
 P, D = 0, 1
+#: Pipe, and whether the engines are on two hosts, as far as their clocks go.
+SITES = {"tcp": ("tcp", False), "shm": ("shm", False), "tcp apart": ("tcp", True)}
 
 
 class NotReachedError(AssertionError):
@@ -44,17 +53,25 @@ class NotReachedError(AssertionError):
 class World:
     """A producer P and a consumer D, met through wires."""
 
-    def __init__(self, pipe: str = "tcp", policy: str = "recompute") -> None:
-        self.pipe, self.policy = pipe, policy
-        self.clocks = Clocks(2)
+    def __init__(self, site: str = "tcp", policy: str = "recompute") -> None:
+        self.site, self.policy = site, policy
+        self.pipe, self.apart = SITES[site]
+        self.clocks = Clocks(1 + self.apart)
+        self.copies = CopyGate()
         self._model = str(model.ensure())
-        self._group = f"faults-{os.getpid()}-{next(_worlds)}"
-        self._ports = free_port(), free_port()
+        number = next(_worlds)
+        self._group = f"faults-{os.getpid()}-{number}"
+        # Addresses of its own, so that no other world is in the way of its ports.
+        net = f"127.{64 + os.getpid() // 250 % 128}.{os.getpid() % 250}."
+        first = 3 * (number % 80) + 1
+        self._here, *self._told = (f"{net}{first + i}" for i in range(3))
         self._numbers = itertools.count(1)
         self.last: dict[int, Report] = {}
         #: Requests that D was given, the latest last.
         self.added: list[str] = []
         self.engines: list[EngineProcess] = []
+        #: Whether both are the engines that it began with.
+        self.intact = True
         #: Real time for what needs no other.
         self.patience_s = _LIMIT_S / 2
         self.complaint: list[str] = []
@@ -63,9 +80,11 @@ class World:
         self.wires: dict[str, ControlWire | DataWire] = {}
         try:
             self.engines += [self._engine(P), self._engine(D)]
-            self.wires["ask"] = ControlWire(_P_TOLD, _HERE, self._ports[0])
-            if pipe == "tcp":
-                self.wires["data"] = DataWire(_P_TOLD, _HERE, self._ports[1])
+            for engine in self.engines:
+                engine.begun()
+            self.wires["ask"] = ControlWire(self._told[P], self._here, _PORTS[0])
+            if self.pipe == "tcp":
+                self.wires["data"] = DataWire(self._told[P], self._here, _PORTS[1])
             self._wire_movers(P, D)
         except BaseException:
             self.close()
@@ -108,10 +127,10 @@ class World:
         return wire
 
     def _engine(self, which: int) -> EngineProcess:
-        told = (_P_TOLD, _D_TOLD)[which]
+        hosts = {"bind_host": self._here, "advertise_host": self._told[which]}
         extra: dict[str, Any] = {
+            **hosts,
             "group": self._group,
-            "advertise_host": told,
             "content_lookup": False,
             "lease_s": LEASE_S,
             "connect_timeout_s": CONNECT_S,
@@ -121,25 +140,28 @@ class World:
             "pipe": {"name": self.pipe},
         }
         if which == P:
-            extra["port"] = self._ports[0]
+            extra["port"] = _PORTS[0]
         if self.pipe == "tcp":
-            extra["pipe"] |= {"advertise_host": told} | ({"port": self._ports[1]} if which == P else {})
+            extra["pipe"] |= hosts | ({"port": _PORTS[1]} if which == P else {})
         role = ("kv_producer", "kv_consumer")[which]
         transfer = {"kv_connector": "KvConnect", "kv_role": role, "kv_connector_extra_config": extra}
         transfer |= {"engine_id": "PD"[which], "kv_load_failure_policy": self.policy}
-        return EngineProcess(self._model, transfer, self.clocks.of(which))
+        clock = self.clocks.of(which if self.apart else 0)
+        return EngineProcess(self._model, transfer, clock, self.copies if which == D else None, wait=False)
 
     def _wire_movers(self, *which: int) -> None:
         for side in which:
-            name, told = (("to_p", _P_TOLD), ("to_d", _D_TOLD))[side]
+            name = ("to_p", "to_d")[side]
             if name in self.wires:
                 self.wires[name].close()
-            self.wires[name] = ControlWire(told, _HERE, self.engines[side].call("facts")["mover"])
+            self.wires[name] = ControlWire(self._told[side], self._here, self.engines[side].call("facts")["mover"])
 
     def restart(self, which: int) -> None:
         """Start a killed engine again, at the same address."""
+        self.intact = False
         self.engines[which].close()
         self.engines[which] = self._engine(which)
+        self.engines[which].begun()
         self._held.pop(which, None)
         if which == D:
             self.added.clear()
@@ -161,21 +183,43 @@ class World:
                 self.last[which] = report = engine.call("step")
                 assert not report.wrong, report.wrong
 
-    def until(self, true: Callable[[], Any], what: str, within_s: float = 0.0, tick_s: float = 0.25) -> Any:
-        """Step until something is true; after a grace of real time let up to ``within_s`` of the clocks' pass."""
-        began, left = time.monotonic(), within_s
+    def until(
+        self,
+        true: Callable[[], Any],
+        what: str,
+        within_s: float = 0.0,
+        tick_s: float = 1.0,
+    ) -> Any:
+        """Step until something is true; where nothing stirs any more, up to ``within_s`` of the clocks' pass."""
+        limit = time.monotonic() + (_LIMIT_S if within_s else self.patience_s)
+        left, quiet_s, seen, since = within_s, _GRACE_S, None, time.monotonic()
         while not (answer := true()):
             self.step()
-            pause(0.004 if time.monotonic() - began < _GRACE_S else 0.015)
-            spent = time.monotonic() - began
-            if spent > _GRACE_S and left > 0:
-                left -= tick_s
+            now, signs = time.monotonic(), self._signs()
+            if signs != seen:
+                seen, since = signs, now
+            elif now - since > quiet_s and left > 0 and self._all_asleep():
+                left, quiet_s, since = left - tick_s, _QUIET_S, now
                 self.clocks.advance(tick_s)
-            elif spent > (_LIMIT_S if within_s else self.patience_s) or (
-                within_s and left <= 0 and spent > 2 * _GRACE_S
-            ):
+            elif now > limit or (within_s and left <= 0 and now - since > 2 * _GRACE_S):
                 raise NotReachedError(f"{what} did not come about; {self.complaint} {self.facts()}")
+            pause(0.001 if now - since < 0.004 else 0.003)
         return answer
+
+    def _signs(self) -> object:
+        """What changes as long as anything goes on."""
+        return dict(self.last), [wire.passed for wire in self.wires.values()]
+
+    def _all_asleep(self) -> bool:
+        """Whether no thread has anything to do, or waits for its turn, as on a busy machine all do."""
+        alive = [str(engine.pid) for engine in self.engines if engine.alive and not engine.stopped]
+        for process in ("self", *alive):
+            for task in Path(f"/proc/{process}/task").iterdir():
+                with contextlib.suppress(OSError):  # the thread has ended
+                    state = (task / "stat").read_text(encoding="utf-8").rpartition(") ")[2][0]
+                    if state in "RD" and task.name != str(threading.get_native_id()):
+                        return False
+        return True
 
     def wait(self, true: Callable[[], Any], what: str) -> None:
         """Wait for something that needs neither a step nor time."""
@@ -225,6 +269,7 @@ class World:
         """End every fault that lasts: who is dead starts again, who is stopped goes on."""
         for wire in self.wires.values():
             wire.heal()
+        self.copies.heal()
         for which, engine in enumerate(self.engines):
             engine.go_on()
             if not engine.alive:
@@ -241,7 +286,7 @@ class World:
             )
 
         self.step()
-        self.until(rested, "every block free within a lease", LEASE_S + 1.0)
+        self.until(rested, "every block free within a lease", LEASE_S + 1.0, tick_s=0.5)
 
     def note_holdings(self) -> None:
         """Remember what the engines hold once everything that is made late has been made.
@@ -252,10 +297,12 @@ class World:
         for wire in self.wires.values():
             wire.cut()
         self.assert_serves()
-        for _ in range(12):
-            self.clocks.advance(LEASE_S / 10)
-            self.step()
-            pause(0.01)
+        asked = {name: len(self._control(name).seen) for name in ("to_p", "to_d")}
+
+        def looked() -> bool:  # from each side after the other
+            return all(("pipe.ping", True) in self._control(name).seen[count:] for name, count in asked.items())
+
+        self.until(looked, "that they look after their pipe", 2 * LEASE_S)
         self._held = {which: engine.call("holdings") for which, engine in enumerate(self.engines)}
 
     def assert_nothing_left(self) -> None:
@@ -272,7 +319,7 @@ class World:
 
         # Peers that vanished are noticed by a question once a lease; idle connections end later.
         what, within_s = "the end of all that was not held before", 4 * LEASE_S + _IDLE_S
-        self.until(lambda: not (found := left()) or self._complain(found), what, within_s, tick_s=2.0)
+        self.until(lambda: not (found := left()) or self._complain(found), what, within_s, tick_s=15.0)
 
     def _complain(self, found: list[str]) -> None:
         self.complaint = found
@@ -290,12 +337,6 @@ def pause(seconds: float) -> None:
     threading.Event().wait(seconds)
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind((_HERE, 0))
-        return int(sock.getsockname()[1])
-
-
 def warm_up() -> None:
     """Build an engine of each role here, and end it."""
     _plugin.register()
@@ -309,3 +350,6 @@ def warm_up() -> None:
             engine.close()
     finally:
         compat.worker_rank = worker_rank
+    # What a collection in a forked engine would look at would be copied for it.
+    gc.collect()
+    gc.freeze()
