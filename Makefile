@@ -18,18 +18,20 @@ PYTEST ?=
 DEMO ?=
 # Options for the benchmarks: make bench BENCH="--help"
 BENCH ?=
+# Schedules of faults, and for how many seconds at most: make test-faults FAULTS="KVCONNECT_SCHEDULES=500"
+FAULTS ?= KVCONNECT_SCHEDULES=10000 KVCONNECT_SECONDS=150
 # Options for the fuzzer: make fuzz FUZZ="--help"
 FUZZ ?= --seconds 600
 # The interpreter of a machine with GPUs, with CUDA builds of torch and vLLM.
 GPU_PYTHON ?= python3
 
 .NOTPARALLEL:
-.PHONY: help venv demo test test-unit test-vllm test-full test-gpu fuzz lint format bench lock
+.PHONY: help venv demo test test-unit test-faults test-vllm test-full test-gpu fuzz lint format bench lock
 
 help:
 	@echo "make venv       install everything into $(VENV) (about 3 GB), once"
 	@echo "make demo       two vLLM engines on this machine hand KV over"
-	@echo "make test       units, contracts and real engines (test-unit, then test-vllm)"
+	@echo "make test       units, contracts and real engines (test-unit, test-faults, test-vllm)"
 	@echo "make test-full  the same with the slow ones, then make fuzz"
 	@echo "make test-gpu   what needs CUDA, with GPU_PYTHON=$(GPU_PYTHON)"
 	@echo "make fuzz       what peers may send, for ten minutes (FUZZ=\"--seconds 60 --seed 7\")"
@@ -55,17 +57,24 @@ $(VENV)/.kvconnect: pyproject.toml $(VENV)/.locked
 demo: venv
 	$(BIN)/python -m kvconnect demo $(DEMO)
 
-test: test-unit test-vllm
+test: test-unit test-faults test-vllm
 
 test-unit: venv
-	$(BIN)/python -m pytest -m "not vllm and not gpu and not slow" $(PYTEST)
+	$(BIN)/python -m pytest -m "not vllm and not gpu and not slow" --ignore=tests/faults $(PYTEST)
+
+# The table of what was struck goes to build/faults.json, too.
+test-faults: venv
+	KVCONNECT_COVERAGE=build/faults.json $(FAULTS) \
+		$(BIN)/python -m pytest --durations=10 -m "not gpu and not slow" tests/faults $(PYTEST)
 
 # Verbose, since one case may take a minute; names as they pass are the progress.
 test-vllm: venv
 	$(BIN)/python -m pytest -v --durations=10 -m "vllm and not gpu and not slow" tests/vllm $(PYTEST)
 
+# Ten thousand schedules of faults take about half an hour of two idle cores.
 test-full: venv
-	$(BIN)/python -m pytest -v --durations=20 -m "not gpu" $(PYTEST)
+	KVCONNECT_COVERAGE=build/faults.json KVCONNECT_SCHEDULES=10000 KVCONNECT_SECONDS=5400 KVCONNECT_STRIKES=20 \
+		$(BIN)/python -m pytest -v --durations=20 -m "not gpu" $(PYTEST)
 	$(BIN)/python -m tests.fuzz $(FUZZ)
 
 # pytest-timeout is the only plugin asked for: the options of the others would be errors without them.

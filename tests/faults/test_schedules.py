@@ -71,9 +71,10 @@ class Schedule(RuleBasedStateMachine):
         return self.world
 
     @precondition(lambda self: self.both_up)
-    @rule(phase=st.sampled_from(PHASES), fault=st.sampled_from(FAULTS))
-    def strike(self, phase: cells.Phase, fault: cells.Fault) -> None:
+    @rule(cell=st.sampled_from([(phase, fault) for phase in PHASES for fault in FAULTS]))
+    def strike(self, cell: tuple[cells.Phase, cells.Fault]) -> None:
         """Begin a hand-over, bring it to a phase if it gets there, and have a fault strike."""
+        phase, fault = cell
         if not possible(self.w.site, fault):
             return
         self.both_up = fault not in ENDS
