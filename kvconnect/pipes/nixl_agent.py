@@ -16,13 +16,12 @@ the GIL; requests are therefore kept small and take turns.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import ctypes
 import logging
 import os
 import secrets
 import threading
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +31,7 @@ from kvconnect.config import Backend
 from kvconnect.errors import BrokenError, ConfigError, KVConnectError, UnavailableBackendError
 from kvconnect.paging import IoVec
 from kvconnect.pipes.base import YES, Verdict
+from kvconnect.pipes.nixl_peers import Peers
 from kvconnect.pipes.nixl_place import Place, Registration
 from kvconnect.pipes.nixl_thread import PollingThread, Then, ours
 
@@ -95,8 +95,7 @@ class Agent(PollingThread):
         self.pid = os.getpid()
         self.name = f"kvconnect-{self.pid}-{secrets.token_hex(8)}"
         #: How many pipes use each remote agent, and how many requests to it are under way.
-        self._peers: Counter[str] = Counter()
-        self._flying: Counter[str] = Counter()
+        self._peers: Peers
         self._kept: OrderedDict[Key, Any] = OrderedDict()
         self._listeners: dict[bytes, Listener] = {}
         self._registered: dict[tuple[Any, ...], Registration] = {}
@@ -217,6 +216,7 @@ class Agent(PollingThread):
 
         place.enter()
         self._nixl = nixl_agent(self.name, nixl_agent_config(enable_prog_thread=False, backends=[]))
+        self._peers = Peers(self.name, self._nixl, self._release_kept)
         for backend in backends:
             if backend.name not in self._nixl.get_plugin_list():
                 known = ", ".join(sorted(self._nixl.get_plugin_list()))
@@ -252,37 +252,19 @@ class Agent(PollingThread):
             registration.owner = None
 
     def _meet(self, name: str, metadata: bytes) -> Peer:
-        # Both ends in one process share this agent, and reach its memory without introduction.
-        if name != self.name:
-            found = self._nixl.add_remote_agent(metadata)
-            if isinstance(found, bytes):
-                found = found.decode()
-            if found != name:
-                self._nixl.remove_remote_agent(found)
-                raise BrokenError(f"the peer said that its agent is {name!r}, its metadata say {found!r}")
-        self._peers[name] += 1
-        return Peer(self, name)
+        self._peers.meet(name, metadata)
+        return Peer(self, name, metadata)
 
-    def _leave(self, name: str) -> None:
-        self._peers[name] -= 1
-        self._forget_if_unused(name)
-
-    def _forget_if_unused(self, name: str) -> None:
-        if self._peers[name] > 0 or self._flying[name] > 0:
-            return
-        del self._peers[name], self._flying[name]
-        self._release_kept(name)
-        if name != self.name:
-            with contextlib.suppress(Exception):  # NIXL itself may have forgotten it
-                self._nixl.remove_remote_agent(name)
+    def _leave(self, peer: Peer) -> None:
+        self._peers.leave(peer.name, peer.metadata)
 
     def _post(self, request: Read) -> None:
         try:
-            if not self._peers[request.peer]:
+            if not self._peers.is_met(request.peer):
                 raise BrokenError("the pipe was closed")
             request.local[0].enter()
             request.handle = self._prepared(request)
-            self._flying[request.peer] += 1
+            self._peers.reading(request.peer)
             over = _is_over(self._nixl.transfer(request.handle))
         except Exception as error:  # noqa: BLE001 - NIXL's own; handed to whoever asked
             self._over(request, ours(error))
@@ -315,8 +297,7 @@ class Agent(PollingThread):
                     _release(self._kept.popitem(last=False)[1])
             else:
                 _release(handle)
-            self._flying[request.peer] -= 1
-            self._forget_if_unused(request.peer)
+            self._peers.read(request.peer)
         request.on_over(error)
 
     def _release_kept(self, peer: str | None = None) -> None:
@@ -361,10 +342,11 @@ class Peer:
 
     agent: Agent
     name: str
+    metadata: bytes
 
     def leave(self) -> None:
         """Say that this pipe needs it no more."""
-        self.agent.soon(lambda: self.agent._leave(self.name))  # noqa: SLF001 - one small room
+        self.agent.soon(lambda: self.agent._leave(self))  # noqa: SLF001 - one small room
 
 
 def _release(handle: Any) -> None:

@@ -57,6 +57,7 @@ class Meeting:
         self._end, self._local, self._remote, self._token = end, local, remote, token
         self._lock = threading.Lock()
         self._ended = False
+        self._slots: Peer | None = None
         self.target: Target | None = None
 
     def _card(self) -> dict[str, Any]:
@@ -123,9 +124,15 @@ class Meeting:
 
         def learn() -> None:
             try:
-                self._end.shared.agent.meet(name, metadata).leave()
+                peer = self._end.shared.agent.meet(name, metadata)
             except Exception as error:  # noqa: BLE001 - NIXL's own
                 self._end.fail(failed(error))
+                return
+            with self._lock:
+                other = peer if self._ended else self._slots
+                self._slots = None if self._ended else peer
+            if other is not None:
+                other.leave()
 
         self._end.shared.agent.soon(learn)
         return {}
@@ -139,6 +146,8 @@ class Meeting:
     def end(self) -> None:
         """The other end's memory is read no more."""
         with self._lock:
-            self._ended, target = True, self.target
+            self._ended, target, slots = True, self.target, self._slots
         if target is not None:
             target.peer.leave()
+        if slots is not None:
+            slots.leave()
