@@ -61,6 +61,8 @@ class Config:
             bounds them, unless it is set.
         lend_policy: what gives way when a prompt does not fit into it: the oldest entries that nobody has claimed
             (``"evict"``), or that prompt, which its taker computes (``"refuse"``).
+        load_capacity_bytes: the most that loads under way may hold of each worker's KV memory, but for a single
+            load; bounded only by what decoding requests may soon need, unless it is set.
         content_lookup: look for requests without a ticket at the known producers.
         log_transfers: one INFO line a transfer (it is DEBUG otherwise), for demonstrations and debugging.
         checksum: compare the sum of the blocks that have arrived with that of the owner's blocks, whatever
@@ -92,6 +94,7 @@ class Config:
     unasked_share: float = 0.25
     lend_capacity_bytes: int | None = None
     lend_policy: Literal["evict", "refuse"] = "evict"
+    load_capacity_bytes: int | None = None
     content_lookup: bool = True
     log_transfers: bool = False
     checksum: bool = False
@@ -118,8 +121,6 @@ class Config:
                 raise ConfigError(f"{path}.{name} must be greater than 0, got {getattr(self, name)}")
         if not 0 <= self.unasked_share <= 1:
             raise ConfigError(f"{path}.unasked_share must be between 0 and 1, got {self.unasked_share}")
-        if self.lend_capacity_bytes is not None and self.lend_capacity_bytes < 0:
-            raise ConfigError(f"{path}.lend_capacity_bytes must not be negative, got {self.lend_capacity_bytes}")
         for name in ("port", "kv_port"):
             port = getattr(self, name)
             if port is not None and not 0 <= port <= 65535:
@@ -128,12 +129,18 @@ class Config:
             host, _, number = peer.rpartition(":")
             if not host or not number.isdecimal():
                 raise ConfigError(f"{path}.peers[{i}] must look like 'host:port', got {peer!r}")
+        self._check_capacities()
         self._check_keys()
         if self.kv_rank is not None and self.kv_parallel_size is not None and self.kv_rank >= self.kv_parallel_size:
             raise ConfigError(
                 f"{path}.kv_rank is {self.kv_rank}, but ranks run from 0 to kv_parallel_size - 1 "
                 f"= {self.kv_parallel_size - 1}"
             )
+
+    def _check_capacities(self) -> None:
+        for name in ("lend_capacity_bytes", "load_capacity_bytes"):
+            if (getattr(self, name) or 0) < 0:
+                raise ConfigError(f"{PATH}.{name} must not be negative, got {getattr(self, name)}")
 
     def _check_keys(self) -> None:
         if self.key_file is not None and self.secret_key_file is not None:

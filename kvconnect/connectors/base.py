@@ -87,7 +87,7 @@ class KvConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """See `SchedulerHalf.build_plan`."""
-        return self._s.build_plan(idle=scheduler_output.total_num_scheduled_tokens == 0)
+        return self._s.build_plan(running=len(scheduler_output.num_scheduled_tokens))
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """See `SchedulerHalf.worker_output`."""

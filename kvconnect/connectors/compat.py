@@ -92,7 +92,7 @@ def may_wish_for_layout(asker: str) -> bool:
 
 def block_bytes(config: KVCacheConfig) -> int:
     """Return the bytes of one block in all layers of one worker."""
-    return sum(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks
+    return int(sum(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks)
 
 
 def inner_layout(config: KVCacheConfig) -> str:

@@ -18,6 +18,7 @@ from kvconnect.buffers.base import Claim, Want
 from kvconnect.connectors import timeline
 from kvconnect.connectors.compat import NULL_BLOCK
 from kvconnect.connectors.groups import Group, usable_tokens
+from kvconnect.connectors.headroom import Headroom
 from kvconnect.connectors.identity import key_of, shared_label
 from kvconnect.connectors.plan import Blocks, Load
 
@@ -54,14 +55,24 @@ class Fetching:
         namespace: of all keys of this engine.
         groups: the KV-cache groups that take part.
         content_lookup: also look for requests that carry no ticket.
+        capacity: the most blocks that loads under way may hold (`Headroom`).
 
     """
 
-    def __init__(self, end: SchedulerEnd, namespace: str, groups: Sequence[Group], *, content_lookup: bool) -> None:
+    def __init__(
+        self,
+        end: SchedulerEnd,
+        namespace: str,
+        groups: Sequence[Group],
+        *,
+        content_lookup: bool,
+        capacity: int | None = None,
+    ) -> None:
         self._end = end
         self._namespace = namespace
         self._groups = groups
         self._content_lookup = content_lookup
+        self.headroom = Headroom(groups, capacity)
         self._fetches: dict[str, _Fetch] = {}
         self._loads: list[Load] = []
         self.counters: Counter[str] = Counter()
@@ -94,6 +105,8 @@ class Fetching:
         if not self._covers(found):
             self.counters["miss_window"] += 1
             return self._give_up(request.request_id, fetch)
+        if not self.headroom.admits(request.request_id, found.key.length):
+            return None
         fetch.claim, fetch.local_tokens = found, local_tokens
         fetch.times |= timeline.now(timeline.CLAIMED)
         return max(0, usable_tokens(self._groups, found.key.length) - local_tokens)
@@ -108,6 +121,7 @@ class Fetching:
             # Our own prefix cache (or another connector) has it all: the entry has served its purpose.
             self._end.settle(request.request_id)
             fetch.phase = _Phase.OVER
+            self.headroom.ended(request.request_id)
             return
         answer = self._end.commit(request.request_id)
         remote, local = self._pair(claim, table, fetch.local_tokens, tokens)
@@ -120,6 +134,7 @@ class Fetching:
             refused = "the owner no longer has every block that this engine allocated"
         self._loads.append(Load(request.request_id, claim, remote, local, tokens, refused, fetch.times))
         fetch.phase = _Phase.LOADING
+        self.headroom.started(request.request_id, claim.key.length)
         self.counters["loads"] += 1
         self.counters["tokens"] += tokens
 
@@ -137,6 +152,7 @@ class Fetching:
                 continue
             self._end.settle(request_id)
             fetch.phase = _Phase.OVER
+            self.headroom.ended(request_id)
             if fetch.ended:
                 del self._fetches[request_id]
 
@@ -199,6 +215,7 @@ class Fetching:
 
     def _give_up(self, request_id: str, fetch: _Fetch) -> int:
         """Compute locally; give back what was claimed."""
+        self.headroom.ended(request_id)
         if fetch.phase is _Phase.LOOKING:
             self._end.abandon(request_id)
         fetch.phase = _Phase.OVER

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kvconnect.connectors import compat
 from kvconnect.connectors.fetching import Fetching
 from kvconnect.connectors.lending import Lending, Limits
-from kvconnect.connectors.plan import Plan, WorkerNews
+from kvconnect.connectors.plan import Load, Plan, WorkerNews
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
@@ -58,7 +58,13 @@ class SchedulerHalf:
                 log.info(
                     "a load that fails will fail its request; set kv_load_failure_policy='recompute' to compute it"
                 )
-            self._fetching = Fetching(self._end, engine.namespace, engine.groups, content_lookup=config.content_lookup)
+            self._fetching = Fetching(
+                self._end,
+                engine.namespace,
+                engine.groups,
+                content_lookup=config.content_lookup,
+                capacity=engine.loading_blocks,
+            )
 
     @property
     def _introduced(self) -> bool:
@@ -69,6 +75,8 @@ class SchedulerHalf:
         """Learn vLLM's block pool."""
         if self._lending is not None:
             self._lending.bind(compat.BlockPins(pool, self._lending.let_go))
+        if self._fetching is not None:
+            self._fetching.headroom.bind(pool.get_num_free_blocks)
 
     # -- requests ---------------------------------------------------------------
 
@@ -99,14 +107,17 @@ class SchedulerHalf:
 
     # -- steps --------------------------------------------------------------------
 
-    def build_plan(self, *, idle: bool) -> Plan:
-        """``build_connector_meta``: this step's orders; an ``idle`` step computes nothing."""
+    def build_plan(self, *, running: int) -> Plan:
+        """``build_connector_meta``: this step's orders; it computes something for ``running`` requests."""
         if self._lending is not None:
             self._lending.after_step()
-        loads = () if self._fetching is None else self._fetching.take_loads()
+        loads: tuple[Load, ...] = ()
+        if self._fetching is not None:
+            self._fetching.headroom.decoding = running
+            loads = self._fetching.take_loads()
         introduce = self._end is not None and not self._introduced
         self._asked += introduce
-        return Plan(loads, introduce, patient=idle and self._engine.steps_alone)
+        return Plan(loads, introduce, patient=not running and self._engine.steps_alone)
 
     def worker_output(self, output: KVConnectorOutput) -> None:
         """``update_connector_output``: loads that are over, and the workers' introductions."""

@@ -33,6 +33,7 @@ class Engine:
         groups: KV-cache groups that take part.
         num_blocks: blocks of the pool.
         lent_blocks: the most of them that may be lent, or ``None``.
+        loading_blocks: the most of them that loads under way may hold, or ``None``.
         step_blocks: the most blocks one scheduling step can ask for on behalf of running requests.
         refusal: why this model's KV cannot be handed over, or ``None``.
         recomputes: whether vLLM computes a request whose load failed itself, rather than fail it.
@@ -48,6 +49,7 @@ class Engine:
     groups: tuple[groups.Group, ...]
     num_blocks: int
     lent_blocks: int | None
+    loading_blocks: int | None
     step_blocks: int
     refusal: str | None
     recomputes: bool
@@ -104,6 +106,7 @@ def engine(vllm_config: VllmConfig, kv: KVCacheConfig, preset: str | None) -> En
         groups=members,
         num_blocks=kv.num_blocks,
         lent_blocks=_whole_blocks(config.lend_capacity_bytes, compat.block_bytes(kv)),
+        loading_blocks=_whole_blocks(config.load_capacity_bytes, compat.block_bytes(kv)),
         step_blocks=step_blocks,
         refusal=refusal,
         recomputes=transfer.kv_load_failure_policy == "recompute",
