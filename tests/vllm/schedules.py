@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import numpy as np
 
+from kvconnect.demo import engines
 from kvconnect.demo.client import ASK, Prompt
 from tests.vllm import wired
 from tests.vllm.clients import leave
@@ -22,8 +23,8 @@ Strike = Callable[[Wired, np.random.Generator], None]
 
 #: Around a block and a chunk, and long enough to be struck in the middle.
 LENGTHS = (1, BLOCK - 1, BLOCK, BLOCK + 1, 100, 10 * BLOCK, CHUNK + 5, 900, 1500)
-#: One schedule in so many kills P, whose restart takes a minute.
-KILLS_ONE_IN = 40
+#: In one schedule in so many P ends, whose restart takes a minute.
+ENDS_ONE_IN = 40
 
 
 def nothing(_: Wired, __: np.random.Generator) -> None:
@@ -95,7 +96,14 @@ def kill_p(w: Wired, _: np.random.Generator) -> None:
     wired.kill(w.p)
 
 
-#: Each as often as it is named here, but for `kill_p`, which is rare.
+def shut_p(w: Wired, _: np.random.Generator) -> None:
+    """P is shut down in good order. `run` starts it again."""
+    engines.stop([w.p])
+
+
+#: P ends.
+ENDS: tuple[Strike, ...] = (kill_p, shut_p)
+#: Each as often as it is named here.
 STRIKES: tuple[Strike, ...] = (nothing, cut, cut, stall, stall, lose, repeat, swap, stop_p, stop_d)
 #: `shm` has none of these: no wire carries its bytes.
 OF_DATA: tuple[Strike, ...] = (cut_later, cut_later, hold, corrupt, corrupt)
@@ -116,14 +124,15 @@ class Schedules:
         Everything that lasts is healed at the end.
         """
         w, rng = self._w, np.random.default_rng(seed)
-        strike = kill_p if rng.integers(KILLS_ONE_IN) == 0 else self._strikes[rng.integers(len(self._strikes))]
+        strikes = ENDS if rng.integers(ENDS_ONE_IN) == 0 else self._strikes
+        strike = strikes[rng.integers(len(strikes))]
         calls = [self._hand_over(rng) for _ in range(rng.integers(1, 5))]
         calls.append(functools.partial(self._strike, strike, rng))
         try:
             w.fleet.together(calls, limit_s=90.0)
         finally:
             w.heal()
-            if strike is kill_p:
+            if strike in ENDS:
                 w.restart(w.p)
         return strike.__name__
 
