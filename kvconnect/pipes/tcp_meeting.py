@@ -301,7 +301,7 @@ def _secret(theirs: Mapping[str, Any]) -> bytes:
 def _checked(theirs: Mapping[str, Any]) -> tuple[str, int, bytes, bytes]:
     host, port = theirs.get("host"), theirs.get("port")
     tokens = [theirs.get("token"), theirs.get("blocks")]
-    named = isinstance(host, str) and tcp_listener.is_host(host)
+    named = isinstance(host, str) and host and tcp_listener.is_host(host)
     if not named or not isinstance(port, int) or not 0 < port <= 65535:
         raise HandshakeError(f"the peer sent no address to connect to: {host!r} port {port!r}")
     if not all(isinstance(token, bytes) and len(token) == TOKEN_BYTES for token in tokens):

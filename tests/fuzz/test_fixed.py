@@ -18,7 +18,7 @@ from kvconnect.config import parse_backend
 from kvconnect.control import split
 from kvconnect.errors import BrokenError, ConfigError, HandshakeError, LoadError
 from kvconnect.paging import PagedLayout
-from kvconnect.pipes import companion, nccl_blocks, tcp_requests, wire
+from kvconnect.pipes import companion, nccl_blocks, tcp_meeting, tcp_requests, wire
 from kvconnect.pipes.base import PipeSpec
 from kvconnect.pipes.inproc import InprocPipe
 from kvconnect.pipes.nixl_blocks import NixlBlocks
@@ -146,3 +146,8 @@ def test_a_host_pipes_other_end_without_a_message_of_its_own_leaves_nothing_open
 def test_an_inproc_end_without_a_token_is_refused():
     with pytest.raises(HandshakeError):
         InprocPipe(PipeSpec("asks", lambda _: {"pid": os.getpid()}))
+
+
+def test_a_tcp_end_does_not_take_no_host_for_this_host():
+    with pytest.raises(HandshakeError, match="no address"):
+        tcp_meeting._checked({**of_bytes._INVITATION, "host": ""})
