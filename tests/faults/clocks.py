@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import mmap
+import threading
 
-from kvconnect.clock import Clock
+from kvconnect.clock import SYSTEM, Clock
 
 #: Not 0, so that what was never set does not look like now.
 _START = 1000.0
@@ -27,6 +28,19 @@ class Clocks:
     def of(self, index: int) -> Clock:
         """Return a host's clock."""
         return _Shared(self._times, index)
+
+
+class RealTime(Clocks):
+    """Everybody's real clock."""
+
+    def __init__(self) -> None:
+        self.count = 1
+
+    def advance(self, seconds: float, only: int | None = None) -> None:
+        threading.Event().wait(seconds)
+
+    def of(self, index: int) -> Clock:
+        return SYSTEM
 
 
 class _Shared(Clock):

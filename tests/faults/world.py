@@ -53,10 +53,12 @@ class NotReachedError(AssertionError):
 class World:
     """A producer P and a consumer D, met through wires."""
 
-    def __init__(self, site: str = "tcp", policy: str = "recompute") -> None:
+    def __init__(
+        self, site: str = "tcp", policy: str = "recompute", clocks: Clocks | None = None, lease_s: float = LEASE_S
+    ) -> None:
         self.site, self.policy = site, policy
         self.pipe, self.apart = SITES[site]
-        self.clocks = Clocks(1 + self.apart)
+        self.clocks, self._lease_s = clocks or Clocks(1 + self.apart), lease_s
         self.copies = CopyGate()
         self._model = str(model.ensure())
         number = next(_worlds)
@@ -132,7 +134,7 @@ class World:
             **hosts,
             "group": self._group,
             "content_lookup": False,
-            "lease_s": LEASE_S,
+            "lease_s": self._lease_s,
             "connect_timeout_s": CONNECT_S,
             "lookup_timeout_s": LOOKUP_S,
             "transfer_timeout_s": TRANSFER_S,
