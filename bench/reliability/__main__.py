@@ -40,8 +40,10 @@ def main() -> int:
         "commit": args.commit or results_file.commit(),
         "rows": [],
     }
+    if args.append and (before := files.load(args.out)):
+        run["rows"] = before["rows"]
     for row in _rows(args.case, args.logs):
-        run["rows"].append(row)
+        run["rows"] = [old for old in run["rows"] if old["case"] != row["case"]] + [row]
         say(report.line(row))
         files.save(run, args.out)
     say(report.render(run))
@@ -68,6 +70,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--case", action="append", choices=names, help="repeatable; default: all")
     parser.add_argument("--logs", type=Path, help="where the engines' logs are to stay")
     parser.add_argument("--out", type=Path, default=Path("out/reliability.json"))
+    parser.add_argument("--append", action="store_true", help="keep the rows of --out that are not measured anew")
     parser.add_argument("--commit", help="what is measured, where git cannot say")
     return parser.parse_args()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import itertools
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -131,13 +132,14 @@ class Session:
 
     def producer_free_after(self, struck: Struck) -> float:
         """Wait until P has all blocks back without a D that could take any; return the seconds since the strike."""
-        while True:
-            # So that it takes a step; of the same prompt again and again it keeps one block.
+        for pokes in itertools.count(1):
+            threading.Event().wait(1.0)
+            # So that it takes a step; it keeps one block of each for a while.
             self.fleet.ask(self.w.p, Prompt([5], max_tokens=1))
             passed = time.monotonic() - struck.over_at
-            if held(self.fleet, self.w.p) <= 1 or passed > self.fleet.plan.lease_s + 20.0:
-                return passed
-            threading.Event().wait(0.5)
+            if held(self.fleet, self.w.p) <= pokes or passed > self.fleet.plan.lease_s + 20.0:
+                break
+        return passed
 
     def _leaked(self, struck: Struck) -> tuple[int, float]:
         """Wait until every block is free on both sides; return those that are not within a lease, and how long."""
