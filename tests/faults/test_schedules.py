@@ -40,6 +40,9 @@ BATCH = 25
 #: Of a batch's schedules that ended well, with the engines that they began with: by site. They begin the next.
 _kept: dict[str, World] = {}
 
+#: Where, when and what.
+_CELLS = [(site, phase, fault) for site in SITES for phase in PHASES for fault in FAULTS if possible(site, fault)]
+
 Struck = Counter[tuple[str, str]]
 
 
@@ -53,8 +56,9 @@ class Schedule(RuleBasedStateMachine):
         #: Whether both engines are there, as far as what was drawn says: choices must depend on choices only.
         self.both_up = self.strangers = False
 
-    @initialize(site=st.sampled_from(sorted(SITES)), strangers=st.sampled_from([False, False, True]))
-    def start(self, site: str, strangers: bool) -> None:
+    @initialize(first=st.sampled_from(_CELLS), strangers=st.sampled_from([False, False, True]))
+    def start(self, first: tuple[str, cells.Phase, cells.Fault], strangers: bool) -> None:
+        site, phase, fault = first
         self.world = None if strangers else _kept.pop(site, None)
         if self.world is None:
             self.world = World(site)
@@ -63,7 +67,7 @@ class Schedule(RuleBasedStateMachine):
         self.strangers = strangers
         self.world.added.clear()
         self.world.patience_s = 0.25
-        self.both_up = True
+        self.strike(phase, fault)
 
     @property
     def w(self) -> World:
@@ -71,12 +75,14 @@ class Schedule(RuleBasedStateMachine):
         return self.world
 
     @precondition(lambda self: self.both_up)
-    @rule(cell=st.sampled_from([(phase, fault) for phase in PHASES for fault in FAULTS]))
-    def strike(self, cell: tuple[cells.Phase, cells.Fault]) -> None:
+    @rule(cell=st.sampled_from(_CELLS))
+    def strike_again(self, cell: tuple[str, cells.Phase, cells.Fault]) -> None:
+        _, phase, fault = cell
+        if possible(self.w.site, fault):
+            self.strike(phase, fault)
+
+    def strike(self, phase: cells.Phase, fault: cells.Fault) -> None:
         """Begin a hand-over, bring it to a phase if it gets there, and have a fault strike."""
-        phase, fault = cell
-        if not possible(self.w.site, fault):
-            return
         self.both_up = fault not in ENDS
         hand_over = HandOver(self.w)
         self.under_way.append(hand_over)
