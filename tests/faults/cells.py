@@ -321,6 +321,8 @@ def possible(site: str, fault: Fault) -> bool:
 #: How often each cell was struck in this run, and how many schedules were drawn.
 struck: Counter[tuple[str, str]] = Counter()
 drawn = 0
+#: What they took: seconds, and seconds of CPU time.
+took = 0.0, 0.0
 
 
 def strike(world: World, phase: Phase, fault: Fault) -> str | None:
@@ -368,7 +370,15 @@ def coverage() -> dict[str, Any]:
     counts = {
         phase.__name__: {fault.__name__: struck[phase.__name__, fault.__name__] for fault in FAULTS} for phase in PHASES
     }
-    return {"schema": 1, "schedules": drawn, "least": min(struck[cell] for cell in all_cells()), "struck": counts}
+    least = min(struck[cell] for cell in all_cells())
+    return {
+        "schema": 1,
+        "schedules": drawn,
+        "seconds": took[0],
+        "cpu_seconds": took[1],
+        "least": least,
+        "struck": counts,
+    }
 
 
 def table() -> str:
@@ -378,6 +388,8 @@ def table() -> str:
     for fault in FAULTS:
         cells = "".join(f" {struck[phase.__name__, fault.__name__]:>9}" for phase in PHASES)
         lines.append(f"{fault.__name__:<{width}}{cells}")
-    return "\n".join(
-        [*lines, f"{drawn} schedules, each cell at least {min(struck[cell] for cell in all_cells())} times"]
-    )
+    lines.append(f"each cell at least {min(struck[cell] for cell in all_cells())} times")
+    if drawn:
+        each = took[1] / drawn
+        lines.append(f"{drawn} schedules in {took[0]:.0f} s, {each:.2f} s of CPU time each")
+    return "\n".join(lines)

@@ -7,8 +7,10 @@ one by one afterwards. ``KVCONNECT_SEED`` repeats the choices; what the machine'
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import random
+import sys
 import time
 import traceback
 from collections import Counter
@@ -40,6 +42,8 @@ BATCH = 25
 #: Of a batch's schedules that ended well, with the engines that they began with: by site. They begin the next.
 _kept: dict[str, World] = {}
 
+#: No job takes longer, even on a busy machine; its process ends then, and with it the test.
+_HANGS_S = 900.0
 #: Where, when and what.
 _CELLS = [(site, phase, fault) for site in SITES for phase in PHASES for fault in FAULTS if possible(site, fault)]
 
@@ -176,10 +180,13 @@ def strike_one(phase: str, fault: str, site: str) -> None:
 def _told(job: Callable[..., None], *args: object) -> tuple[Struck, str]:
     """Do a job in a process of the pool; return what was struck, and what failed."""
     cells.struck.clear()
+    faulthandler.dump_traceback_later(_HANGS_S, exit=True, file=sys.__stderr__)
     try:
         job(*args)
     except BaseException:  # noqa: BLE001 - the parent is to hear of anything
         return Counter(cells.struck), traceback.format_exc()
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     return Counter(cells.struck), ""
 
 
@@ -241,7 +248,10 @@ def _missing() -> Iterator[Job]:
 
 @pytest.mark.timeout(0)
 def test_any_schedule_ends_in_right_bytes_or_a_reason_and_in_free_blocks() -> None:
+    before = os.times()
     _do(_batches())
+    spent = [now - then for now, then in zip(os.times(), before, strict=True)]
+    cells.took = spent[4], sum(spent[:4])
     _do(_missing())
     least = int(os.environ.get("KVCONNECT_STRIKES", "0"))
     rare = [cell for cell in cells.all_cells() if cells.struck[cell] < least]
