@@ -374,8 +374,8 @@ def coverage() -> dict[str, Any]:
     return {
         "schema": 1,
         "schedules": drawn,
-        "seconds": took[0],
-        "cpu_seconds": took[1],
+        "seconds": round(took[0], 1),
+        "cpu_seconds": round(took[1], 1),
         "least": least,
         "struck": counts,
     }
