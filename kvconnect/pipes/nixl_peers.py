@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
 from kvconnect.errors import BrokenError
-
-log = logging.getLogger(__name__)
 
 
 class Peers:
@@ -33,18 +30,15 @@ class Peers:
         """Learn how to reach (more of) a peer's memory; pair it with `leave`.
 
         Raises:
-            BrokenError: the metadata is not that of an agent of this name, or contradicts what is being read.
-            Exception: NIXL refuses it.
+            BrokenError: the metadata is not that of an agent of this name.
+            Exception: NIXL refuses it. So it does if it knows other memory at the same address, of a
+                pipe that has not closed here yet; what it knows of the peer cannot be mended then,
+                only forgotten with the last pipe.
 
         """
         # Both ends in one process share this agent, and reach its memory without introduction.
         if name != self._own:
-            try:
-                self._learn(name, metadata)
-            except BrokenError:
-                raise
-            except Exception as refused:  # noqa: BLE001 - NIXL's own
-                self._learn_anew(name, metadata, refused)
+            self._learn(name, metadata)
         self._met[name][metadata] += 1
 
     def _learn(self, name: str, metadata: bytes) -> None:
@@ -54,27 +48,6 @@ class Peers:
         if found != name:
             self._nixl.remove_remote_agent(found)
             raise BrokenError(f"the peer said that its agent is {name!r}, its metadata say {found!r}")
-
-    def _learn_anew(self, name: str, metadata: bytes, refused: Exception) -> None:
-        """Forget all of a peer and learn what counts: it has other memory where it had some before.
-
-        NIXL takes no second registration of an address, and an allocator gives the same one
-        out again, to a pipe that opens before the one before it has closed at both ends.
-        """
-        if not self.is_met(name) or self._flying[name]:
-            raise refused
-        self._remove(name)
-        failed: Exception | None = None
-        for one in (metadata, *self._met[name]):
-            try:
-                self._learn(name, one)
-            except Exception as error:  # noqa: BLE001 - NIXL's own
-                if one is metadata:
-                    failed = error
-                else:  # what it contradicts is newer: reads of it fail by themselves
-                    log.debug("some memory of %s is gone: %s", name, error)
-        if failed is not None:
-            raise failed
 
     def leave(self, name: str, metadata: bytes) -> None:
         """One pipe less knows the peer by ``metadata``."""
@@ -102,9 +75,6 @@ class Peers:
             return
         del self._met[name], self._flying[name]
         if name != self._own:
+            self._forget(name)
             with contextlib.suppress(Exception):  # NIXL itself may have forgotten it
-                self._remove(name)
-
-    def _remove(self, name: str) -> None:
-        self._forget(name)
-        self._nixl.remove_remote_agent(name)
+                self._nixl.remove_remote_agent(name)
