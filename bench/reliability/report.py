@@ -33,7 +33,7 @@ def line(row: Row) -> str:
     """Return a row of the table."""
     over = f" (from when {row['over']})" if row["over"] else ""
     seconds = f"{row['recovered_s']:.1f} s{over}"
-    free = "a lease" if row["free_after_s"] is None else f"{row['free_after_s']:.0f} s"
+    free = "within a lease" if row["free_after_s"] is None else f"{row['free_after_s']:.0f} s"
     case = row["case"] + ("" if row["engines"] == ENGINES else f" ({row['engines']})")
     return _line([case, _seen(row), seconds, free, str(row["leaked_blocks"])])
 
