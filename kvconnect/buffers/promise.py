@@ -71,5 +71,5 @@ class Promise:
         return _arrived, (self.until, self.clock.identity, self.foreign)
 
 
-def _arrived(until: float, clock: str, foreign: bool) -> Promise:
+def _arrived(until: float, clock: str, foreign: bool) -> Promise:  # noqa: FBT001 - as pickle calls it
     return Promise(until if clock == SYSTEM.identity else 0.0, foreign=foreign)
