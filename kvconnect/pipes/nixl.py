@@ -29,7 +29,7 @@ from kvconnect.pipes.base import YES, Channel, PipeSpec, Reach, Traits, Verdict
 from kvconnect.pipes.companion import join
 from kvconnect.pipes.nixl_agent import Agent, Peer, Read
 from kvconnect.pipes.nixl_blocks import NixlBlocks, check_device
-from kvconnect.pipes.nixl_place import Place, Registration, card, read_card
+from kvconnect.pipes.nixl_place import Place, Registration, read_card
 from kvconnect.pipes.nixl_staging import SIZES, STAGERS, stager_for, whole
 from kvconnect.pipes.staged import StagedTensors, Staging
 from kvconnect.pipes.two_paths import TwoPathPipe
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from kvconnect.paging import PagedLayout, PagedMemory
 
 #: Of what the two ends tell each other.
-_VERSION: Final = 2
+_VERSION: Final = 3
 #: How to reach staging memory: far more than any agent's metadata take.
 _MAX_CARD_BYTES: Final = 1 << 20
 #: Given to a fetch of another thread to notice that it is too late.
@@ -182,12 +182,12 @@ class NixlMedium:
             if len(card) > _MAX_CARD_BYTES:
                 raise ValueError(f"{len(card)} bytes")
             body = msgpack.unpackb(card, max_ext_len=0)
-            name, metadata, place = read_card(body)
+            theirs = read_card(body)
         except (ValueError, TypeError, AttributeError) as error:
             raise BrokenError(f"the peer did not say how its memory is reached: {error}") from error
-        peer = self._agent.meet(name, metadata)
+        peer = self._agent.meet(theirs)
         with self._lock:
-            old, self._peer = self._peer, (peer, place)
+            old, self._peer = self._peer, (peer, theirs.place)
             if self._ended:
                 old, self._peer = self._peer, None
         if old is not None:
@@ -242,7 +242,7 @@ class _NixlStaging:
         self._agent, self._memory = agent, memory
         self._registration = agent.register(place, whole(memory), memory)
         self.address = memory.data_ptr()
-        self.card: bytes = _packed(card(agent.name, place, self._registration))
+        self.card: bytes = _packed(agent.card(place, self._registration))
 
     def part(self, address: int, nbytes: int) -> Tensor:
         """Return the memory at ``address``."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import itertools
 import logging
 import os
 import secrets
@@ -32,7 +33,7 @@ from kvconnect.errors import BrokenError, ConfigError, KVConnectError, Unavailab
 from kvconnect.paging import IoVec
 from kvconnect.pipes.base import YES, Verdict
 from kvconnect.pipes.nixl_peers import Peers
-from kvconnect.pipes.nixl_place import Place, Registration
+from kvconnect.pipes.nixl_place import Card, Place, Registration, card
 from kvconnect.pipes.nixl_thread import PollingThread, Then, ours
 
 log = logging.getLogger(__name__)
@@ -99,6 +100,7 @@ class Agent(PollingThread):
         self._kept: OrderedDict[Key, Any] = OrderedDict()
         self._listeners: dict[bytes, Listener] = {}
         self._registered: dict[tuple[Any, ...], Registration] = {}
+        self._numbered = itertools.count()
         self._nixl: Any = None
         super().__init__("kvconnect-nixl")
         try:
@@ -179,14 +181,18 @@ class Agent(PollingThread):
         else:
             self.soon(lambda: self._deregister(registration))
 
-    def meet(self, name: str, metadata: bytes) -> Peer:
+    def card(self, place: Place, registration: Registration) -> dict[str, Any]:
+        """Return what peers need to reach registered memory."""
+        return card(self.name, place, registration, [one.number for one in list(self._registered.values())])
+
+    def meet(self, card: Card) -> Peer:
         """Learn how to reach (more of) a peer's memory.
 
         Raises:
-            BrokenError: the metadata is not that of an agent of this name.
+            BrokenError: the metadata is not that of an agent of this name, or what it replaces is being read.
 
         """
-        return self.call(lambda: self._meet(name, metadata))
+        return self.call(lambda: self._meet(card))
 
     # -- on the agent's thread ------------------------------------------------------------
 
@@ -236,7 +242,7 @@ class Agent(PollingThread):
             rows = [(int(address), int(nbytes), place.device, "") for address, nbytes in iov]
             descriptors = self._nixl.register_memory(rows, place.kind)
             metadata = self._nixl.get_partial_agent_metadata(descriptors, inc_conn_info=True)
-            found = self._registered[key] = Registration(key, descriptors, metadata, owner)
+            found = self._registered[key] = Registration(key, next(self._numbered), descriptors, metadata, owner)
         found.users += 1
         return found
 
@@ -251,12 +257,12 @@ class Agent(PollingThread):
                 log.warning("memory could not be deregistered: %s", error)
             registration.owner = None
 
-    def _meet(self, name: str, metadata: bytes) -> Peer:
-        self._peers.meet(name, metadata)
-        return Peer(self, name, metadata)
+    def _meet(self, card: Card) -> Peer:
+        self._peers.meet(card)
+        return Peer(self, card.agent, card.number)
 
     def _leave(self, peer: Peer) -> None:
-        self._peers.leave(peer.name, peer.metadata)
+        self._peers.leave(peer.name, peer.number)
 
     def _post(self, request: Read) -> None:
         try:
@@ -342,7 +348,7 @@ class Peer:
 
     agent: Agent
     name: str
-    metadata: bytes
+    number: int
 
     def leave(self) -> None:
         """Say that this pipe needs it no more."""

@@ -20,7 +20,6 @@ from kvconnect.pipes.base import Message
 from kvconnect.pipes.chunks import Threads
 from kvconnect.pipes.flows import count, unpack
 from kvconnect.pipes.nixl_notes import Note, Notes, What
-from kvconnect.pipes.nixl_place import card
 from kvconnect.pipes.nixl_staging import DEPTH, Blocks, Slot, StagedMemory, Use, failed, portions
 
 #: What the other end may have running here at once; the rest of its requests is refused.
@@ -101,7 +100,7 @@ class Lending:
         """Tell of the memory that slots lie in, before the first of them."""
         shared = self._end.shared
         try:
-            memory = card(shared.agent.name, shared.place, shared.slots.open())
+            memory = shared.agent.card(shared.place, shared.slots.open())
         except Exception as error:  # noqa: BLE001 - the device's allocator may raise anything; the other end hears of it
             self._introduced(failed(error))
             return

@@ -16,7 +16,7 @@ from kvconnect.paging import PagedLayout, PagedMemory
 from kvconnect.pipes.base import Message
 from kvconnect.pipes.flows import count
 from kvconnect.pipes.nixl_agent import TOKEN_BYTES, Peer
-from kvconnect.pipes.nixl_place import Place, card, read_card
+from kvconnect.pipes.nixl_place import Card, Place, read_card
 from kvconnect.pipes.nixl_runs import Runs
 from kvconnect.pipes.nixl_staging import StagedMemory, failed
 
@@ -63,7 +63,7 @@ class Meeting:
     def _card(self) -> dict[str, Any]:
         shared = self._end.shared
         mine = {"bases": self._local.bases.tolist(), "token": self._token, "slot_bytes": shared.slots.slot_bytes}
-        return {**card(shared.agent.name, shared.place, shared.registration), **mine}
+        return {**shared.agent.card(shared.place, shared.registration), **mine}
 
     def introduce(self) -> None:
         """Say where this end's memory is, and ask where the other one's is."""
@@ -83,7 +83,7 @@ class Meeting:
 
     def _learn(self, body: dict[str, Any]) -> None:
         try:
-            name, metadata, where = read_card(body)
+            theirs = read_card(body)
             bases = np.asarray(body.get("bases"), dtype=np.uint64)
             if bases.shape != (len(self._remote.region_bytes),):
                 raise HandshakeError("the other end did not say where each of its regions is")
@@ -93,18 +93,18 @@ class Meeting:
         except (KVConnectError, TypeError, ValueError, OverflowError) as error:
             self._end.fail(failed(error))
             return
-        theirs = Paged(self._remote, bases.tolist())
+        remote = Paged(self._remote, bases.tolist())
 
         def found(peer: Peer) -> Target:
-            return Target(peer, where, Runs(theirs, Paged.of(self._local)), token, slot_bytes)
+            return Target(peer, theirs.place, Runs(remote, Paged.of(self._local)), token, slot_bytes)
 
-        self._end.shared.agent.soon(lambda: self._meet(name, metadata, found))
+        self._end.shared.agent.soon(lambda: self._meet(theirs, found))
 
-    def _meet(self, name: str, metadata: bytes, found: Callable[[Peer], Target]) -> None:
+    def _meet(self, card: Card, found: Callable[[Peer], Target]) -> None:
         if self.target is not None:
             return
         try:
-            peer = self._end.shared.agent.meet(name, metadata)
+            peer = self._end.shared.agent.meet(card)
         except Exception as error:  # noqa: BLE001 - NIXL's own
             self._end.fail(failed(error))
             return
@@ -120,11 +120,11 @@ class Meeting:
 
     def on_memory(self, body: dict[str, Any]) -> dict[str, Any]:
         """The other end has slots now. Their memory is known before anything that is told after the answer."""
-        name, metadata, _ = read_card(body)
+        card = read_card(body)
 
         def learn() -> None:
             try:
-                peer = self._end.shared.agent.meet(name, metadata)
+                peer = self._end.shared.agent.meet(card)
             except Exception as error:  # noqa: BLE001 - NIXL's own
                 self._end.fail(failed(error))
                 return

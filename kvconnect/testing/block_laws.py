@@ -32,7 +32,7 @@ from kvconnect.testing.layouts import (
 from kvconnect.testing.peers import LIMIT_S, PipePair, open_pair
 
 #: A transfer that another one must not wait for, in bytes: long enough on its device.
-LARGE_BYTES = {"cpu": 128 << 20, "cuda": 4 << 30}
+LARGE_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
 LARGE_BLOCKS = 2048
 #: One that is cut short.
 CUT_BYTES = {"cpu": 24 << 20, "cuda": 1 << 30}

@@ -21,7 +21,7 @@ from kvconnect.pipes.flows import Kind, pack
 from kvconnect.pipes.nccl_blocks import NcclBlocks
 from kvconnect.pipes.nixl_blocks import NixlBlocks
 from kvconnect.pipes.nixl_notes import Note, What
-from kvconnect.pipes.nixl_place import Registration
+from kvconnect.pipes.nixl_place import Registration, card
 from kvconnect.pipes.nixl_staging import Use
 from kvconnect.pipes.stream import BlockStream
 from tests.fuzz.harness import Target, refused
@@ -176,15 +176,18 @@ class _Agent:
         self.listeners.pop(token, None)
 
     def register(self, place, iov, owner):
-        return Registration((place, iov.tobytes()), None, b"meta", owner)
+        return Registration((place, iov.tobytes()), 0, None, b"meta", owner)
 
     def deregister(self, registration):
         pass
 
-    def meet(self, name, metadata):
-        if metadata != b"meta":
+    def card(self, place, registration):
+        return card(self.name, place, registration, [0])
+
+    def meet(self, card):
+        if card.metadata != b"meta":
             raise BrokenError("NIXL does not take these metadata")
-        return SimpleNamespace(name=name, leave=lambda: None)
+        return SimpleNamespace(name=card.agent, leave=lambda: None)
 
     def notify(self, name, token, note):
         self.notes.append(Note.unpack(note))
@@ -219,6 +222,8 @@ _NIXL_CARD = {
     "metadata": b"meta",
     "kind": "DRAM",
     "device": 0,
+    "number": 0,
+    "valid": [0, 3],
     "bases": [4096, 8192],
     "token": b"t" * 8,
 }

@@ -311,7 +311,7 @@ def run_cards(theirs):
         InprocPipe(PipeSpec("asks", lambda _: theirs))
 
 
-_SLOT_CARD = {"agent": "peer", "metadata": b"meta", "kind": "DRAM", "device": 0}
+_SLOT_CARD = {"agent": "peer", "metadata": b"meta", "kind": "DRAM", "device": 0, "number": 3, "valid": [0, 3]}
 
 
 def run_slot_card(data):

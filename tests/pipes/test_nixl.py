@@ -24,7 +24,7 @@ from kvconnect.pipes.nixl import NixlPipe
 from kvconnect.pipes.nixl_agent import Agent
 from kvconnect.pipes.nixl_choice import AGAIN, TRIAL_BYTES, Costs
 from kvconnect.pipes.nixl_notes import Note, What
-from kvconnect.pipes.nixl_place import Place
+from kvconnect.pipes.nixl_place import Place, read_card
 from kvconnect.pipes.nixl_pull import Pull
 from kvconnect.pipes.nixl_runs import Runs
 from kvconnect.pipes.nixl_staging import STAGERS, SlotPool, Use, portions
@@ -141,10 +141,19 @@ def test_a_child_forked_before_there_was_an_agent_may_have_one():
 def test_metadata_of_another_agent_than_it_says_are_refused(pair):
     ends = _attached(pair)
     card = ends.here._blocks._meeting._card()
-    with pytest.raises(BrokenError):
-        pair.here._agent.meet("somebody else", card["metadata"])
-    with pytest.raises(BrokenError):
-        pair.here._agent.meet("somebody else", b"nonsense")
+    for metadata in (card["metadata"], b"nonsense"):
+        with pytest.raises(BrokenError):
+            pair.here._agent.meet(read_card({**card, "agent": "somebody else", "metadata": metadata}))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"number": 7}, {"number": True}, {"valid": None}, {"valid": [0, "1"]}, {"valid": []}]
+)
+def test_a_card_says_which_registrations_are_valid(wrong):
+    told = {"agent": "there", "metadata": b"m", "kind": "DRAM", "device": 0, "number": 0, "valid": [0, 3]}
+    assert read_card(told).denies(2)
+    with pytest.raises(BrokenError, match="registrations"):
+        read_card({**told, **wrong})
 
 
 # -- what the two ends tell each other --------------------------------------------------

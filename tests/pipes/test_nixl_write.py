@@ -112,5 +112,5 @@ def test_an_end_that_speaks_another_version_is_refused_by_its_number(monkeypatch
         return dataclasses.replace(found, theirs={"nixl": 1}) if spec.side == "asks" else found
 
     monkeypatch.setattr(nixl, "join", joined)
-    with pytest.raises(HandshakeError, match="ours is version 2 of the nixl pipe, theirs 1"):
+    with pytest.raises(HandshakeError, match="ours is version 3 of the nixl pipe, theirs 1"):
         open_pair(NixlPipe)
