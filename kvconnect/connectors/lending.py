@@ -38,7 +38,8 @@ class Limits:
         unasked_share: largest share of the pool that entries nobody asked for may hold.
         blocks: the most that all entries may hold; only the pool bounds them, if ``None``.
         policy: what gives way beyond that, `Config.lend_policy`.
-        spared_s: for so long a taker has time to claim what it asked for, even if a request waits for the blocks.
+        spared_s: for so long a taker has time to claim what it asked for, even if a request waits for the blocks:
+            longer than a busy engine leaves a request in its queue, shorter than clients wait for one.
 
     """
 
@@ -46,7 +47,7 @@ class Limits:
     unasked_share: float
     blocks: int | None = None
     policy: str = "evict"
-    spared_s: float = 3.0
+    spared_s: float = 7.5
 
 
 class Lending:

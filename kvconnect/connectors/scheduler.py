@@ -50,7 +50,7 @@ class SchedulerHalf:
         config = engine.config
         if engine.settings.produces:
             limits = Limits(
-                engine.step_blocks, config.unasked_share, engine.lent_blocks, config.lend_policy, config.lease_s / 10
+                engine.step_blocks, config.unasked_share, engine.lent_blocks, config.lend_policy, config.lease_s / 4
             )
             self._lending = Lending(self._end, engine.namespace, engine.groups, limits)
         if engine.settings.consumes:
