@@ -7,6 +7,8 @@ the stream has passed it.
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -16,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvconnect.cuda import driver
-from kvconnect.cuda.tiles import Side, UInt64Array, is_aligned, listed, table
-from kvconnect.paging import IoVec
+from kvconnect.cuda.tiles import Packed, Paged, Side, UInt64Array, is_aligned, listed, table
+from kvconnect.paging import IoVec, PagedMemory
 
 Number = TypeVar("Number", np.int32, np.uint64)
 
@@ -59,6 +61,8 @@ class Copier:
 
     def __init__(self, device: int) -> None:
         self.device = device
+        self._lock = threading.Lock()
+        self._packings: weakref.WeakKeyDictionary[PagedMemory, dict[bool, Table]] = weakref.WeakKeyDictionary()
         module = driver.cupy()
         with driver.errors("prepare the copy kernels"), driver.use(device):
             this = module.cuda.Device(device)
@@ -82,6 +86,15 @@ class Copier:
             # Copies run on streams that do not wait for this one.
             module.cuda.get_current_stream().synchronize()
         return Table(tiles, on_device, tuple(is_aligned(rows) for rows in tiles))
+
+    def packing(self, memory: PagedMemory, *, back: bool = False) -> Table:
+        """Return the copies from ``memory`` to its canonical stream, or back; either is laid out once."""
+        with self._lock:
+            made = self._packings.setdefault(memory, {})
+            if back not in made:
+                sides: tuple[Side, Side] = (Paged.of(memory), Packed(memory.layout))
+                made[back] = self.table(*(sides[::-1] if back else sides))
+            return made[back]
 
     def listed(self, source: IoVec, target: IoVec, stream: Any) -> Table:
         """Lay out one copy between pieces that are listed one by one, to be launched as `ONCE` on ``stream``."""

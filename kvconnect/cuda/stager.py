@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from kvconnect.cuda import driver
 from kvconnect.cuda.copier import Part, Table, copier
-from kvconnect.cuda.tiles import Packed, Paged
 from kvconnect.paging import BlockIds, PagedMemory
 
 #: Enough to be several times faster than any wire, within one device.
@@ -30,7 +28,6 @@ class CudaStager:
         self._device, self._index = torch.device(device), driver.index(device)
         self._copier = copier(self._index)
         self._lock = threading.Lock()
-        self._tables: weakref.WeakKeyDictionary[PagedMemory, tuple[Table, Table]] = weakref.WeakKeyDictionary()
         self._stream: Any = None
 
     def allocate(self, nbytes: int) -> Tensor:
@@ -42,14 +39,14 @@ class CudaStager:
         parts = [
             Part(group, ids, range(len(ids)), to_shift=start) for group, ids, start in _places(memory, blocks, out)
         ]
-        return self._enqueue(self._tables_of(memory)[0], parts)
+        return self._enqueue(self._copier.packing(memory), parts)
 
     def scatter(self, src: Tensor, memory: PagedMemory, blocks: BlockIds) -> Callable[[], bool]:
         """Begin to copy the canonical stream ``src`` into ``blocks``."""
         parts = [
             Part(group, range(len(ids)), ids, from_shift=start) for group, ids, start in _places(memory, blocks, src)
         ]
-        return self._enqueue(self._tables_of(memory)[1], parts)
+        return self._enqueue(self._copier.packing(memory, back=True), parts)
 
     def copy(self, src: Tensor, out: Tensor) -> None:
         """Copy ``src`` to ``out``, uint8 of one size, ordered after the caller's current stream; return when done."""
@@ -58,15 +55,6 @@ class CudaStager:
             event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             event.record()
             event.synchronize()
-
-    def _tables_of(self, memory: PagedMemory) -> tuple[Table, Table]:
-        with self._lock:
-            found = self._tables.get(memory)
-            if found is None:
-                paged, packed = Paged.of(memory), Packed(memory.layout)
-                found = self._copier.table(paged, packed), self._copier.table(packed, paged)
-                self._tables[memory] = found
-            return found
 
     def _enqueue(self, table: Table, parts: Sequence[Part]) -> Callable[[], bool]:
         with self._lock, driver.errors("gather or scatter blocks"), driver.use(self._index):

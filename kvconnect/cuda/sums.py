@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 import time
-import weakref
 from importlib import resources
 from typing import Any
 
@@ -12,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvconnect.cuda import driver
-from kvconnect.cuda.copier import Table, copier, pinned
+from kvconnect.cuda.copier import copier, pinned
 from kvconnect.cuda.lanes import await_event
-from kvconnect.cuda.tiles import ALIGNMENT, Packed, Paged, UInt64Array
+from kvconnect.cuda.tiles import ALIGNMENT, UInt64Array
 from kvconnect.paging import BlockIds, PagedMemory
 
 #: Leaves most of the device to what computes, and is still faster than any wire.
@@ -34,8 +32,6 @@ class Summer:
 
     def __init__(self, device: int) -> None:
         self._device = device
-        self._lock = threading.Lock()
-        self._tables: weakref.WeakKeyDictionary[PagedMemory, Table] = weakref.WeakKeyDictionary()
         cupy = driver.cupy()
         with driver.errors("prepare the sum kernel"), driver.use(device):
             source = resources.files("kvconnect.cuda").joinpath("sum.cu").read_text(encoding="utf-8")
@@ -69,7 +65,7 @@ class Summer:
             it has to live until then.
 
         """
-        table = self._table(memory)
+        table = copier(self._device).packing(memory)
         starts = [memory.layout.nbytes(blocks[:group]) for group in range(len(blocks))]
         named = [group for group, ids in enumerate(blocks) if len(ids) and len(table.tiles[group])]
         if any(starts[group] % ALIGNMENT or not table.aligned[group] for group in named):
@@ -84,14 +80,6 @@ class Summer:
             self._kernel((ctas,), (_THREADS,), args, stream=stream)
             launched.append((parts, ids, tiles))
         return launched
-
-    def _table(self, memory: PagedMemory) -> Table:
-        with self._lock:
-            found = self._tables.get(memory)
-            if found is None:
-                found = copier(self._device).table(Paged.of(memory), Packed(memory.layout))
-                self._tables[memory] = found
-            return found
 
 
 @driver.per_process

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import functools
 import itertools
 import logging
 import os
@@ -78,7 +79,7 @@ class Read:
     again: bool = False
     handle: Any = None
 
-    @property
+    @functools.cached_property
     def key(self) -> Key:
         """What is equal for requests that are the same but for their time."""
         (here, local), (there, remote) = self.local, self.remote

@@ -168,12 +168,18 @@ def run_opening(theirs):
 # -- pipes that peers ask a worker for ---------------------------------------------------------------------------
 
 
-@functools.cache
-def _worker():
-    settings = EndSettings("P", {"model": "m"}, 1, True, False, Config(transfer_timeout_s=2.0), Backend("auto"))
-    mover = Mover(settings, 0, LAYOUT_MEMORY)
+def _mover(engine, pipe, *, produces):
+    options = Config(transfer_timeout_s=2.0)
+    mover = Mover(
+        EndSettings(engine, {"model": "m"}, 1, produces, not produces, options, Backend(pipe)), 0, LAYOUT_MEMORY
+    )
     atexit.register(mover.close)
     return mover
+
+
+@functools.cache
+def _worker():
+    return _mover("P", "auto", produces=True)
 
 
 def _opening(pipe="n1", name="tcp"):
@@ -259,10 +265,7 @@ def run_sums(answer):
 
 @functools.cache
 def _consumer():
-    settings = EndSettings("D", {"model": "m"}, 1, False, True, Config(transfer_timeout_s=2.0), Backend("shm"))
-    mover = Mover(settings, 0, LAYOUT_MEMORY)
-    atexit.register(mover.close)
-    return mover
+    return _mover("D", "shm", produces=False)
 
 
 @functools.cache
