@@ -308,13 +308,13 @@ class ControlClient:
             peer.fail(ClosedError("the control client was closed"))
 
 
-_STRANGER = "does not speak the control protocol, or has no key where we have one, or another"
+_OTHER_KEYS = "has no key where we have one, or another"
 _ENDED = {
     zmq.EVENT_DISCONNECTED: "closed the connection",
     zmq.EVENT_CLOSED: "refuses connections",
     zmq.EVENT_CONNECT_RETRIED: "cannot be reached",
-    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: _STRANGER,
-    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: _STRANGER,
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: f"does not speak the control protocol, or {_OTHER_KEYS}",
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: f"ended the handshake: it is gone (behind a forwarder), or {_OTHER_KEYS}",
     zmq.EVENT_HANDSHAKE_FAILED_AUTH: "does not let this engine's key in",
 }
 

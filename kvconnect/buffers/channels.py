@@ -10,12 +10,17 @@ from typing import Any, Literal
 
 from kvconnect.buffers import fields
 from kvconnect.control import ControlClient, ControlServer
-from kvconnect.errors import BrokenError, HandshakeError, KVConnectError
+from kvconnect.errors import BrokenError, DeadlineError, HandshakeError, KVConnectError
 from kvconnect.pipes.base import Message
 
 logger = logging.getLogger(__name__)
 
 _MAX_HELD = 64
+#: How often the other end of a pipe is asked whether it is there, and how long it may take to say so.
+#: Together one lease, where leases are shorter.
+_WATCH_S, _ANSWER_S = 5.0, 7.5
+#: One answer may be missed: when it is this process that hung, the next one comes.
+_MISSES = 2
 
 Side = Literal["asks", "serves"]
 _OTHER: dict[Side, Side] = {"asks": "serves", "serves": "asks"}
@@ -84,11 +89,13 @@ class Channels:
         server: ControlServer,
         client: ControlClient,
         timeout_s: float,
-        watch_s: float,
+        lease_s: float,
         on_lost: Callable[[str, Side], None],
     ) -> None:
-        """Call ``on_lost(pipe, our side)`` when the other end of a pipe is gone; look every ``watch_s``."""
-        self._client, self._timeout_s, self._watch_s, self._on_lost = client, timeout_s, watch_s, on_lost
+        """Call ``on_lost(pipe, our side)`` when the other end of a pipe is gone or hangs."""
+        self._client, self._timeout_s, self._on_lost = client, timeout_s, on_lost
+        haste = min(1.0, lease_s / (_WATCH_S + _ANSWER_S))
+        self._watch_s, self._answer_s = _WATCH_S * haste, _ANSWER_S * haste
         self._lock = threading.Lock()
         self._channels: dict[str, PeerChannel] = {}
         server.handle("pipe.call", self._call)
@@ -123,22 +130,26 @@ class Channels:
         with self._lock:
             return {"known": fields.text(body, "pipe") in self._channels}
 
-    # A pipe says nothing when its peer's process vanishes while nothing moves. The
-    # ping finds out, so that a producer does not collect the ends of dead consumers.
+    # A pipe says nothing when its peer's process vanishes while nothing moves, or hangs while
+    # something does. The ping finds out, so that a load does not wait for the latter until its
+    # own deadline, and a producer does not collect the ends of dead consumers.
 
     def _watch(self, channel: PeerChannel) -> None:
-        self._client.later(self._watch_s, lambda: self._look_after(channel))
+        self._client.later(self._watch_s, lambda: self._look_after(channel, 1))
 
-    def _look_after(self, channel: PeerChannel) -> None:
+    def _look_after(self, channel: PeerChannel, attempt: int) -> None:
         if self._channels.get(channel.name) is channel:
-            call = self._client.call(channel.endpoint, "pipe.ping", {"pipe": channel.peer}, self._watch_s)
-            call.add_done_callback(lambda answer: self._seen(channel, answer))
+            call = self._client.call(channel.endpoint, "pipe.ping", {"pipe": channel.peer}, self._answer_s)
+            call.add_done_callback(lambda answer: self._seen(channel, answer, attempt))
 
-    def _seen(self, channel: PeerChannel, answer: Future[dict[str, Any]]) -> None:
+    def _seen(self, channel: PeerChannel, answer: Future[dict[str, Any]], attempt: int) -> None:
         try:
             known = answer.result().get("known") is True
         except KVConnectError as error:
-            logger.debug("the other end of pipe %s is gone: %s", channel.name, error)
+            logger.debug("the other end of pipe %s does not answer: %s", channel.name, error)
+            if isinstance(error, DeadlineError) and attempt < _MISSES:
+                self._look_after(channel, attempt + 1)
+                return
             known = False
         if known:
             self._watch(channel)

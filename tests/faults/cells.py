@@ -73,8 +73,12 @@ def seen(h: HandOver) -> None:
 
 def claimed(h: HandOver) -> None:
     """P has granted the claim; D's engine has not stepped."""
+    def taken() -> int:
+        return int(h.world.p.call("facts")["stats"]["taken"])
+
+    before = taken()
     h.add()
-    h.world.wait(lambda: h.world.p.call("facts")["stats"]["taken"], "the claim")
+    h.world.wait(lambda: taken() > before, "the claim")
 
 
 def planned(h: HandOver) -> None:
@@ -280,7 +284,7 @@ def shut_d(w: World) -> None:
 
 
 def reset_p(w: World) -> None:
-    """P's cache is reset."""
+    """P's cache is reset, and what that frees is written over."""
     w.p.call("reset")
 
 

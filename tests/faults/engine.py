@@ -67,7 +67,7 @@ class Subject(Engine):
         self._failed: set[str] = set()
         self._spoilt: dict[int, float] = {}
         self._spoils = 0
-        self._spoil()
+        self.spoil()
 
     def add(self, name: str, tokens: Sequence[int], params: Any = None, max_tokens: int = 3) -> None:
         self._prompts[name] = list(tokens)
@@ -92,7 +92,7 @@ class Subject(Engine):
         for name, ended in self._ended.items():
             if str(ended.finish_reason) == "error":
                 self.outcomes[name] = "error"
-        self._spoil()
+        self.spoil()
         return planned
 
     def report(self) -> Report:
@@ -128,7 +128,7 @@ class Subject(Engine):
             for layer, cache in enumerate(self.caches.values()):
                 do(cache[number], index, layer)
 
-    def _spoil(self) -> None:
+    def spoil(self) -> None:
         """Overwrite what is free, as the next request's prefill will."""
         free = {block.block_id for block in self._pool if block.ref_cnt == 0 and not block.is_null}
         for number in free - self._spoilt.keys():
@@ -215,6 +215,7 @@ class _Commands:
 
     def reset(self) -> None:
         self._subject.scheduler.reset_prefix_cache(reset_connector=True)
+        self._subject.spoil()
 
     def close(self) -> None:
         self._subject.close()

@@ -85,9 +85,9 @@ def test_a_full_hit_in_the_consumers_own_cache_frees_the_producers_blocks(fleet:
 
 def test_preemption_under_a_tiny_kv_cache(fleet: Fleet) -> None:
     tiny = fleet.consumers[1]
-    # Eight prompts fit, what they generate does not, and they generate long enough to meet.
+    # Any four of them are too many when they have generated all (21 blocks each), and loads leave room for five.
     tokens = TINY_BLOCKS // 9 * BLOCK - 3
-    prompts = [fresh(fleet, tokens, max_tokens=250, more={"ignore_eos": True}) for _ in range(8)]
+    prompts = [fresh(fleet, tokens, max_tokens=400, more={"ignore_eos": True}) for _ in range(6)]
     before = fleet.metric(tiny, "vllm:num_preemptions_total")
     answers = fleet.together([functools.partial(fleet.by_ticket, prompt, 0, 1) for prompt in prompts])
     assert fleet.metric(tiny, "vllm:num_preemptions_total") > before
