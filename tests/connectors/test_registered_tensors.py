@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -105,14 +106,20 @@ def hybrid_with_mamba() -> Pool:
 # -- from 0.29: vLLM's own views of one storage ----------------------------------------------------
 
 
-def newer(
-    layout: str, *, mla: bool = False, kernel_block: int | None = None, padded: int | None = None, heads: int = H
-) -> Pool:
-    """Have vLLM allocate its caches in ``layout``."""
+def shared_storage() -> tuple[Any, Any]:
+    """Return vLLM's modules of cache specs and of their tensors."""
     interface = pytest.importorskip("vllm.v1.kv_cache_interface")
     utils = pytest.importorskip("vllm.v1.worker.utils")
     if not hasattr(utils, "allocate_kv_cache"):
         pytest.skip("this vLLM is older than shared storage")
+    return interface, utils
+
+
+def newer(
+    layout: str, *, mla: bool = False, kernel_block: int | None = None, padded: int | None = None, heads: int = H
+) -> Pool:
+    """Have vLLM allocate its caches in ``layout``."""
+    interface, utils = shared_storage()
     if mla:
         spec = interface.MLAAttentionSpec(block_size=N, num_kv_heads=1, head_size=LATENT, dtype=DTYPE)
     else:
@@ -229,8 +236,7 @@ def test_one_head_means_the_same_in_every_order() -> None:
 
 def test_groups_that_overlay_each_other_in_one_storage_keep_their_own_blocks() -> None:
     """Two groups of a hybrid model share bytes; a block id belongs to one of them at a time."""
-    interface = pytest.importorskip("vllm.v1.kv_cache_interface")
-    utils = pytest.importorskip("vllm.v1.worker.utils")
+    interface, utils = shared_storage()
     full = interface.FullAttentionSpec(block_size=N, num_kv_heads=H, head_size=D, dtype=DTYPE)
     window = interface.SlidingWindowSpec(block_size=N, num_kv_heads=H, head_size=D, dtype=DTYPE, sliding_window=8)
     order = interface.KVCacheLayout.LBNHC
