@@ -99,6 +99,19 @@ def test_commands_exist_and_take_what_they_are_given(line):
             assert importlib.util.find_spec(module), module
 
 
+@of("bash", "console")
+def test_transfer_configurations_in_commands_are_accepted(block):
+    for text in re.findall(r"--kv-transfer-config '([^']+)'", block.text):
+        Config.parse(json.loads(text).get("kv_connector_extra_config", {}))
+
+
+def test_extras_that_are_to_be_installed_exist():
+    extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"])
+    for path in (*pages.PAGES, *(ROOT / "kvconnect").rglob("*.py")):
+        named = set(re.findall(r"kvconnect\[(\w+)\]", path.read_text("utf-8")))
+        assert named <= extras, f"{path.name}: {named - extras}"
+
+
 def targets() -> set[str]:
     return set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
 

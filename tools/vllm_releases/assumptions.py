@@ -398,6 +398,19 @@ KV_CACHE: tuple[Assumption, ...] = (
         used=("connectors/compat.py",),
         without="the connector wishes for no layout",
     ),
+    Members(
+        module="vllm.v1.kv_cache_layout",
+        cls="KVCacheLayout",
+        names=("BLHNC",),
+        used=("connectors/setup.py",),
+        without="the connector wishes for no layout",
+    ),
+    Members(
+        module="vllm.distributed.kv_transfer.kv_connector.v1.multi_connector",
+        cls="MultiConnector",
+        names=("get_required_kvcache_layout",),
+        used=("connectors/base.py", "connectors/compat.py"),
+    ),
     *(
         OneOf(
             parts=(
