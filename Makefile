@@ -31,7 +31,7 @@ FUZZ ?= --seconds 600
 GPU_PYTHON ?= python3
 
 .NOTPARALLEL:
-.PHONY: help venv demo test test-unit test-faults test-vllm test-full test-gpu fuzz lint format bench lock
+.PHONY: help venv demo test test-unit test-faults test-vllm test-full test-gpu fuzz lint format bench docs lock
 
 help:
 	@echo "make venv       install everything into $(VENV) (about 3 GB), once"
@@ -42,6 +42,7 @@ help:
 	@echo "make fuzz       what peers may send, for ten minutes (FUZZ=\"--seconds 60 --seed 7\")"
 	@echo "make lint       ruff, mypy, import-linter; make format rewrites"
 	@echo "make bench      pipes against memcpy, sockets, NIXL and gloo"
+	@echo "make docs       the pages of docs/, as HTML in build/docs"
 	@echo "make lock       resolve requirements/cpu.in anew"
 	@echo "VERSION=0.27.0  after any of these: with another release of vLLM, in a virtual environment of its own"
 
@@ -103,6 +104,10 @@ format: venv
 
 bench: venv
 	$(BIN)/python -m bench $(BENCH)
+
+docs: venv
+	$(BIN)/python -m tools.docs
+	$(BIN)/python -m mkdocs build
 
 # What another release does not pin itself stays as it is with the newest.
 lock: $(UV)

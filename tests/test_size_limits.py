@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted(
     path.relative_to(ROOT)
-    for room in ("kvconnect", "bench", "examples", "tests")
+    for room in ("kvconnect", "bench", "examples", "tests", "tools")
     for path in (ROOT / room).rglob("*.py")
 )
 

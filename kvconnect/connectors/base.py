@@ -135,12 +135,12 @@ class KvConnector(KVConnectorBase_V1, SupportsHMA):
         """Nothing is saved."""
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        """Report loads that are over (before 0.32)."""
+        """Report loads that are over (before 0.30)."""
         received, _ = self._w.take_results(self._plan())
         return None, received or None
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
-        """Report loads that are over and which of them failed (0.32 and later)."""
+        """Report loads that are over and which of them failed (0.30 and later)."""
         received, failed = self._w.take_results(self._plan())
         return compat.make_results(received, failed)
 

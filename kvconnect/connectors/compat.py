@@ -45,7 +45,7 @@ def share_vllm_logging() -> None:
 def extra_config(transfer: KVTransferConfig) -> dict[str, Any]:
     """Return ``kv_connector_extra_config`` with vLLM's older fields folded in.
 
-    Up to 0.29 ``kv_ip``, ``kv_rank`` and ``kv_parallel_size`` are fields of
+    Up to 0.31 ``kv_ip``, ``kv_rank`` and ``kv_parallel_size`` are fields of
     ``KVTransferConfig``; from 0.32 they are rejected there and belong into the extra config.
     """
     extra = dict(transfer.kv_connector_extra_config or {})
@@ -68,8 +68,7 @@ def transfer_groups(config: KVCacheConfig) -> list[int]:
 def block_dim(shape: tuple[int, ...], num_blocks: int) -> int:
     """Return the dimension of a registered KV tensor that counts blocks.
 
-    0 since 0.26; before that FlashAttention and the CPU backend put K and V
-    first: ``(2, num_blocks, …)``.
+    0, but for ROCm's attention up to 0.28, which puts K and V first: ``(2, num_blocks, …)``.
     """
     if shape[0] % num_blocks == 0:
         return 0
@@ -91,8 +90,13 @@ def may_wish_for_layout(asker: str) -> bool:
 
 
 def block_bytes(config: KVCacheConfig) -> int:
-    """Return the bytes of one block in all layers of one worker."""
-    return int(sum(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks)
+    """Return the bytes of one block in all layers of one worker.
+
+    Since 0.29 all tensors lie in one allocation, and each says how large that is; before, each has its own size.
+    """
+    sizes = [tensor.size for tensor in config.kv_cache_tensors]
+    shared = all(hasattr(tensor, "layer_stride") for tensor in config.kv_cache_tensors)
+    return int((max(sizes, default=0) if shared else sum(sizes)) // config.num_blocks)
 
 
 def inner_layout(config: KVCacheConfig) -> str:
@@ -114,21 +118,21 @@ def block_ids(blocks: KVCacheBlocks) -> tuple[list[int], ...]:
 
 
 def make_results(received: set[str], failed: set[str]) -> Any:
-    """Build vLLM's ``KVConnectorTransferResults`` (0.32+)."""
+    """Build vLLM's ``KVConnectorTransferResults`` (0.30+)."""
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
     return KVConnectorTransferResults(finished_sending=set(), finished_recving=received, failed_recving=failed)
 
 
 def reports_failed_requests() -> bool:
-    """Whether failures are reported by request (0.32+) instead of by block."""
+    """Whether failures are reported by request (0.30+) instead of by block."""
     from vllm.distributed.kv_transfer.kv_connector.v1 import base
 
     return hasattr(base, "KVConnectorTransferResults")
 
 
 def defers_freed_blocks() -> bool:
-    """Whether a block that a running step may still write is handed out only after it (0.26+)."""
+    """Whether a block that a running step may still write is handed out only after it (0.24+)."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
     return hasattr(Scheduler, "_drain_deferred_frees")

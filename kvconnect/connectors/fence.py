@@ -2,7 +2,7 @@
 
 A block that vLLM frees may still be written by a step that is under way, for a request
 that has ended meanwhile. Current releases hand such a block out only after that step
-(`compat.defers_freed_blocks`); before 0.26 the load itself has to wait.
+(`compat.defers_freed_blocks`); before 0.24 the load itself has to wait.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def fatal_failure(config: KVCacheConfig) -> str | None:
     several = len(config.kv_cache_groups)
     if several == 1 or compat.reports_failed_requests():
         return None
-    return f"the model has {several} KV-cache groups, of which this vLLM cannot take back a load that failed; 0.32 can"
+    return f"the model has {several} KV-cache groups, of which this vLLM cannot take back a load that failed; 0.30 can"
 
 
 _SUPPORTED = frozenset(

@@ -17,7 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
 from vllm.v1.request import Request, RequestStatus
 
 from kvconnect import _plugin
@@ -203,3 +203,14 @@ def test_a_connector_that_was_dropped_without_shutdown_does_not_count() -> None:
         connector = KvConnectTcp(vllm_config(config), KVConnectorRole.SCHEDULER, kv_config())
         connector._scheduler.close()  # its threads, so that none is left behind
         del connector
+
+
+# -- sizes ------------------------------------------------------------------------------
+
+
+def test_a_block_is_counted_once_although_every_tensor_names_the_allocation_that_all_share() -> None:
+    kv = kv_config()
+    kv.kv_cache_tensors = [
+        KVCacheTensor(size=32 * 4096, layers=[name], layer_stride=1, block_stride=1) for name in "ab"
+    ]
+    assert compat.block_bytes(kv) == 4096

@@ -1,0 +1,76 @@
+"""What authors of pipes and buffers are shown is a pipe and a buffer."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from bench.report import ROOT
+from kvconnect.testing import buffer_laws
+from tests.docs import pages
+
+PIPE, BUFFER = ROOT / "docs" / "write-a-pipe.md", ROOT / "docs" / "write-a-buffer.md"
+REGISTER = "[kvconnect.pipes]\nunix = unix_pipe:UnixPipe\n[kvconnect.buffers]\ndict = dict_buffer:DictBuffer\n"
+
+
+@pytest.fixture
+def installed(tmp_path):
+    """Write both pages' files to a folder, with the metadata that installing them would leave there."""
+    for name, text in (pages.modules(PIPE) | pages.modules(BUFFER)).items():
+        (tmp_path / name).write_text(text, "utf-8")
+    info = tmp_path / "shown-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: shown\nVersion: 1.0\n", "utf-8")
+    entries = [block.text for page in (PIPE, BUFFER) for block in pages.blocks(page) if block.language == "toml"]
+    lines = "".join(entries).replace('[project.entry-points."', "[").replace('"]', "]").replace('"', "")
+    assert lines == REGISTER
+    (info / "entry_points.txt").write_text(lines, "utf-8")
+    return tmp_path
+
+
+def run(folder, *arguments):
+    """Run Python in the folder, with warnings as errors where that is pytest's to say."""
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join((str(folder), str(ROOT)))},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+
+
+def suite(folder, file, *options):
+    quiet = ("-q", "-p", "no:randomly", "-p", "no:cacheprovider", "-o", "asyncio_default_fixture_loop_scope=function")
+    done = run(folder, "pytest", *quiet, *options, file)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_both_are_listed_once_they_are_installed(installed):
+    listed = run(installed, "kvconnect", "list").stdout
+    for name in ("unix", "dict"):
+        assert any(line.split()[1:5] == [name, "yes", "shown", "1.0"] for line in listed.splitlines()), listed
+
+
+@pytest.mark.timeout(450)
+def test_the_pipe_keeps_every_law_between_two_ends_of_one_process(installed):
+    assert "failed" not in suite(installed, "test_unix_pipe.py", "-k", "not process_law")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(450)
+def test_the_pipe_keeps_every_law_between_two_processes(installed):
+    assert "failed" not in suite(installed, "test_unix_pipe.py", "-k", "process_law")
+
+
+@pytest.mark.timeout(450)
+def test_the_buffer_keeps_every_law_but_those_that_the_page_names(installed):
+    page = BUFFER.read_text("utf-8")
+    excepted = [law.__name__ for law in buffer_laws.LAWS if f"\n- `{law.__name__}`" in page]
+    assert len(excepted) == 3
+    assert "failed" not in suite(installed, "test_dict_buffer.py", "-k", " and ".join(f"not {law}" for law in excepted))

@@ -1,0 +1,1 @@
+"""What is done beside the library, now and then: asked for by hand, not part of the wheel."""

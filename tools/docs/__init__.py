@@ -1,0 +1,1 @@
+"""The generated parts of ``docs/``, and what ``mkdocs`` needs beside them."""

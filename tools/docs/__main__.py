@@ -1,0 +1,20 @@
+"""``python -m tools.docs``: rewrite the generated parts of ``docs/config.md`` and ``docs/contracts.md``."""
+
+from __future__ import annotations
+
+from bench.report import ROOT, between
+from tools.docs import contracts, options
+
+BEGIN = "<!-- begin: written by python -m tools.docs -->"
+END = "<!-- end: written by python -m tools.docs -->"
+PAGES = {ROOT / "docs" / "config.md": options.render, ROOT / "docs" / "contracts.md": contracts.render}
+
+
+def main() -> None:
+    """Rewrite them all."""
+    for page, render in PAGES.items():
+        page.write_text(between(page.read_text("utf-8"), BEGIN, END, render()), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
