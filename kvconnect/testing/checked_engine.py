@@ -17,6 +17,8 @@ import torch
 
 from kvconnect.testing.engine import BLOCK, SHAPES, Engine
 
+#: No law waits longer for anything.
+PATIENCE_S = 30.0
 Visit = Callable[[torch.Tensor, int, int], object]
 
 
@@ -83,12 +85,12 @@ class CheckedEngine(Engine):
         self.spoil()
         return planned
 
-    def until(self, done: Callable[[], object], what: str, limit_s: float = 30.0) -> None:
-        """Take steps until ``done``; `AssertionError` if that takes longer than ``limit_s`` seconds."""
-        deadline = time.monotonic() + limit_s
+    def until(self, done: Callable[[], object], what: str) -> None:
+        """Take steps until ``done``; `AssertionError` if that takes longer than `PATIENCE_S`."""
+        deadline = time.monotonic() + PATIENCE_S
         while not done():
             states = {name: request.status.name for name, request in self.scheduler.requests.items()}
-            assert time.monotonic() < deadline, f"no {what} within {limit_s} s; requests are {states}"
+            assert time.monotonic() < deadline, f"no {what} within {PATIENCE_S} s; requests are {states}"
             self.step()
 
     def started(self, planned: Any) -> set[str]:

@@ -221,18 +221,32 @@ BROKEN = [
 
 @pytest.mark.parametrize(("broken", "name"), BROKEN, ids=lambda value: getattr(value, "__name__", value))
 def test_the_law_catches(broken, name, monkeypatch):
+    hurry(monkeypatch)
+    # What a buffer breaks by a race shows sooner or later, not every time.
+    assert any(catches(getattr(buffer_laws, name), broken) for _ in range(5))
+
+
+def hurry(monkeypatch):
+    """Have laws wait for less long."""
     monkeypatch.setattr(buffer_laws, "LIMIT_S", 1.0)
-    law = getattr(buffer_laws, name)
+
+
+def catches(law, broken):
+    """Try a law once: it fails by its own assertion, by the buffer's error or by a wait that ran out."""
     opened = []
 
     def open_(*, policy="wait", ttl_s=600.0, wait_s=4.0):
         opened.append(broken(ROOM_BYTES, policy, ttl_s, wait_s))
         return Ends(opened[-1], opened[-1])
 
-    with pytest.raises((AssertionError, KVConnectError, TimeoutError)):
+    try:
         law(open_)
-    for buffer in opened:
-        MemoryBuffer.close(buffer)
+    except (AssertionError, KVConnectError, TimeoutError):
+        return True
+    finally:
+        for buffer in opened:
+            MemoryBuffer.close(buffer)
+    return False
 
 
 class ThreeMethods(LookupBuffer):

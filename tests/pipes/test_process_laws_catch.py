@@ -123,12 +123,19 @@ CAUGHT: list[tuple[type[Pipe], Law]] = [
 def test_a_law_catches_the_pipe_that_breaks_it(broken: type[Pipe], law: Law, monkeypatch: pytest.MonkeyPatch) -> None:
     peer = ProcessPeer(broken, {})
     try:
-        peer.open().pipe.abort()  # it is up from here on
         monkeypatch.setattr(process_laws, "LIMIT_S", 8.0)
         with pytest.raises((AssertionError, KVConnectError, TimeoutError)):
             law(peer)
     finally:
         peer.close()
+
+
+def test_a_pipe_that_another_process_cannot_import_is_told_so() -> None:
+    class Local(TcpPipe):
+        pass
+
+    with pytest.raises(BrokenError, match=r"has to be able to import tests\.pipes\..*<locals>\.Local"):
+        ProcessPeer(Local)
 
 
 def test_every_law_between_processes_has_a_pipe_that_it_catches() -> None:
