@@ -55,7 +55,7 @@ class Fault(ABC):
         return True
 
     def heal(self) -> None:
-        """Strike no more, and let go of what is held."""
+        """Strike no more, and let go of the messages that are held."""
         with self.changed:
             self.times = 0
             self.changed.notify_all()

@@ -43,6 +43,8 @@ class PipeTests:
     peer_device: ClassVar[str | None] = None
     #: Whether the peer process sees the CUDA devices in reverse order: other numbers, the same devices.
     renumber: ClassVar[bool] = True
+    #: `Traits.one_sided` with these options, where they take another way than the class's usual one.
+    one_sided: ClassVar[bool | None] = None
     #: How many pipes `test_many_pipes` opens at once (mind the limit of open files).
     many_pipes: ClassVar[int] = 64
 
@@ -107,7 +109,7 @@ class PipeTests:
 
     def test_reads_are_one_sided_exactly_if_declared(self, peer: ProcessPeer) -> None:
         """A trait that is declared works, and one that is not does not."""
-        process_laws.reads_are_one_sided_exactly_if_declared(peer)
+        process_laws.reads_are_one_sided_exactly_if_declared(peer, declared=self.one_sided)
 
     def test_a_reach_that_is_not_declared_is_absent(self, peers: list[ProcessPeer]) -> None:
         """What works between processes must be declared, or its laws would be skipped for no reason."""

@@ -204,8 +204,12 @@ def a_pipe_of_one_process_does_not_leave_it(peer: ProcessPeer) -> None:
     assert error is not None, "traits.reach is Reach.PROCESS, and a message came back from another process"
 
 
-def reads_are_one_sided_exactly_if_declared(peer: ProcessPeer) -> None:
-    """`Traits.one_sided`: blocks are read while no thread of the other process runs; without it they are not."""
+def reads_are_one_sided_exactly_if_declared(peer: ProcessPeer, *, declared: bool | None = None) -> None:
+    """`Traits.one_sided`: blocks are read while no thread of the other process runs; without it they are not.
+
+    ``declared`` is what holds with the peer's options, where that is not what the class says.
+    """
+    declared = peer.pipe_class.traits.one_sided if declared is None else declared
     end = peer.open()
     layout = separate_layers(2, 16, 2, 3000)
     mine = noisy_memory(layout, 1, end.device)
@@ -214,7 +218,7 @@ def reads_are_one_sided_exactly_if_declared(peer: ProcessPeer) -> None:
     peer.freeze()
     try:
         transfer = end.pipe.read_blocks([range(1, 16)], [range(1, 16)])
-        if not peer.pipe_class.traits.one_sided:
+        if not declared:
             threading.Event().wait(_SHORT_S)
             arrived = transfer.done and transfer.error is None
             assert not arrived, "blocks of a frozen process were read, and traits.one_sided is not declared"
