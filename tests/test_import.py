@@ -50,6 +50,12 @@ def test_the_contracts_load_without_torch_or_vllm():
     assert not {"torch", "vllm", "zmq"} & loaded_by(code)
 
 
+def test_laws_peers_and_faults_load_without_pytest_or_vllm():
+    names = ["block_laws", "buffer_laws", "faults", "leaks", "pipe_laws", "process_laws", "stream_laws"]
+    code = "import " + ", ".join(f"kvconnect.testing.{name}" for name in names)
+    assert not {"pytest", "vllm"} & loaded_by(code)
+
+
 def test_every_public_name_resolves_and_is_listed():
     for name in kvconnect.__all__:
         assert getattr(kvconnect, name) is not None

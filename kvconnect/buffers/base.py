@@ -97,10 +97,23 @@ class Grant(ABC):
         """The entry was not used: offer it again."""
 
 
+@dataclass(frozen=True)
+class BufferTraits:
+    """What a buffer class can do beyond `insert`, `drop_select` and `close`; tests take their skips from here."""
+
+    #: It holds a number of bytes at most, by a policy (clause 5).
+    bounded: bool = False
+    #: Entries that nobody takes go after a while (clause 6).
+    expires: bool = False
+    #: A taker may claim its entry again, and each grant has to be ended.
+    joins: bool = False
+
+
 class LookupBuffer(ABC):
     """A table of KV entries. See the module for the contract."""
 
     name: ClassVar[str] = ""
+    traits: ClassVar[BufferTraits] = BufferTraits()
     #: ``insert`` keeps the caller's memory; `drain_released` tells when it is free again.
     borrows: ClassVar[bool] = False
 
@@ -180,7 +193,7 @@ class _TakenGrant(Grant):
         self._over = False
 
     def tensors(self) -> list[Tensor]:
-        return list(self._kv)
+        return [tensor.clone() for tensor in self._kv]
 
     def release(self) -> None:
         self._over = True

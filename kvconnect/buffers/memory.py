@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from kvconnect.buffers.base import Grant, LookupBuffer, LookupKey
+from kvconnect.buffers.base import BufferTraits, Grant, LookupBuffer, LookupKey
 from kvconnect.buffers.ledger import Entry, Ledger
 from kvconnect.errors import BufferFullError, ClosedError, ConfigError, LoadError, StaleError
 
@@ -26,6 +26,7 @@ class MemoryBuffer(LookupBuffer):
     """Copies of tensors, in this process's memory. Thread-safe."""
 
     name: ClassVar[str] = "memory"
+    traits: ClassVar[BufferTraits] = BufferTraits(bounded=True, expires=True, joins=True)
 
     def __init__(
         self,

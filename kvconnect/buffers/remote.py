@@ -21,6 +21,7 @@ from kvconnect.buffers.access import Access
 from kvconnect.buffers.address import fixed_producers
 from kvconnect.buffers.arena import Arena, Ids, blocks_needed, encode, load, store
 from kvconnect.buffers.base import (
+    BufferTraits,
     Claim,
     EndSettings,
     Grant,
@@ -69,6 +70,7 @@ class RemoteBuffer(LookupBuffer):
     """Entries of this process and of peers, taken over a pipe."""
 
     name: ClassVar[str] = "remote"
+    traits: ClassVar[BufferTraits] = BufferTraits(bounded=True, expires=True, joins=True)
 
     def __init__(self, options: Config | None = None, table: TableOptions | None = None) -> None:
         """Open an empty buffer that peers can take from.

@@ -33,14 +33,14 @@ class Deployment:
         engines.stop([self.proxy, self.decode, self.prefill])
 
 
-def deploy(model: str, connector: str, folder: Path) -> Deployment:
+def deploy(model: str, connector: str, folder: Path, pipe: str | None = None) -> Deployment:
     """Describe the servers; logs go to ``folder``. CUDA devices are used when there are any."""
     devices = engines.cuda_devices()
     places: list[int | None] = [0, min(1, devices - 1)] if devices else [None, None]
     # Two engines on one device share its memory.
     options = EngineOptions(model, gpu_memory_utilization=0.5 if devices > 1 else 0.3)
     # A group of its own, so that no other engine of this machine is asked for KV.
-    extra = {"group": f"demo-{os.getpid()}", "log_transfers": True}
+    extra = {"group": f"demo-{os.getpid()}", "log_transfers": True} | ({"pipe": pipe} if pipe else {})
     env = {
         "VLLM_LOGGING_CONFIG_PATH": str(write_logging_config(folder)),
         # The negative control needs a hand inside P: see `kvconnect.demo.probe`.

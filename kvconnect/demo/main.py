@@ -28,6 +28,7 @@ _FAILED, _NOT_RUN = 1, 2
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the demo's options."""
     parser.add_argument("--connector", default="KvConnect", help="registered connector name (default: %(default)s)")
+    parser.add_argument("--pipe", help="registered pipe name; default: what the connector takes")
     parser.add_argument("--model", help="model folder; default: a small one that is made on this machine")
     parser.add_argument("--logs", type=Path, help="folder for the servers' logs; default: a temporary one")
     parser.add_argument("--start-timeout-s", type=float, default=420.0, help="for the engines (default: %(default)s)")
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     began = time.monotonic()
     model = args.model or str(local_model.ensure())
     say(f"model: {model}")
-    deployment = deploy(model, args.connector, folder)
+    deployment = deploy(model, args.connector, folder, args.pipe)
     try:
         deployment.start(args.start_timeout_s, say)
         problems = _requests(deployment, model)

@@ -69,7 +69,7 @@ class Traits:
 
     devices: frozenset[str] = frozenset({"cpu"})
     reach: Reach = Reach.NETWORK
-    #: `Pipe.read_blocks` needs no thread of the peer while it runs.
+    #: `Pipe.read_blocks` needs no thread of the peer while it runs, unless options say otherwise.
     one_sided: bool = False
     #: The block path moves bytes straight between the two paged memories.
     zero_copy: bool = False

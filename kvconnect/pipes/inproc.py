@@ -13,8 +13,7 @@ import os
 import secrets
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -36,6 +35,7 @@ from kvconnect.errors import (
 )
 from kvconnect.paging import BlockIds, PagedLayout, PagedMemory, Pieces, spans
 from kvconnect.pipes import turns, vectored
+from kvconnect.pipes.alone import Alone
 from kvconnect.pipes.base import Channel, Pipe, PipeSpec, Reach, Traits, Transfer
 from kvconnect.pipes.turns import CHUNK_BYTES as CHUNK
 
@@ -88,7 +88,7 @@ class InprocPipe(Pipe):
             raise ConfigError(f"pipe.depth must be at least 1, got {options.depth}")
         self._depth, self._timeout_s = options.depth, spec.timeout_s
         self._side = 0 if spec.side == "serves" else 1
-        self._sending, self._receiving = threading.Lock(), threading.Lock()
+        self._sending, self._receiving = Alone("send"), Alone("receive")
         self._token = 0
         self._link = self._offer(spec) if spec.side == "serves" else self._meet(spec)
 
@@ -117,7 +117,7 @@ class InprocPipe(Pipe):
         """Queue a copy of ``tensor`` for the other end."""
         copy = None if tensor is None else _copy(tensor)
         queue, link = self._link.waiting[1 - self._side], self._link
-        with _alone(self._sending, "send"), link.changed:
+        with self._sending, link.changed:
             self._await(lambda: len(queue) < self._depth or link.closed[1 - self._side], "room for the message")
             if link.closed[1 - self._side]:
                 raise BrokenError("the other end was closed and receives no more")
@@ -127,7 +127,7 @@ class InprocPipe(Pipe):
     def recv_tensor(self) -> Tensor | None:
         """Take the next message; the tensor is this end's own."""
         queue, link = self._link.waiting[self._side], self._link
-        with _alone(self._receiving, "receive"), link.changed:
+        with self._receiving, link.changed:
             self._await(lambda: bool(queue) or link.closed[1 - self._side], "a message")
             if not queue:
                 raise EndOfPipe("the other end was closed")
@@ -244,16 +244,6 @@ class InprocPipe(Pipe):
         with self._link.changed:
             self._link.copying -= 1
             self._link.changed.notify_all()
-
-
-@contextmanager
-def _alone(lock: threading.Lock, what: str) -> Iterator[None]:
-    if not lock.acquire(blocking=False):
-        raise BusyError(f"another thread is in the middle of a {what} on this end")
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _copy(tensor: Tensor) -> Tensor:

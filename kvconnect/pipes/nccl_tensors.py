@@ -8,15 +8,15 @@ host pipes, and with them their order, ends and deadlines.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
-from kvconnect.errors import BrokenError, BusyError, ClosedError, IntegrityError, KVConnectError, TensorRejectedError
+from kvconnect.errors import BrokenError, ClosedError, IntegrityError, KVConnectError, TensorRejectedError
 from kvconnect.pipes import wire
+from kvconnect.pipes.alone import Alone
 from kvconnect.pipes.companion import Companion
 
 T = TypeVar("T")
@@ -33,19 +33,21 @@ class HostTensors:
 
     def __init__(self, companion: Companion, device: str) -> None:
         self._companion, self._device = companion, torch.device(device)
-        self._sending, self._receiving = threading.Lock(), threading.Lock()
+        self._sending, self._receiving = Alone("send"), Alone("receive")
         self._closed = False
         self._failure: KVConnectError | None = None
 
     def send(self, tensor: Tensor | None) -> None:
         """As `Pipe.send_tensor`. The copy to the host waits for the caller's current stream."""
         self._check_usable()
-        self._turn(self._sending, "send", lambda: self._send(tensor))
+        with self._sending:
+            self._send(tensor)
 
     def receive(self) -> Tensor | None:
         """As `Pipe.recv_tensor`."""
         self._check_usable()
-        return self._turn(self._receiving, "receive", lambda: self._receive(self._companion.into.recv_tensor))
+        with self._receiving:
+            return self._receive(self._companion.into.recv_tensor)
 
     def receive_into(self, out: Tensor) -> None:
         """As `Pipe.recv_tensor_into`."""
@@ -79,15 +81,6 @@ class HostTensors:
     def _receive(self, receive: Callable[[], Tensor | None]) -> Tensor | None:
         got = self._guard(receive)
         return None if got is None else self._guard(lambda: got.to(self._device))
-
-    @staticmethod
-    def _turn(lock: threading.Lock, what: str, work: Callable[[], T]) -> T:
-        if not lock.acquire(blocking=False):
-            raise BusyError(f"another thread is in the middle of a {what} on this end")
-        try:
-            return work()
-        finally:
-            lock.release()
 
     def _guard(self, work: Callable[[], T]) -> T:
         """Do ``work``; what breaks one host pipe ends both."""

@@ -32,6 +32,7 @@ from kvconnect.errors import (
 )
 from kvconnect.paging import BlockIds, PagedLayout, PagedMemory
 from kvconnect.pipes import host, ring
+from kvconnect.pipes.alone import Alone
 from kvconnect.pipes.base import YES, Channel, Message, Pipe, PipeSpec, Reach, Traits, Transfer, Verdict
 from kvconnect.pipes.peer_memory import Beacon, PeerMemory
 from kvconnect.pipes.shm_blocks import ShmBlocks
@@ -346,21 +347,23 @@ class _Life:
             self._free()
 
 
-class _Turn:
-    """For one thread at a time to be inside a pipe and do one thing. Reused, since a message must be cheap."""
+class _Turn(Alone):
+    """For one thread at a time to be inside a pipe and do one thing."""
 
     def __init__(self, what: str, life: _Life) -> None:
-        self.lock = threading.Lock()
-        self._what, self._life = what, life
+        super().__init__(what)
+        self._life = life
 
     def __enter__(self) -> None:
         self._life.enter()
-        if not self.lock.acquire(blocking=False):
+        try:
+            super().__enter__()
+        except BusyError:
             self._life.leave()
-            raise BusyError(f"another thread is in the middle of a {self._what} on this end")
+            raise
 
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        self.lock.release()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        super().__exit__(kind, error, trace)
         self._life.leave()
         if self._life.closed and isinstance(error, (BrokenError, DeadlineError, EndOfPipe)):
             raise ClosedError("this end was closed") from error

@@ -39,6 +39,7 @@ from kvconnect.errors import (
     TensorRejectedError,
 )
 from kvconnect.pipes import wire
+from kvconnect.pipes.alone import Alone
 from kvconnect.pipes.companion import Companion
 from kvconnect.pipes.wire import HEADER_BYTES, Kind, Meta
 
@@ -112,21 +113,6 @@ class Medium(Protocol):
         ...
 
 
-class _Turn:
-    """One thread at a time; a second is sent away."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self.lock = threading.Lock()
-
-    def __enter__(self) -> None:
-        if not self.lock.acquire(blocking=False):
-            raise BusyError(f"another thread is in the middle of a {self._what} on this end")
-
-    def __exit__(self, *_: object) -> None:
-        self.lock.release()
-
-
 class StagedTensors:
     """`Pipe`'s tensor path for one end of a device pipe; its methods are the contract's.
 
@@ -154,7 +140,7 @@ class StagedTensors:
         self._devices = (torch.device(medium.device).type,)
         self._staging: Staging | None = None
         self._free = deque(range(slots))
-        self._sending, self._receiving = _Turn("send"), _Turn("receive")
+        self._sending, self._receiving = Alone("send"), Alone("receive")
         self._state = threading.Lock()
         self._closed = False
         self._failure: KVConnectError | None = None

@@ -30,6 +30,7 @@ from kvconnect.errors import (
     TensorRejectedError,
 )
 from kvconnect.pipes import reactor, tcp_meeting, wire
+from kvconnect.pipes.alone import Alone
 from kvconnect.pipes.base import Channel, Pipe, PipeSpec, Reach, Traits, Transfer
 from kvconnect.pipes.landing import Landing
 from kvconnect.pipes.tcp_blocks import BlockConnection
@@ -47,28 +48,23 @@ if TYPE_CHECKING:
 _MESSAGES: Final = frozenset({Kind.TENSOR, Kind.NONE, Kind.END})
 
 
-class _Turn:
-    """One thread at a time; a second is sent away."""
+class _Turn(Alone):
+    """The same, with a last turn that nobody follows."""
 
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._lock = threading.Lock()
-        self._closed = False
+    _closed = False
 
     def __enter__(self) -> None:
-        if not self._lock.acquire(blocking=False):
+        try:
+            super().__enter__()
+        except BusyError:
             if self._closed:
-                raise ClosedError("this end was closed")
-            raise BusyError(f"another thread is in the middle of a {self._what} on this end")
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
+                raise ClosedError("this end was closed") from None
+            raise
 
     def take(self) -> bool:
         """Take the last turn for good, unless somebody is at it."""
-        taken = self._lock.acquire(blocking=False)
-        self._closed = taken
-        return taken
+        self._closed = self.lock.acquire(blocking=False)
+        return self._closed
 
 
 class TcpPipe(Pipe):

@@ -16,13 +16,13 @@ import enum
 import functools
 import math
 import struct
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 
-from kvconnect.errors import BrokenError, TensorRejectedError
+from kvconnect.errors import BrokenError, EndOfPipe, TensorRejectedError
 
 MAGIC: Final = 0x6B76  # "kv"
 INLINE_DIMS: Final = 6
@@ -101,6 +101,11 @@ def encode(tensor: torch.Tensor | None, devices: Collection[str] = ("cpu",)) -> 
     return _tensor_header(dense.dtype, tuple(dense.shape)), dense
 
 
+def memory(dense: torch.Tensor) -> memoryview:
+    """Return the bytes of a contiguous CPU tensor, which `encode` and `Meta.empty` make, to send or to fill."""
+    return dense.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
 def read(prefix: bytes | bytearray | memoryview) -> int:
     """Return how many bytes of dimensions follow the first `HEADER_BYTES`.
 
@@ -131,6 +136,42 @@ def decode(header: bytes | bytearray | memoryview, max_bytes: int = DEFAULT_MAX_
     if len(header) != HEADER_BYTES + extra:
         raise BrokenError(f"a message header is {HEADER_BYTES + extra} bytes long, got {len(header)}")
     return _parse(bytes(header), max_bytes)
+
+
+def receive(recv_into: Callable[[memoryview], int], max_bytes: int = DEFAULT_MAX_BYTES) -> torch.Tensor | None:
+    """Receive one message, as a new CPU tensor, from a medium that carries a stream of bytes.
+
+    Args:
+        recv_into: fills some of a view and returns how many bytes, 0 at the stream's end, as a socket's does.
+        max_bytes: a larger tensor is refused.
+
+    Raises:
+        EndOfPipe: the message is the end, `Kind.END`.
+        BrokenError: the stream ended without it, or what came is no message.
+
+    """
+    header = _fill(recv_into, memoryview(bytearray(HEADER_BYTES)))
+    dims = _fill(recv_into, memoryview(bytearray(read(header))))
+    meta = decode(bytes(header) + bytes(dims), max_bytes)
+    if meta.kind is Kind.END:
+        raise EndOfPipe("the other end was closed")
+    if meta.kind is Kind.NONE:
+        return None
+    if meta.kind is not Kind.TENSOR:
+        raise BrokenError(f"the peer sent a {meta.kind.name} frame where a message was due")
+    tensor = meta.empty()
+    _fill(recv_into, memory(tensor))
+    return tensor
+
+
+def _fill(recv_into: Callable[[memoryview], int], view: memoryview) -> memoryview:
+    left = view
+    while left:
+        count = recv_into(left)
+        if count == 0:
+            raise BrokenError("the other end is gone")
+        left = left[count:]
+    return view
 
 
 # Peers repeat shapes; a header seen before costs one dictionary look-up.

@@ -17,7 +17,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from kvconnect.buffers.base import Grant, LookupBuffer, LookupKey
+from kvconnect.buffers.base import BufferTraits, Grant, LookupBuffer, LookupKey
 from kvconnect.errors import BufferFullError, ClosedError, KVConnectError, LoadError
 from kvconnect.testing.peers import LIMIT_S, spawn
 from kvconnect.testing.samples import fidelity_samples
@@ -86,14 +86,22 @@ def racing_takers_share_nothing(open_: Open) -> None:
 
 
 def a_claimed_entry_is_nobody_elses(open_: Open) -> None:
-    """While one taker has claimed an entry, others find nothing; the same taker may join."""
+    """While one taker has claimed an entry, others find nothing."""
     ends = open_()
     ends.put.insert(key(1), [tensor(1)])
-    first = _claim(ends.take, key(1), "a")
+    grant = _claim(ends.take, key(1), "a")
     assert ends.take.claim(key(1), "b") is None, "two takers claimed one entry"
     assert ends.take.drop_select(key(1)) is None, "a claimed entry was taken"
-    second = _claim(ends.take, key(1), "a")
-    for grant in (first, second):
+    _same([tensor(1)], grant.tensors())
+    grant.release()
+    assert ends.take.drop_select(key(1)) is None, "an entry was left after its release"
+
+
+def a_taker_may_claim_its_entry_again(open_: Open) -> None:
+    """`BufferTraits.joins`: both grants read, and the entry is gone when both have ended."""
+    ends = open_()
+    ends.put.insert(key(1), [tensor(1)])
+    for grant in (_claim(ends.take, key(1), "a"), _claim(ends.take, key(1), "a")):
         _same([tensor(1)], grant.tensors())
         grant.release()
     assert ends.take.drop_select(key(1)) is None, "an entry was left after its release"
@@ -231,12 +239,17 @@ def what_never_fits_is_refused_at_once(open_: Open) -> None:
 
 
 def entries_expire(open_: Open) -> None:
-    """An entry that nobody takes goes, and its room can be used again."""
-    ends = open_(policy="wait", ttl_s=TTL_S)
-    number, waiting = _fill_and_wait(ends.put)
+    """`BufferTraits.expires`: an entry that nobody takes goes."""
+    ends = open_(ttl_s=TTL_S)
+    ends.put.insert(key(1), [tensor(1)])
+    threading.Event().wait(1.7 * TTL_S)
+    assert ends.take.drop_select(key(1)) is None, "an entry outlived its time"
+
+
+def what_has_expired_makes_room(open_: Open) -> None:
+    """An insert that waits gets the room of an entry whose time is over."""
+    _, waiting = _fill_and_wait(open_(policy="wait", ttl_s=TTL_S).put)
     waiting.result(LIMIT_S)
-    assert ends.take.drop_select(key(0)) is None, "an entry outlived its time"
-    assert number > 0, "nothing fitted"
 
 
 def a_live_grant_keeps_its_entry(open_: Open) -> None:
@@ -329,14 +342,44 @@ def an_entry_that_is_gone_is_reported_never_halved(open_: Open) -> None:
         _same([tensor(1), tensor(2)], got[0])
     else:
         assert isinstance(error, (LoadError, ClosedError)), f"reading an entry that is gone gave {error!r}"
-    error = _error(grant.release)
-    assert isinstance(error, (LoadError, ClosedError)), f"releasing an entry that is gone gave {error!r}"
+        error = _error(grant.release)
+        assert isinstance(error, (LoadError, ClosedError)), f"releasing an entry that is gone gave {error!r}"
+
+
+# -- what a buffer says that it cannot do ---------------------------------------------
+
+
+def what_is_not_bounded_holds_everything(open_: Open) -> None:
+    """Not `BufferTraits.bounded`: nothing is refused or evicted."""
+    ends = open_(policy="raise")
+    for number in range(6):
+        error = _error(lambda number=number: ends.put.insert(key(number), [_quarter(number)]))  # type: ignore[misc]
+        assert error is None, f"it declares no bound and raises {error!r}"
+    for number in range(6):
+        assert ends.take.drop_select(key(number)) is not None, "it declares no bound and lost an entry"
+
+
+def what_does_not_expire_stays(open_: Open) -> None:
+    """Not `BufferTraits.expires`: an entry is there after its time."""
+    ends = open_(ttl_s=TTL_S)
+    ends.put.insert(key(1), [tensor(1)])
+    threading.Event().wait(1.7 * TTL_S)
+    assert ends.take.drop_select(key(1)) is not None, "it declares that entries do not expire, and they do"
+
+
+def what_cannot_be_joined_is_claimed_once(open_: Open) -> None:
+    """Not `BufferTraits.joins`: a second claim of the same taker finds nothing."""
+    ends = open_()
+    ends.put.insert(key(1), [tensor(1)])
+    _claim(ends.take, key(1), "a").tensors()
+    assert ends.take.claim(key(1), "a") is None, "it declares that takers cannot join, and they can"
 
 
 LAWS: tuple[Law, ...] = (
     an_entry_is_taken_once,
     racing_takers_share_nothing,
     a_claimed_entry_is_nobody_elses,
+    a_taker_may_claim_its_entry_again,
     a_miss_is_a_value,
     matching_takes_nothing,
     tensors_are_the_callers_again_after_an_insert,
@@ -349,6 +392,7 @@ LAWS: tuple[Law, ...] = (
     waiting_for_room_has_an_end,
     what_never_fits_is_refused_at_once,
     entries_expire,
+    what_has_expired_makes_room,
     a_live_grant_keeps_its_entry,
     shapes_dtypes_and_values_survive,
     close_wakes_who_waits_for_room,
@@ -357,6 +401,30 @@ LAWS: tuple[Law, ...] = (
     a_grant_ends_once,
     an_entry_that_is_gone_is_reported_never_halved,
 )
+
+#: The traits that a law is about: it holds for buffers that declare them.
+NEEDS: dict[Law, frozenset[str]] = {
+    a_taker_may_claim_its_entry_again: frozenset({"joins"}),
+    a_full_buffer_raises_if_told_to: frozenset({"bounded"}),
+    a_full_buffer_evicts_the_oldest_if_told_to: frozenset({"bounded"}),
+    a_full_buffer_waits_for_takers_if_told_to: frozenset({"bounded"}),
+    waiting_for_room_has_an_end: frozenset({"bounded"}),
+    what_never_fits_is_refused_at_once: frozenset({"bounded"}),
+    close_wakes_who_waits_for_room: frozenset({"bounded"}),
+    entries_expire: frozenset({"expires"}),
+    what_has_expired_makes_room: frozenset({"bounded", "expires"}),
+}
+#: And what holds for those that do not declare one: a trait that is there must be declared.
+ABSENT: dict[str, Law] = {
+    "bounded": what_is_not_bounded_holds_everything,
+    "expires": what_does_not_expire_stays,
+    "joins": what_cannot_be_joined_is_claimed_once,
+}
+
+
+def lacks(law: Law, traits: BufferTraits) -> list[str]:
+    """Return the traits that ``law`` is about and ``traits`` do not declare."""
+    return sorted(name for name in NEEDS.get(law, ()) if not getattr(traits, name))
 
 
 # -- tools ----------------------------------------------------------------------------

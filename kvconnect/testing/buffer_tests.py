@@ -12,12 +12,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvconnect.testing.buffer_laws import LAWS, Ends, Law, Open
+from kvconnect.testing.buffer_laws import ABSENT, LAWS, Ends, Law, Open, lacks
 from kvconnect.testing.peers import LIMIT_S
 
 
 class BufferTests:
-    """Every law over the table that `open_ends` opens."""
+    """Every law over the table that `open_ends` opens, less those about traits that the class does not declare."""
 
     def open_ends(self, *, policy: str, ttl_s: float, wait_s: float) -> Ends:
         """Open a table of `kvconnect.testing.buffer_laws.ROOM_BYTES` bytes."""
@@ -40,4 +40,15 @@ class BufferTests:
     @pytest.mark.parametrize("law", LAWS, ids=[law.__name__ for law in LAWS])
     def test_law(self, open_: Open, law: Law) -> None:
         """One law of the contract."""
+        buffer = type(open_().take)
+        if missing := lacks(law, buffer.traits):
+            pytest.skip(f"{buffer.__name__}.traits do not declare {' and '.join(missing)}")
         law(open_)
+
+    @pytest.mark.parametrize("trait", ABSENT)
+    def test_a_trait_that_is_not_declared_is_absent(self, open_: Open, trait: str) -> None:
+        """What works must be declared, or its laws would be skipped for no reason."""
+        buffer = type(open_().take)
+        if getattr(buffer.traits, trait):
+            pytest.skip(f"{buffer.__name__}.traits declare {trait}")
+        ABSENT[trait](open_)

@@ -116,6 +116,14 @@ def what_cannot_be_carried_is_refused_before_a_byte_moves(pair: PipePair) -> Non
     same(torch.ones(2), _carry(pair.here, pair.there, [torch.ones(2, device=pair.device)])[0])
 
 
+def tensors_on_devices_that_are_not_declared_are_refused(pair: PipePair) -> None:
+    """`Traits.devices`: what is carried all the same has to be declared; devices that are not here count as refused."""
+    for kind in {"cpu", "cuda"} - pair.pipe_class.traits.devices:
+        if kind == "cpu" or torch.cuda.is_available():
+            error = _error(lambda kind=kind: pair.here.send_tensor(torch.ones(2, device=kind)))  # type: ignore[misc]
+            assert isinstance(error, TensorRejectedError), f"{kind} is not in traits.devices; sending got {error!r}"
+
+
 def a_tensor_can_be_received_into_its_final_memory(pair: PipePair) -> None:
     """`recv_tensor_into` fills ``out``; a message that does not fit is consumed and refused."""
     sent = [None if x is None else x.to(pair.device) for x in (torch.arange(6.0), torch.ones(3), None, torch.zeros(6))]
@@ -293,6 +301,7 @@ LAWS: tuple[Callable[[PipePair], None], ...] = (
     what_was_received_is_the_receivers_own,
     shape_dtype_and_values_survive,
     what_cannot_be_carried_is_refused_before_a_byte_moves,
+    tensors_on_devices_that_are_not_declared_are_refused,
     a_tensor_can_be_received_into_its_final_memory,
     a_second_receiver_is_busy_and_the_first_goes_on,
     a_second_sender_is_busy_and_the_first_goes_on,
@@ -307,6 +316,22 @@ LAWS: tuple[Callable[[PipePair], None], ...] = (
     a_silent_peer_is_a_deadline_and_no_harm,
     a_peer_that_does_not_receive_is_a_deadline,
     opening_and_closing_leaves_nothing_behind,
+)
+
+#: Those that also a pipe keeps which has words for messages only, and none for ends, deadlines and failures.
+CORE: tuple[Callable[[PipePair], None], ...] = (
+    messages_arrive_in_the_order_sent,
+    none_is_a_message_not_an_end,
+    several_tensors_at_once_arrive_in_order,
+    memory_is_the_callers_again_when_a_send_returns,
+    what_was_received_is_the_receivers_own,
+    shape_dtype_and_values_survive,
+    a_tensor_can_be_received_into_its_final_memory,
+    a_second_receiver_is_busy_and_the_first_goes_on,
+    a_second_sender_is_busy_and_the_first_goes_on,
+    both_directions_work_at_once,
+    close_wakes_a_blocked_receiver,
+    a_closed_end_says_so,
 )
 
 

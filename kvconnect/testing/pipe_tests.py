@@ -43,6 +43,8 @@ class PipeTests:
     peer_device: ClassVar[str | None] = None
     #: Whether the peer process sees the CUDA devices in reverse order: other numbers, the same devices.
     renumber: ClassVar[bool] = True
+    #: `Traits.one_sided` with these options, where they take another way than the class's usual one.
+    one_sided: ClassVar[bool | None] = None
     #: How many pipes `test_many_pipes` opens at once (mind the limit of open files).
     many_pipes: ClassVar[int] = 64
 
@@ -89,7 +91,10 @@ class PipeTests:
     def peer(self, peers: list[ProcessPeer]) -> ProcessPeer:
         """A process with the other ends, alive."""
         if self.pipe_class.traits.reach is Reach.PROCESS:
-            pytest.skip(f"{self.pipe_class.name} stays within one process")
+            pytest.skip(f"{self.pipe_class.__name__}.traits declare that it stays within one process")
+        return self._alive(peers)
+
+    def _alive(self, peers: list[ProcessPeer]) -> ProcessPeer:
         if not peers or not peers[-1].alive:
             peers.append(self._start_peer())
         return peers[-1]
@@ -101,6 +106,16 @@ class PipeTests:
     def test_process_law(self, peer: ProcessPeer, law: Callable[[ProcessPeer], None]) -> None:
         """One law between two processes."""
         law(peer)
+
+    def test_reads_are_one_sided_exactly_if_declared(self, peer: ProcessPeer) -> None:
+        """A trait that is declared works, and one that is not does not."""
+        process_laws.reads_are_one_sided_exactly_if_declared(peer, declared=self.one_sided)
+
+    def test_a_reach_that_is_not_declared_is_absent(self, peers: list[ProcessPeer]) -> None:
+        """What works between processes must be declared, or its laws would be skipped for no reason."""
+        if self.pipe_class.traits.reach is not Reach.PROCESS:
+            pytest.skip(f"{self.pipe_class.__name__}.traits declare that it reaches other processes")
+        process_laws.a_pipe_of_one_process_does_not_leave_it(self._alive(peers))
 
 
 class CudaPipeTests(PipeTests):

@@ -31,6 +31,7 @@ from kvconnect.testing.samples import fidelity_samples, same
 
 _BIG = 64 << 20
 _SETTLE_S = 0.3
+_SHORT_S = 1.5
 _BLOCK = 1 << 16
 
 
@@ -182,6 +183,51 @@ def a_killed_peer_leaves_nothing_behind(peer: ProcessPeer) -> None:
     peer.kill()
     end.pipe.abort()
     assert_nothing_left(before)
+
+
+# -- what traits say ------------------------------------------------------------
+
+
+def a_pipe_of_one_process_does_not_leave_it(peer: ProcessPeer) -> None:
+    """`Traits.reach` is `Reach.PROCESS`: what reaches another process has to say so, lest its laws are skipped."""
+
+    def try_it() -> None:
+        end = peer.open(timeout_s=_SHORT_S)
+        try:
+            end.tell("echo", count=1)
+            end.pipe.send_tensor(torch.ones(1, device=end.device))
+            end.pipe.recv_tensor()
+        finally:
+            end.pipe.abort()
+
+    error = spawn(try_it).exception(LIMIT_S)
+    assert error is not None, "traits.reach is Reach.PROCESS, and a message came back from another process"
+
+
+def reads_are_one_sided_exactly_if_declared(peer: ProcessPeer, *, declared: bool | None = None) -> None:
+    """`Traits.one_sided`: blocks are read while no thread of the other process runs; without it they are not.
+
+    ``declared`` is what holds with the peer's options, where that is not what the class says.
+    """
+    declared = peer.pipe_class.traits.one_sided if declared is None else declared
+    end = peer.open()
+    layout = separate_layers(2, 16, 2, 3000)
+    mine = noisy_memory(layout, 1, end.device)
+    theirs = end.attach(mine, layout, 2)
+    end.pipe.read_blocks([[0]], [[0]]).wait(LIMIT_S)
+    peer.freeze()
+    try:
+        transfer = end.pipe.read_blocks([range(1, 16)], [range(1, 16)])
+        if not declared:
+            threading.Event().wait(_SHORT_S)
+            arrived = transfer.done and transfer.error is None
+            assert not arrived, "blocks of a frozen process were read, and traits.one_sided is not declared"
+            return
+        transfer.wait(LIMIT_S)
+        assert naive_stream(mine, [range(1, 16)]).equal(naive_stream(theirs, [range(1, 16)]))
+    finally:
+        peer.thaw()
+        end.pipe.abort()
 
 
 #: Every law between two processes; those that kill come last.

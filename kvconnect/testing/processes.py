@@ -19,11 +19,15 @@ from typing import Any
 
 import torch
 
+from kvconnect.errors import BrokenError
 from kvconnect.pipes.base import Pipe, PipeSpec
 from kvconnect.testing.channels import Body, ConnectionChannel
 from kvconnect.testing.devices import is_cuda
 from kvconnect.testing.ends import DrivenEnd, End
 from kvconnect.testing.peers import LIMIT_S, spawn
+
+#: How long a process may take to start.
+START_S = 100.0
 
 
 class ScopedChannel:
@@ -89,8 +93,14 @@ class ProcessPeer:
         self._process.start()
         theirs.close()
         self._numbers = itertools.count(1)
+        self._opened: list[Pipe] = []
         self.channel = ConnectionChannel(ours, "kvconnect-test-peer")
         self.channel.start()
+        try:  # importing torch takes what it takes: no law's deadline counts it
+            self.channel.call("ready", {}).result(START_S)
+        except (BrokenError, TimeoutError) as error:
+            self.close()
+            raise BrokenError(f"the other process did not start; a new one has to be able to import {where}") from error
 
     @property
     def alive(self) -> bool:
@@ -106,6 +116,7 @@ class ProcessPeer:
             return self.channel.call("open", body).result(LIMIT_S)
 
         pipe = self.pipe_class.open(PipeSpec("asks", exchange, self.device, timeout_s, self.options))
+        self._opened.append(pipe)
         return RemoteEnd(pipe, self, number)
 
     def kill(self) -> None:
@@ -122,8 +133,10 @@ class ProcessPeer:
         os.kill(self._process.pid or 0, signal.SIGCONT)
 
     def close(self) -> None:
-        """Kill the process and release what belongs to it. Idempotent."""
+        """Kill the process, abort what was joined to it and release what belongs to it. Idempotent."""
         self.kill()
+        for pipe in self._opened:
+            pipe.abort()
         self.channel.close()
 
 
@@ -186,6 +199,7 @@ def _main(
         found = getattr(found, part)
     channel = ConnectionChannel(connection, "kvconnect-test-peer")
     ends = _Ends(found, options, channel, device)
+    channel.handle("ready", lambda _: {})
     channel.handle("open", ends.open)
     channel.handle("tell", ends.tell)
     channel.start()

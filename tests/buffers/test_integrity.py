@@ -8,7 +8,7 @@ from kvconnect.buffers.base import Want
 from kvconnect.config import Backend
 from kvconnect.errors import IntegrityError, KVConnectError, LoadError
 from kvconnect.pipes import flows
-from kvconnect.testing.corrupt import Damage, corrupting
+from kvconnect.testing.faults import Corrupt, faulty
 from tests.buffers.engines import engines, eventually, key, layout
 
 PIPES = ["tcp", "shm", "nixl", "inproc"]
@@ -18,8 +18,8 @@ BLOCKS, OURS = ((1, 2, 3),), ((10, 11, 12),)
 @pytest.fixture
 def damage(monkeypatch):
     """What is done to the next loads; pipes damage nothing by themselves."""
-    done, real = Damage(reads=0), registry.pipe
-    monkeypatch.setattr(registry, "pipe", lambda name: corrupting(real(name), done))
+    done, real = Corrupt(times=0), registry.pipe
+    monkeypatch.setattr(registry, "pipe", lambda name: faulty(real(name), done))
     return done
 
 
@@ -32,7 +32,7 @@ def claimed(p, d, number=1):
 def test_a_pipe_that_damages_blocks_is_caught_and_the_load_fails_and_is_counted(damage, pipe, offset):
     with engines(pipe=pipe, checksum=True, lease_s=3.0) as (p, d):
         d.read(claimed(p, d)).wait(8)
-        damage.reads, damage.offset = 1, offset
+        damage.times, damage.offset = 1, offset
         with pytest.raises(IntegrityError, match="not those of the owner"):
             d.read(claimed(p, d, 2)).wait(8)
         assert d.workers[0].stats()["failed_integrity"] == 1
@@ -49,7 +49,7 @@ def test_a_pipe_that_damages_blocks_is_caught_and_the_load_fails_and_is_counted(
 def test_without_the_option_nobody_is_asked(damage, monkeypatch):
     monkeypatch.setattr(sums, "of_blocks", lambda *_: pytest.fail("somebody summed up"))
     with engines(pipe="shm") as (p, d):
-        damage.reads = 1
+        damage.times = 1
         d.read(claimed(p, d)).wait(8)
 
 
@@ -65,7 +65,7 @@ def test_each_kind_of_sum_is_compared(damage, monkeypatch, kind):
     monkeypatch.setattr(sums, "kind_for", lambda *_: kind)
     with engines(pipe="shm", checksum=True) as (p, d):
         d.read(claimed(p, d)).wait(8)
-        damage.reads = 1
+        damage.times = 1
         with pytest.raises(IntegrityError):
             d.read(claimed(p, d, 2)).wait(8)
 

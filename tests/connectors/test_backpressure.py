@@ -12,12 +12,11 @@ import pytest
 pytest.importorskip("vllm", reason="connectors need vLLM")
 
 from kvconnect import _plugin
-from kvconnect.connectors import compat
 from kvconnect.connectors.groups import Group
 from kvconnect.connectors.headroom import Headroom
 from kvconnect.connectors.protocol import ASK_FOR_TICKET
 from kvconnect.demo import model
-from tests.connectors.headless import BLOCK, BLOCKS, SHAPES, Engine
+from kvconnect.testing.engine import BLOCK, BLOCKS, SHAPES, Engine
 
 LEASE_S = 10.0
 TOKENS = 100  # 7 of 63 blocks
@@ -31,9 +30,8 @@ def engine(request: pytest.FixtureRequest, role: str) -> Engine:
 
 
 @pytest.fixture
-def producer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+def producer(request: pytest.FixtureRequest) -> Iterator[Engine]:
     _plugin.register()
-    monkeypatch.setattr(compat, "worker_rank", lambda: 0)
     made = engine(request, "kv_producer")
     yield made
     made.close()
@@ -82,7 +80,7 @@ def test_loads_take_no_block_that_decoding_requests_are_about_to_need(
     for name, (prompt, params) in tickets.items():
         consumer.add(name, prompt, params)
     until, started = time.monotonic() + 40, 0
-    while not consumer._ended.keys() >= set(decoding):
+    while not consumer.ended.keys() >= set(decoding):
         assert time.monotonic() < until
         planned = consumer.step()
         if not held:  # steps without a model are quicker than the question for the first ticket
@@ -96,7 +94,7 @@ def test_loads_take_no_block_that_decoding_requests_are_about_to_need(
     for start in held:
         start()
     computed: dict[str, int] = {}
-    while not consumer._ended.keys() >= set(tickets):
+    while not consumer.ended.keys() >= set(tickets):
         assert time.monotonic() < until
         for name, tokens in consumer.step().num_scheduled_tokens.items():
             computed.setdefault(name, tokens)

@@ -9,14 +9,14 @@ import pytest
 pytest.importorskip("vllm", reason="connectors need vLLM")
 
 from kvconnect import registry
-from kvconnect.testing.corrupt import Damage, corrupting
+from kvconnect.testing.faults import Corrupt, faulty
 from tests.buffers.engines import engines
 from tests.connectors.test_timeline import planned, run, worker
 
 
 def test_a_damaged_load_is_a_failed_load(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    damage, real = Damage(), registry.pipe
-    monkeypatch.setattr(registry, "pipe", lambda name: corrupting(real(name), damage))
+    damage, real = Corrupt(), registry.pipe
+    monkeypatch.setattr(registry, "pipe", lambda name: faulty(real(name), damage))
     with engines(pipe="shm", checksum=True) as (p, d):
         assert run(worker(d), planned(p, d)) == ({"r"}, {"r"})
         assert "IntegrityError: the blocks that arrived are not those of the owner" in caplog.text

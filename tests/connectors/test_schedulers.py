@@ -11,19 +11,17 @@ pytest.importorskip("vllm", reason="connectors need vLLM")
 
 from kvconnect import _plugin
 from kvconnect.buffers.ticket import Ticket
-from kvconnect.connectors import compat
 from kvconnect.connectors.protocol import ASK_FOR_TICKET
 from kvconnect.demo import model
-from tests.connectors.headless import BLOCKS, SHAPES, Engine
+from kvconnect.testing.engine import BLOCKS, SHAPES, Engine
 
 PROMPT = range(10, 110)
 
 
 @pytest.fixture(params=SHAPES.values(), ids=SHAPES)
-def pair(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Engine, Engine]]:
+def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Engine, Engine]]:
     """A producer and a consumer."""
     _plugin.register()
-    monkeypatch.setattr(compat, "worker_rank", lambda: 0)
     folder = str(model.ensure())
     extra = {"group": request.node.name, "lease_s": 5.0, "content_lookup": False}
     engines = []

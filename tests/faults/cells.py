@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.connectors.headless import BLOCKS
+from kvconnect.testing.engine import BLOCKS
 from tests.faults.copies import CopyGate
 from tests.faults.wires import DataWire, Rule
 from tests.faults.world import ENOUGH_S, LEASE_S, D, NotReachedError, P, World, pause

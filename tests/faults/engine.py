@@ -1,9 +1,8 @@
 """One engine in a process of its own, so that it can be killed and stopped as engines are.
 
 Forked, since importing vLLM takes longer than everything else together. The child holds
-vLLM's own scheduler and both halves of the connector (`tests.connectors.headless`) and obeys
-its parent's commands one by one. It judges itself, too: `Subject.wrong` says what it saw
-that must never happen.
+vLLM's own scheduler and both halves of the connector (`kvconnect.testing.checked_engine`) and
+obeys its parent's commands one by one.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import multiprocessing
 import os
 import signal
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from typing import Any
@@ -22,9 +21,9 @@ import torch
 
 from kvconnect import _plugin
 from kvconnect.clock import Clock
-from kvconnect.connectors import compat, setup
+from kvconnect.connectors import setup
+from kvconnect.testing.checked_engine import CheckedEngine
 from kvconnect.testing.leaks import Holdings
-from tests.connectors.headless import BLOCK, SHAPES, Engine
 from tests.faults.copies import CopyGate
 
 #: No command takes longer, or the engine hangs.
@@ -48,108 +47,18 @@ class Report:
     busy: bool = False
 
 
-def content(prompt: Sequence[int], index: int, like: torch.Tensor, layer: int) -> torch.Tensor:
-    """Return what computing a prompt leaves in its block ``index``."""
-    first = float(prompt[0] * 4099 + index * 67 + layer * 13)
-    return torch.arange(like.numel(), dtype=like.dtype).add_(first).view(like.shape)
+class Subject(CheckedEngine):
+    """An engine that tells about itself."""
 
+    planned: Any = None
 
-class Subject(Engine):
-    """An engine that fills blocks as if it computed, and spoils them when they are free."""
-
-    def __init__(self, model: str, transfer: Mapping[str, Any]) -> None:
-        super().__init__(model, transfer, SHAPES["blocks first"], seed=0, caches=False)
-        self.wrong: list[str] = []
-        self.outcomes: dict[str, str] = {}
-        self.loading: set[str] = set()
-        self.planned: Any = None
-        self._prompts: dict[str, list[int]] = {}
-        self._failed: set[str] = set()
-        self._spoilt: dict[int, float] = {}
-        self._spoils = 0
-        self.spoil()
-
-    def add(self, name: str, tokens: Sequence[int], params: Any = None, max_tokens: int = 3) -> None:
-        self._prompts[name] = list(tokens)
-        super().add(name, tokens, params, max_tokens)
-
-    def computed(self, planned: Any, moved: Any) -> None:
-        self._hear(planned, moved)
-        self._check_spoilt()
-        for name, tokens in planned.num_scheduled_tokens.items():
-            prompt = self._prompts[name]
-            begun = self.scheduler.requests[name].num_computed_tokens > tokens
-            if begun and name not in self.outcomes:
-                self._check_loaded(name, prompt)
-            elif tokens > 1 or not begun:
-                self.outcomes[name] = "computed"
-                self._each(
-                    name, prompt, lambda block, index, layer, p=prompt: block.copy_(content(p, index, block, layer))
-                )
-
-    def carry_out(self, planned: Any) -> Any:
-        super().carry_out(planned)
-        for name, ended in self._ended.items():
-            if str(ended.finish_reason) == "error":
-                self.outcomes[name] = "error"
-        self.spoil()
-        return planned
+    def started(self, planned: Any) -> set[str]:
+        return {load.request_id for load in planned.kv_connector_metadata.loads}
 
     def report(self) -> Report:
-        ended = {name: self.outcomes.get(name, "never ran") for name in self._ended}
+        ended = {name: self.outcomes.get(name, "never ran") for name in self.ended}
         ended |= {name: how for name, how in self.outcomes.items() if how == "aborted"}
         return Report(ended, self.free_blocks(), self.wrong, set(self.loading), self.scheduler.has_requests())
-
-    def _hear(self, planned: Any, moved: Any) -> None:
-        started = {load.request_id for load in planned.kv_connector_metadata.loads}
-        if twice := started & self.loading:
-            self.wrong.append(f"loads started again: {twice}")
-        self.loading |= started
-        over = set(moved.finished_recving or ()) if moved else set()
-        if unknown := over - self.loading:
-            self.wrong.append(f"completion of what does not load: {unknown}")
-        self.loading -= over
-        self._failed |= set(moved.failed_recving or ()) if moved else set()
-
-    def _check_loaded(self, name: str, prompt: list[int]) -> None:
-        self.outcomes[name] = "loaded"
-        if name in self._failed:
-            self.wrong.append(f"{name} decodes from a load that failed")
-
-        def check(block: torch.Tensor, index: int, layer: int) -> None:
-            if not block.equal(content(prompt, index, block, layer)):
-                self.wrong.append(f"{name} decodes from wrong bytes in block {index}, layer {layer}")
-
-        self._each(name, prompt, check)
-
-    def _each(self, name: str, prompt: list[int], do: Any) -> None:
-        (ids,) = self.scheduler.kv_cache_manager.get_block_ids(name)
-        for index, number in enumerate(ids[: -(-len(prompt) // BLOCK)]):
-            for layer, cache in enumerate(self.caches.values()):
-                do(cache[number], index, layer)
-
-    def spoil(self) -> None:
-        """Overwrite what is free, as the next request's prefill will."""
-        free = {block.block_id for block in self._pool if block.ref_cnt == 0 and not block.is_null}
-        for number in free - self._spoilt.keys():
-            self._spoils += 1
-            self._spoilt[number] = -float(self._spoils)
-            for cache in self.caches.values():
-                cache[number].fill_(-float(self._spoils))
-        for number in self._spoilt.keys() - free:
-            del self._spoilt[number]
-
-    def _check_spoilt(self) -> None:
-        """What is free must not be written by a load that was given up."""
-        for number in [block.block_id for block in self._pool if block.ref_cnt]:
-            self._spoilt.pop(number, None)
-        for number, value in self._spoilt.items():
-            if not all(bool((cache[number] == value).all()) for cache in self.caches.values()):
-                self.wrong.append(f"block {number} was written while it was free")
-
-    @property
-    def _pool(self) -> Any:
-        return self.scheduler.kv_cache_manager.block_pool.blocks
 
 
 class _Commands:
@@ -169,10 +78,7 @@ class _Commands:
         self._subject.add(name, prompt, params)
 
     def abort(self, name: str) -> None:
-        from vllm.v1.request import RequestStatus
-
-        self._subject.outcomes[name] = "aborted"
-        self._subject.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
+        self._subject.abort(name)
 
     def plan(self) -> bool:
         """Plan a step; ``True`` if it starts a load."""
@@ -313,7 +219,6 @@ def _main(
     logging.getLogger("kvconnect").addHandler(log)
     logging.getLogger("kvconnect").propagate = False
     _plugin.register()
-    compat.worker_rank = lambda: 0  # type: ignore[assignment]
     if copies is not None:
         copies.put_in_the_way()
     real = setup.engine

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("vllm", reason="the engines are vLLM's schedulers")
 
 from kvconnect.buffers.promise import Promise
-from tests.connectors.headless import BLOCKS
+from kvconnect.testing.engine import BLOCKS
 from tests.faults import cells
 from tests.faults.cells import HandOver, judge
 from tests.faults.clocks import RealTime

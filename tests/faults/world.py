@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from kvconnect import _plugin
-from kvconnect.connectors import compat
 from kvconnect.demo import model
+from kvconnect.testing.engine import BLOCKS, SHAPES, Engine
 from kvconnect.testing.leaks import Holdings
-from tests.connectors.headless import BLOCKS, SHAPES, Engine
 from tests.faults.clocks import Clocks
 from tests.faults.copies import CopyGate
 from tests.faults.engine import EngineDiedError, EngineProcess, Report
@@ -342,16 +341,12 @@ def pause(seconds: float) -> None:
 def warm_up() -> None:
     """Build an engine of each role here, and end it."""
     _plugin.register()
-    worker_rank, compat.worker_rank = compat.worker_rank, lambda: 0
-    try:
-        for role in ("kv_producer", "kv_consumer"):
-            extra = {"group": f"warm-{os.getpid()}"}
-            transfer = {"kv_connector": "KvConnect", "kv_role": role, "kv_connector_extra_config": extra}
-            engine = Engine(str(model.ensure()), transfer, SHAPES["blocks first"], seed=0)
-            engine.ask("warm", range(100))
-            engine.close()
-    finally:
-        compat.worker_rank = worker_rank
+    for role in ("kv_producer", "kv_consumer"):
+        extra = {"group": f"warm-{os.getpid()}"}
+        transfer = {"kv_connector": "KvConnect", "kv_role": role, "kv_connector_extra_config": extra}
+        engine = Engine(str(model.ensure()), transfer, SHAPES["blocks first"], seed=0)
+        engine.ask("warm", range(100))
+        engine.close()
     # What a collection in a forked engine would look at would be copied for it.
     gc.collect()
     gc.freeze()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvconnect import errors
-from kvconnect.pipes.base import Pipe, PipeSpec, Transfer
+from kvconnect.pipes.base import Pipe, PipeSpec, Reach, Traits, Transfer
 from kvconnect.pipes.inproc import InprocPipe
 from kvconnect.testing import block_laws, pipe_laws
 from kvconnect.testing.peers import PipePair, open_pair
@@ -86,6 +86,10 @@ class SendsBeforeItLooks(InprocPipe):
         except errors.TensorRejectedError:
             super().send_tensor(torch.empty(0))
             raise
+
+
+class DoesNotSayWhatItCarries(InprocPipe):
+    traits = Traits(devices=frozenset({"cuda"}), reach=Reach.PROCESS)
 
 
 class ReceivesIntoWithoutLooking(InprocPipe):
@@ -204,6 +208,7 @@ CAUGHT: list[tuple[type[Pipe], Law]] = [
     (FlattensScalars, pipe_laws.shape_dtype_and_values_survive),
     (WidensBfloat16, pipe_laws.shape_dtype_and_values_survive),
     (SendsBeforeItLooks, pipe_laws.what_cannot_be_carried_is_refused_before_a_byte_moves),
+    (DoesNotSayWhatItCarries, pipe_laws.tensors_on_devices_that_are_not_declared_are_refused),
     (ReceivesIntoWithoutLooking, pipe_laws.a_tensor_can_be_received_into_its_final_memory),
     (LetsTwoReceive, pipe_laws.a_second_receiver_is_busy_and_the_first_goes_on),
     (LetsTwoSend, pipe_laws.a_second_sender_is_busy_and_the_first_goes_on),
@@ -318,11 +323,16 @@ CAUGHT_BLOCKS: list[tuple[type[Pipe], Law]] = [
     [pytest.param(*case, id=f"{case[0].__name__}-{case[1].__name__}") for case in CAUGHT + CAUGHT_BLOCKS],
 )
 def test_a_law_catches_the_pipe_that_breaks_it(broken: type[Pipe], law: Law, monkeypatch: pytest.MonkeyPatch) -> None:
+    hurry(monkeypatch)
+    # What a pipe breaks by a race shows sooner or later, not every time.
+    assert any(catches(law, broken) for _ in range(10))
+
+
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have laws wait for less long."""
     monkeypatch.setattr(pipe_laws, "LIMIT_S", 3.0)
     monkeypatch.setattr(pipe_laws, "PROMPT_S", 2.0)
     monkeypatch.setattr(pipe_laws, "SETTLE_S", 0.1)
-    # What a pipe breaks by a race shows sooner or later, not every time.
-    assert any(catches(law, broken) for _ in range(10))
 
 
 def catches(law: Law, broken: type[Pipe]) -> bool:
@@ -335,6 +345,11 @@ def catches(law: Law, broken: type[Pipe]) -> bool:
     finally:
         pair.close()
     return False
+
+
+def test_a_thread_for_each_pipe_is_caught() -> None:
+    with pytest.raises(AssertionError, match="new ones: "):
+        block_laws.many_pipes_are_served_by_a_fixed_set_of_threads(LeavesAThread, pipes=12)
 
 
 @pytest.mark.parametrize(

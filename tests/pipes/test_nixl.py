@@ -43,6 +43,7 @@ class TestRuns(PipeTests):
 
 class TestStaged(PipeTests):
     pipe_class = NixlPipe
+    one_sided = False
     options: ClassVar = {"mode": "staged", "portion_bytes": 1 << 20}
 
 

@@ -54,6 +54,7 @@ class TestRing(PipeTests):
 
     pipe_class = ShmPipe
     options: ClassVar = {"copy": "ring", "ring_bytes": 1 << 20}
+    one_sided = False
 
 
 @pytest.fixture(params=MODES)

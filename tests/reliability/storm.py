@@ -21,8 +21,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvconnect.testing.engine import BLOCK, BLOCKS
 from kvconnect.testing.leaks import Holdings
-from tests.connectors.headless import BLOCK, BLOCKS
 from tests.faults.engine import EngineDiedError, Report
 from tests.reliability.parties import (
     CONNECT_S,

@@ -1,0 +1,7 @@
+from unix_pipe import UnixPipe
+
+from kvconnect.testing.pipe_tests import PipeTests
+
+
+class TestUnixPipe(PipeTests):
+    pipe_class = UnixPipe

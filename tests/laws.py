@@ -1,0 +1,71 @@
+"""``python -m tests.laws``: every law of `kvconnect.testing`, and what breaks it on purpose and is caught.
+
+With ``--all``, each broken pipe and buffer of one process is tried with every law, which takes minutes:
+laws besides its own that catch it, too, are in the last column.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from kvconnect.testing import block_laws, buffer_laws, pipe_laws
+from tests.buffers import test_laws_catch as buffers
+from tests.pipes import test_laws_catch as pipes
+from tests.pipes import test_process_laws_catch as processes
+
+Row = tuple[str, Callable[..., object], type]
+
+
+def rows() -> Iterator[Row]:
+    """Yield what a law is about, the law, and the class that it catches."""
+    for kind, caught in (
+        ("pipe: tensors", pipes.CAUGHT),
+        ("pipe: blocks", pipes.CAUGHT_BLOCKS),
+        ("pipe: two processes", processes.CAUGHT),
+    ):
+        yield from ((kind, law, broken) for broken, law in caught)
+    yield "pipe: blocks", block_laws.many_pipes_are_served_by_a_fixed_set_of_threads, pipes.LeavesAThread
+    yield from (("buffer", getattr(buffer_laws, name), broken) for broken, name in buffers.BROKEN)
+    try:
+        from tests.connectors import test_laws_catch as connectors
+    except pytest.skip.Exception:
+        return  # vLLM is not installed
+    yield from (("connector", law, broken) for broken, law in connectors.CAUGHT)
+
+
+def others(row: Row) -> str:
+    """Try what can be tried quickly with every law of its kind; name those that catch it besides its own."""
+    kind, own, broken = row
+    if kind == "buffer":
+        laws, catches = [*buffer_laws.LAWS, *buffer_laws.ABSENT.values()], buffers.catches
+    elif kind in {"pipe: tensors", "pipe: blocks"} and broken is not pipes.LeavesAThread:
+        laws, catches = [*pipe_laws.LAWS, *block_laws.LAWS], pipes.catches
+    else:
+        return "not tried"
+    caught = [law.__name__ for law in laws if law is not own and catches(law, broken)]
+    return ", ".join(caught) or "none"
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(prog="python -m tests.laws", description=__doc__)
+    parser.add_argument("--all", action="store_true", help="try each with every law")
+    everything = parser.parse_args().all
+    if everything:
+        pipes.hurry(pytest.MonkeyPatch())
+        buffers.hurry(pytest.MonkeyPatch())
+    print("| of | law | caught |" + (" also by |" if everything else ""))
+    print("|---|---|---|" + ("---|" if everything else ""))
+    for row in rows():
+        kind, law, broken = row
+        also = f" {others(row)} |" if everything else ""
+        print(f"| {kind} | {law.__name__} | {broken.__name__} |{also}")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
