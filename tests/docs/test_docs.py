@@ -146,7 +146,7 @@ def test_generated_parts_are_of_this_source(page):
 
 
 def test_every_class_that_reads_options_is_in_the_tables():
-    shown = {cls.__name__ for cls in options.SECTIONS.values()}
+    shown = {base.__name__ for cls in options.SECTIONS.values() for base in cls.__mro__}
     for path in (*(ROOT / "kvconnect" / "pipes").glob("*.py"), *(ROOT / "kvconnect" / "buffers").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.ClassDef) and node.name.endswith("Options"):
@@ -175,10 +175,10 @@ def test_threads_that_are_named_exist_and_those_that_exist_are_named():
     source += "".join(path.read_text("utf-8") for path in (ROOT / "kvconnect" / "pipes").glob("*.py"))
     jobs = re.search(r"jobs = \(([^)]+)\)", source)
     assert jobs
-    written = set(re.findall(r'(?:Turns|Loop|Reactor|Lanes?|server|client)\([^"]*?f?"kvconnect-([^"]+)"', source))
+    written = set(re.findall(r'(?:Turns|Crew|Loop|Reactor|Lanes?|server|client)\([^"]*?f?"kvconnect-([^"]+)"', source))
     written |= set(re.findall(r'name=f?"kvconnect-([^"]+)"', source)) | set(re.findall(r'"([\w-]+)"', jobs[1]))
     written |= {"cuda{device}-lane{number}", "nixl"}  # names that are passed on
-    assert named == written
+    assert named == written - {"{job}"}
 
 
 # -- errors --------------------------------------------------------------------------------

@@ -53,13 +53,14 @@ def _table(cls: type) -> str:
 
 
 def _documented(cls: type) -> Iterator[tuple[str, str]]:
-    """Read the ``Args`` of a class's docstring: each name with its text."""
-    section = inspect.cleandoc(cls.__doc__ or "").partition("Args:\n")[2]
-    for entry in re.split(r"\n(?=    \w)", "\n" + section):
-        names, colon, text = entry.strip().partition(": ")
-        if colon:
-            words = re.sub(r"``(.+?)``", r"`\1`", " ".join(text.split()))
-            yield from ((name, words) for name in names.split(", "))
+    """Read the ``Args`` of a class's docstring and of those it inherits from: each name with its text."""
+    for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
+        section = inspect.cleandoc(base.__doc__ or "").partition("Args:\n")[2]
+        for entry in re.split(r"\n(?=    \w)", "\n" + section):
+            names, colon, text = entry.strip().partition(": ")
+            if colon:
+                words = re.sub(r"``(.+?)``", r"`\1`", " ".join(text.split()))
+                yield from ((name, words) for name in names.split(", "))
 
 
 def _type(hint: Any) -> str:

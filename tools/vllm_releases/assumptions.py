@@ -11,6 +11,7 @@ from tools.vllm_releases.kinds import (
     Assumption,
     BlocksCounted,
     Call,
+    Called,
     Hook,
     Members,
     Name,
@@ -51,6 +52,23 @@ HOOKS: tuple[Assumption, ...] = (
     Hook(name="build_connector_worker_meta"),
     Hook(name="shutdown"),
     NothingElseIsAbstract(),
+    Called(names=("get_required_kvcache_layout",)),
+    Called(names=("on_new_request",)),
+    Called(names=("get_num_new_matched_tokens",)),
+    Called(names=("update_state_after_alloc",)),
+    Called(names=("build_connector_meta",)),
+    Called(names=("update_connector_output",)),
+    Called(names=("request_finished", "request_finished_all_groups")),
+    Called(
+        names=("has_pending_push_work",), without="blocks that takers have released return when the engine steps next"
+    ),
+    Called(names=("get_loaded_kv_cache_group_ids",), without="nobody asks which groups were loaded"),
+    Called(names=("reset_cache",)),
+    Called(names=("register_kv_caches",)),
+    Called(names=("start_load_kv",)),
+    Called(names=("get_finished", "get_transfer_results")),
+    Called(names=("get_block_ids_with_load_errors",)),
+    Called(names=("build_connector_worker_meta",)),
     OneOf(
         parts=(
             Says(

@@ -14,6 +14,18 @@ from tools.vllm_releases.source import Function, Tree, decorators, own_members, 
 ROOT = Path(__file__).resolve().parents[2]
 FACADE = ROOT / "kvconnect" / "connectors" / "base.py"
 CONNECTOR_BASE = "vllm.distributed.kv_transfer.kv_connector.v1.base"
+#: Where vLLM calls connectors from; not all are in every release.
+CALLERS = (
+    "vllm.v1.core.sched.scheduler",
+    "vllm.v1.engine.core",
+    "vllm.v1.worker.kv_connector_model_runner_mixin",
+    "vllm.v1.worker.gpu.kv_connector",
+    "vllm.v1.worker.gpu_model_runner",
+    "vllm.v1.worker.gpu_worker",
+    "vllm.distributed.kv_transfer.kv_transfer_state",
+    "vllm.v1.attention.backends.utils",
+    "vllm.distributed.kv_transfer.kv_connector.utils",
+)
 #: The classes that `KvConnector` derives from.
 INTERFACE = ("KVConnectorBase_V1", "SupportsHMA")
 
@@ -155,6 +167,25 @@ class Hook(Assumption):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Called(Assumption):
+    """vLLM's scheduler, engine or worker calls one of these methods: a hook that nobody calls is no hook."""
+
+    names: tuple[str, ...]
+    used: tuple[str, ...] = ("connectors/base.py",)
+
+    @property
+    def title(self) -> str:
+        """Name it, as Markdown."""
+        return " or ".join(f"`{name}`" for name in self.names) + " is called"
+
+    def check(self, tree: Tree) -> Finding:
+        """Look at a release."""
+        if any(not called(tree, module).isdisjoint(self.names) for module in CALLERS):
+            return HOLDS
+        return self.lacking(f"nobody calls {' or '.join(self.names)}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class NothingElseIsAbstract(Assumption):
     """`KvConnector` implements every abstract method, so that it can be built."""
 
@@ -253,6 +284,17 @@ def interface(tree: Tree) -> dict[str, ast.AST]:
     for cls in reversed(INTERFACE):
         found |= tree.members(CONNECTOR_BASE, cls) or {}
     return found
+
+
+@functools.cache
+def called(tree: Tree, module: str) -> set[str]:
+    """Return the names of all methods that a module calls."""
+    body = tree.module(module)
+    return {
+        node.func.attr
+        for node in (ast.walk(body) if body is not None else ())
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    }
 
 
 @functools.cache
