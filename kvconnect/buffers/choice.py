@@ -166,4 +166,4 @@ def _reaches(cls: type[Pipe], ours: Mapping[str, Any], theirs: Mapping[str, Any]
 
 def _nearness(candidate: Candidate) -> tuple[int, bool, bool, str]:
     traits = candidate.cls.traits
-    return int(traits.reach), not traits.zero_copy, not traits.one_sided, candidate.name
+    return int(traits.reach), not traits.zero_copy, traits.one_sided is False, candidate.name

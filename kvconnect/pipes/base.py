@@ -69,8 +69,9 @@ class Traits:
 
     devices: frozenset[str] = frozenset({"cpu"})
     reach: Reach = Reach.NETWORK
-    #: `Pipe.read_blocks` needs no thread of the peer while it runs, unless options say otherwise.
-    one_sided: bool = False
+    #: `Pipe.read_blocks` needs no thread of the peer while it runs, unless options say otherwise;
+    #: ``None`` where that is up to what lies below.
+    one_sided: bool | None = False
     #: The block path moves bytes straight between the two paged memories.
     zero_copy: bool = False
     #: `Pipe.read_blocks` and `Pipe.write_blocks` only enqueue: a thread that serves other peers may call them.

@@ -84,9 +84,10 @@ class NixlPipe(TwoPathPipe):
     """One end of a pipe over NIXL."""
 
     name: ClassVar[str] = "nixl"
+    # One-sided as far as NIXL's backend is: UCX over RDMA or the kernel's, not over sockets.
     # Not zero_copy: what is staged is copied twice, so that `tcp` is nearer where both carry the memory.
     traits: ClassVar[Traits] = Traits(
-        devices=frozenset(STAGERS), reach=Reach.NETWORK, one_sided=True, likes_long_runs=True
+        devices=frozenset(STAGERS), reach=Reach.NETWORK, one_sided=None, likes_long_runs=True
     )
 
     def __init__(self, spec: PipeSpec) -> None:

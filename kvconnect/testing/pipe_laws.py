@@ -203,7 +203,7 @@ def a_closed_end_says_so(pair: PipePair) -> None:
 
 def all_that_was_sent_before_a_close_arrives_then_the_end(pair: PipePair) -> None:
     """Clause 5: `close` flushes, and the end is not mistaken for a failure."""
-    sent = [torch.ones(3), None, torch.arange(BIG_BYTES // 8), torch.tensor(5)]
+    sent = [torch.ones(3), None, torch.arange(BIG_BYTES // 8), torch.zeros(5)]
     sent = [None if message is None else message.to(pair.device) for message in sent]
 
     def send() -> None:

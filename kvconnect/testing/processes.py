@@ -125,8 +125,9 @@ class ProcessPeer:
         self._process.join(LIMIT_S)
 
     def freeze(self) -> None:
-        """Stop the process where it is (SIGSTOP)."""
+        """Stop the process where it is (SIGSTOP); return once all its threads stand still."""
         os.kill(self._process.pid or 0, signal.SIGSTOP)
+        os.waitid(os.P_PID, self._process.pid or 0, os.WSTOPPED)
 
     def thaw(self) -> None:
         """Let a frozen process go on."""
