@@ -14,10 +14,11 @@ from kvconnect.errors import ConfigError, UnavailableBackendError, UnknownBacken
 
 BUILT_IN = {
     "pipe": {"inproc", "shm", "tcp"},
-    "buffer": {"memory", "remote"},
+    "buffer": {"filesystem", "memory", "remote"},
     "connector": {
         "KvConnect",
         "KvConnectCudaIpc",
+        "KvConnectFilesystem",
         "KvConnectNccl",
         "KvConnectNixl",
         "KvConnectShm",
