@@ -24,6 +24,7 @@ CONNECTORS = {
     "KvConnectFilesystem",
     "KvConnectNccl",
     "KvConnectNixl",
+    "KvConnectRedis",
     "KvConnectShm",
     "KvConnectTcp",
 }
@@ -54,6 +55,7 @@ def test_list_as_json_has_one_object_per_backend():
         ("pipe", "shm"),
         ("buffer", "filesystem"),
         ("buffer", "memory"),
+        ("buffer", "redis"),
         ("buffer", "remote"),
     } <= rows.keys()
     assert {name for kind, name in rows if kind == "connector"} >= CONNECTORS

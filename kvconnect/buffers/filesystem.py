@@ -33,6 +33,8 @@ _MANIFEST: Final = "manifest"
 _MAX_MANIFEST_BYTES: Final = 64 << 20
 _HERE: Final = os.O_CLOEXEC | os.O_NOFOLLOW
 _THERE_IS_ONE: Final = (errno.ENOTEMPTY, errno.EEXIST)
+#: A file or a link in an entry's place is no entry.
+_THERE_IS_NONE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT)
 #: Drafts this old have been left behind; what is being deleted, too.
 _LEFT_BEHIND_S: Final = 900.0
@@ -87,11 +89,14 @@ class FilesystemStore(Store):
     def publish(self, draft: str, name: str, manifest: bytes, *, replace: bool) -> bool:
         """Rename a draft. See `Store.publish`."""
         self._write(draft, _MANIFEST, 0, memoryview(manifest))
-        while not self._rename(f"draft.{draft}", name):
-            if not replace:
-                self.discard(draft)
-                return False
-            self.drop(name)
+        try:
+            while not self._rename(f"draft.{draft}", name):
+                if not replace:
+                    self.discard(draft)
+                    return False
+                self.drop(name)
+        except FileNotFoundError as error:
+            raise BrokenError("the draft was deleted, or something that is no entry lies in its place") from error
         return True
 
     def discard(self, draft: str) -> None:
@@ -279,17 +284,17 @@ class FilesystemBuffer(StoreBuffer):
 
 @contextlib.contextmanager
 def _mapped() -> Iterator[None]:
-    """Map what a filesystem says, but for "there is none" and "there is one", which are answers."""
+    """Map what a filesystem says; "there is none" and "there is one" are answers, each by one kind of error."""
     try:
         yield
-    except FileNotFoundError:
-        raise
     except OSError as error:
         raise _ours(error) from error
 
 
-def _ours(error: OSError) -> KVConnectError | FileExistsError:
+def _ours(error: OSError) -> KVConnectError | FileExistsError | FileNotFoundError:
     if error.errno in _THERE_IS_ONE:
         return FileExistsError(*error.args)
+    if error.errno in _THERE_IS_NONE:
+        return FileNotFoundError(*error.args)
     kind = BufferFullError if error.errno in _NO_ROOM else BrokenError
     return kind(f"the directory of the buffer failed: {error.strerror}")

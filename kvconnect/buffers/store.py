@@ -96,7 +96,7 @@ class Store(ABC):
 
     @abstractmethod
     def discard(self, draft: str) -> None:
-        """Drop a draft; unknown ones are ignored."""
+        """Drop a draft that was not published; unknown ones are ignored."""
 
     # -- reading --------------------------------------------------------------------
 

@@ -16,14 +16,15 @@ from kvconnect.buffers.base import Claim, LookupKey, Miss, Want
 from kvconnect.buffers.crew import Crew
 from kvconnect.buffers.store import Found, Store, StoreOptions
 from kvconnect.buffers.store_manifest import Manifest, name_of
-from kvconnect.clock import Clock
 from kvconnect.config import Config
+from kvconnect.control import ControlClient
 from kvconnect.errors import IntegrityError
 
 logger = logging.getLogger(__name__)
 
 #: Looks that wait for the store; beyond them requests are computed at once.
 _MAX_WAITING: Final = 1024
+_MAX_PAUSE_S: Final = 0.1
 
 
 @dataclass(eq=False)
@@ -47,14 +48,15 @@ class _Look:
     hold: _Hold | None = None
     committed: bool = False
     over: bool = False
+    pause_s: float = 0.002
 
 
 class Looks:
     """Finds entries by content, and takes each once for this engine if the store is one to take from."""
 
-    def __init__(self, store: Store, options: StoreOptions, config: Config, crew: Crew, clock: Clock) -> None:
-        """Ask the store on ``crew``, on which the looks for one entry wait for each other."""
-        self._store, self._options, self._config, self._crew, self._clock = store, options, config, crew, clock
+    def __init__(self, store: Store, options: StoreOptions, config: Config, crew: Crew, client: ControlClient) -> None:
+        """Ask the store on ``crew``, where looks for one entry wait for each other; ``client`` has the timers."""
+        self._store, self._options, self._config, self._crew, self._client = store, options, config, crew, client
         self._takes = options.mode == "take"
         self._lock = threading.Lock()
         self._shapes: tuple[str, ...] = ()
@@ -67,15 +69,19 @@ class Looks:
 
     def look(self, request_id: str, want: Want) -> None:
         """Start to look."""
-        look = _Look(want, self._clock.now() + self._config.lookup_timeout_s)
+        look = _Look(want, self._client.clock.now() + self._config.lookup_timeout_s)
         with self._lock:
             if request_id in self._looks:
                 return
             self._looks[request_id] = look
+        self._queue(look)
+
+    def _queue(self, look: _Look) -> None:
+        with self._lock:
             full = self._waiting >= _MAX_WAITING
             self._waiting += not full
         # One entry's looks in a lane, so that they follow each other.
-        if full or not self._crew.submit(partial(self._search, look), lane=name_of(want.key)):
+        if full or not self._crew.submit(partial(self._search, look), lane=name_of(look.want.key)):
             self._miss(look, Miss("busy", "the store has not answered earlier questions"))
 
     def found(self, request_id: str) -> Claim | Miss | None:
@@ -84,7 +90,7 @@ class Looks:
             look = self._looks.get(request_id)
         if look is None:
             return Miss("absent", "nobody looked for this request")
-        if look.answer is None and self._clock.now() >= look.until:
+        if look.answer is None and self._client.clock.now() >= look.until:
             self._miss(look, Miss("timeout", "the store did not answer in time"))
         return look.answer
 
@@ -180,6 +186,11 @@ class Looks:
         except Exception as error:  # noqa: BLE001 - a third party's store may raise anything; the request must hear of it
             logger.warning("the store cannot be asked: %s: %s", type(error).__name__, error)
             answer = Miss("unreachable", str(error))
+        if isinstance(answer, Miss) and answer.cause == "absent" and _is_coming(look.want):
+            # A store does not tell when something arrives: it is asked again, after pauses that grow.
+            look.pause_s = min(2 * look.pause_s, _MAX_PAUSE_S)
+            self._client.later(look.pause_s, lambda: self._queue(look))
+            return
         with self._lock:
             if self._takes and isinstance(answer, Claim):
                 # Nobody else has: looks for one entry follow each other.
@@ -216,6 +227,11 @@ class Looks:
         parts = [(part.nbytes, part.shape, part.sums) for part in manifest.parts]
         data = {"place": found.place, "chunk_bytes": manifest.chunk_bytes, "parts": parts}
         return Claim(grant, key, manifest.blocks, data)
+
+
+def _is_coming(want: Want) -> bool:
+    """Whether the request's ticket says that its prompt is on the way to the store, where it may not be yet."""
+    return want.ticket is not None and want.ticket.get("coming") is True
 
 
 def _quietly(job: Any, name: str, grant: str) -> None:

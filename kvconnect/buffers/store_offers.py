@@ -77,14 +77,15 @@ class Offers:
 
     # -- the scheduling thread ----------------------------------------------------------
 
-    def offer(self, key: LookupKey, blocks: Blocks, *, asked: bool) -> None:
-        """Start to store a prompt, if there is room for it on the way."""
+    def offer(self, key: LookupKey, blocks: Blocks, *, asked: bool) -> bool:
+        """Start to store a prompt, if there is room for it on the way; say so."""
         offer = _Offer(key, blocks, asked, time.monotonic())
         with self._lock:
             self._open[offer.draft] = offer
             self._counts["offered"] += 1
             if self._workers:
                 self._admit(offer)
+            return not offer.failed
 
     def introduce(self, workers: Sequence[Mapping[str, Any]]) -> None:
         """Learn our workers; what was offered before is stored now."""
@@ -225,22 +226,26 @@ class Offers:
         except Exception as error:  # noqa: BLE001 - a third party's store may raise anything
             logger.warning("a prompt could not be stored: %s", error)
             why = "store_failed"
+        if why == "store_failed":
+            self._drop_draft(offer)
         with self._lock:
+            self._under_way -= offer.nbytes
             self._counts[f"not_stored_{why}" if why else "stored"] += 1
             if not why:
                 self._known[offer.name] = None
                 while len(self._known) > _MAX_KNOWN:
                     self._known.popitem(last=False)
-        self._discard(offer)
 
     def _discard(self, offer: _Offer) -> None:
-        """Leave nothing of a draft; what was published is none any more."""
+        self._drop_draft(offer)
+        with self._lock:
+            self._under_way -= offer.nbytes
+
+    def _drop_draft(self, offer: _Offer) -> None:
         try:
             self._store.discard(offer.draft)
         except Exception as error:  # noqa: BLE001 - a third party's store may raise anything; `mend` tries again
             logger.debug("a draft could not be dropped: %s", error)
-        with self._lock:
-            self._under_way -= offer.nbytes
 
     # -- the client's thread ----------------------------------------------------------------
 

@@ -43,7 +43,7 @@ class StoreScheduler(SchedulerEnd):
         self._offers = (
             Offers(store, options, self._client, self._crew, config.transfer_timeout_s) if settings.produces else None
         )
-        self._looks = Looks(store, options, config, self._crew, settings.clock) if settings.consumes else None
+        self._looks = Looks(store, options, config, self._crew, self._client) if settings.consumes else None
         self._every_s = min(_TIDY_S, config.lease_s / 3)
         self._tidy_later()
 
@@ -75,11 +75,14 @@ class StoreScheduler(SchedulerEnd):
     # -- producer -------------------------------------------------------------------
 
     def offer(self, key: LookupKey, blocks: Blocks, *, label: str | None, asked: bool) -> dict[str, Any]:
-        """Have a prompt stored. Nobody needs the ticket: the content is looked up. See `SchedulerEnd.offer`."""
+        """Have a prompt stored. See `SchedulerEnd.offer`.
+
+        Content finds it without the ticket, which says no more than that it is worth waiting for a little.
+        """
         if self._offers is None:
             raise KVConnectError("this engine is a consumer only: it has nothing to offer")
-        self._offers.offer(key, blocks, asked=asked)
-        return {"buffer": self._name, "engine": self._engine, **fields.write_key(key)}
+        coming = self._offers.offer(key, blocks, asked=asked)
+        return {"buffer": self._name, "engine": self._engine, "coming": coming, **fields.write_key(key)}
 
     def drain_released(self) -> list[Blocks]:
         """Return the blocks of prompts that are stored, or will not be."""

@@ -81,7 +81,12 @@ class StoreBuffer(LookupBuffer):
         writer = PartWriter(arena.memory, [ids], self._store, self._rooms, self._options.chunk_bytes)
         draft, name = secrets.token_hex(16), name_of(key)
         with self._room(name, writer.nbytes):
-            self._run(ChunkRun(self._crew, writer.steps, lambda span, guard: writer.write(draft, 0, span, guard)))
+            try:
+                self._run(ChunkRun(self._crew, writer.steps, lambda span, guard: writer.write(draft, 0, span, guard)))
+            except KVConnectError:
+                with contextlib.suppress(KVConnectError):  # what is wrong is known already
+                    self._store.discard(draft)
+                raise
             numbers = (tuple(range(1, len(ids) + 1)),)
             manifest = Manifest(key, numbers, self._options.chunk_bytes, (writer.part(),), time.time())
             self._store.publish(draft, name, manifest.pack(), replace=True)

@@ -43,3 +43,9 @@ class KvConnectFilesystem(KvConnector):
     """Hand-over through a directory: engines need not know or reach each other."""
 
     buffer = "filesystem"
+
+
+class KvConnectRedis(KvConnector):
+    """Hand-over through a Redis server, likewise."""
+
+    buffer = "redis"

@@ -16,6 +16,7 @@ from kvconnect import _plugin
 from kvconnect.connectors import compat
 from kvconnect.connectors.protocol import ASK_FOR_TICKET
 from kvconnect.demo import model
+from tests.buffers.redis_server import RedisServer
 from tests.connectors.headless import BLOCK, BLOCKS, SHAPES, Engine
 
 PROMPT = range(10, 110)
@@ -25,17 +26,20 @@ Make = Callable[..., Engine]
 
 
 @pytest.fixture
-def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
-    """Return ``make(role, seed, **options)``, which opens an engine over one directory."""
+def make(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+    """Return ``make(role, seed, **options)``, which opens an engine over a directory, or another store if asked."""
     _plugin.register()
     monkeypatch.setattr(compat, "worker_rank", lambda: 0)
     folder = str(model.ensure())
+    connector, place = "KvConnectFilesystem", {"name": "filesystem", "path": str(tmp_path / "kv")}
     with contextlib.ExitStack() as stack:
+        if getattr(request, "param", "") == "redis":
+            connector, place = "KvConnectRedis", {"name": "redis", "url": stack.enter_context(RedisServer()).url}
 
         def make(role: str, seed: int, shape: Any = SHAPES["blocks first"], **options: Any) -> Engine:
-            buffer = {"name": "filesystem", "path": str(tmp_path / "kv"), "chunk_bytes": 100_000, **options}
+            buffer = {**place, "chunk_bytes": 100_000, **options}
             extra = {"lease_s": 5.0, "buffer": buffer}
-            transfer = {"kv_connector": "KvConnectFilesystem", "kv_role": role, "kv_connector_extra_config": extra}
+            transfer = {"kv_connector": connector, "kv_role": role, "kv_connector_extra_config": extra}
             engine = Engine(folder, transfer | {"kv_load_failure_policy": "recompute"}, shape, seed)
             stack.callback(engine.close)
             return engine
@@ -71,6 +75,7 @@ def test_the_consumer_computes_one_token_and_has_every_block(make: Make, shape: 
     assert consumer.free_blocks() == BLOCKS - 1
 
 
+@pytest.mark.parametrize("make", ["filesystem", "redis"], indirect=True)
 def test_an_entry_is_taken_once(make: Make) -> None:
     producer, first, second = make("kv_producer", 1), make("kv_consumer", 2), make("kv_consumer", 3)
     prefill(producer)
@@ -79,6 +84,7 @@ def test_an_entry_is_taken_once(make: Make) -> None:
     assert count(second, "miss_absent") == 1
 
 
+@pytest.mark.parametrize("make", ["filesystem", "redis"], indirect=True)
 def test_a_shared_entry_serves_every_engine(make: Make) -> None:
     share = {"mode": "share"}
     producer = make("kv_producer", 1, **share)
@@ -114,3 +120,18 @@ def test_a_store_that_is_gone_is_a_miss_and_a_prompt_that_is_not_stored(make: Ma
     (tmp_path / "other").rmdir()
     prefill(producer)
     assert consumer.ask("d", PROMPT)[1] == len(PROMPT)
+
+
+def test_a_ticket_waits_for_what_is_still_on_its_way(make: Make) -> None:
+    producer, consumer = make("kv_producer", 1), make("kv_consumer", 2)
+    answer, _ = producer.ask("p", PROMPT, dict(ASK_FOR_TICKET), max_tokens=1)
+    assert answer.kv_transfer_params["kvconnect"]["coming"] is True
+    consumer.add("d", PROMPT, answer.kv_transfer_params)
+    producer.step()  # its workers are introduced, so that they are asked to write
+    assert consumer.ask("d2", range(200, 210))[1] == 10
+    for _ in range(2000):
+        if (computed := consumer.step().num_scheduled_tokens.get("d")) is not None:
+            break
+        producer.step()
+        threading.Event().wait(0.005)
+    assert computed == 1
