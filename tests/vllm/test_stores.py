@@ -10,7 +10,7 @@ import pytest
 from kvconnect.demo.client import Prompt
 from tests.buffers.redis_server import RedisServer
 from tests.vllm.clients import complaints
-from tests.vllm.conftest import START_S, running
+from tests.vllm.conftest import running
 from tests.vllm.fleet import BLOCK, CHUNK, Fleet, Plan, unique
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
