@@ -186,7 +186,8 @@ class Looks:
         except Exception as error:  # noqa: BLE001 - a third party's store may raise anything; the request must hear of it
             logger.warning("the store cannot be asked: %s: %s", type(error).__name__, error)
             answer = Miss("unreachable", str(error))
-        if isinstance(answer, Miss) and answer.cause == "absent" and _is_coming(look.want):
+        late = self._client.clock.now() >= look.until
+        if isinstance(answer, Miss) and answer.cause == "absent" and _is_coming(look.want) and not late:
             # A store does not tell when something arrives: it is asked again, after pauses that grow.
             look.pause_s = min(2 * look.pause_s, _MAX_PAUSE_S)
             self._client.later(look.pause_s, lambda: self._queue(look))

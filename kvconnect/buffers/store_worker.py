@@ -83,6 +83,8 @@ class StoreWorker(WorkerEnd):
         transfer.via = self._name
         transfer.add_done_callback(on_done)
         try:
+            if self._rank >= len(claim.data["parts"]):
+                raise LoadError(f"the entry has {len(claim.data['parts'])} parts, this is worker {self._rank}")
             part = Part(*claim.data["parts"][self._rank])
             reader = PartReader(self._memory, self._store, self._rooms, part, claim.data["chunk_bytes"])
             steps = reader.plan([max(ids, default=0) for ids in claim.blocks], remote, local)

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from kvconnect.buffers import store_parts
 from kvconnect.buffers.base import Claim, Miss, Want
 from kvconnect.buffers.store_manifest import Manifest, Part, name_of
 from kvconnect.control import ControlClient, wait_for
@@ -199,6 +200,25 @@ def test_blocks_return_at_once_when_the_engine_needs_them_although_the_store_han
         assert p.count("not_stored_reclaimed") == 1
         assert is_miss(d.find(), "absent")
         assert not p.end.awaits_takers()
+
+
+def test_blocks_stay_the_stores_while_a_worker_reads_them(store, monkeypatch):
+    entered, gate, real = threading.Event(), threading.Event(), store_parts._lift
+
+    def lift(*arguments):
+        entered.set()
+        assert gate.wait(30)
+        real(*arguments)
+
+    with pair(store) as (p, _):
+        monkeypatch.setattr(store_parts, "_lift", lift)
+        p.end.offer(key(1), ((1, 2, 3),), label=None, asked=False)
+        assert entered.wait(5)
+        assert p.end.reclaim(3) == 3
+        threading.Event().wait(0.3)
+        assert p.end.drain_released() == []
+        gate.set()
+        assert p.freed() == [((1, 2, 3),)]
 
 
 def test_what_was_asked_for_gives_way_only_after_its_time(store, stall):
