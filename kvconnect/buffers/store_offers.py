@@ -71,7 +71,7 @@ class Offers:
         self._workers: Sequence[Mapping[str, Any]] = ()
         self._open: dict[str, _Offer] = {}
         self._ended: list[Blocks] = []
-        self._under_way = 0
+        self._under_way, self._cleared = 0, float("-inf")
         self._known: collections.OrderedDict[str, None] = collections.OrderedDict()
         self._counts: collections.Counter[str] = collections.Counter()
 
@@ -122,11 +122,18 @@ class Offers:
         for offer in self._going():
             self._give_up(offer, "cleared")
         with self._lock:
+            self._cleared = time.monotonic()
             known, self._known = list(self._known), collections.OrderedDict()
             still = bool(self._open)
         for name in known:
-            self._crew.submit(partial(self._store.drop, name), lane=name)  # type: ignore[arg-type]
+            self._drop(name)
         return not still
+
+    def _drop(self, name: str) -> None:
+        def drop() -> None:
+            self._store.drop(name)
+
+        self._crew.submit(drop, lane=name)
 
     def stats(self) -> dict[str, int]:
         """Counters since the start."""
@@ -231,10 +238,13 @@ class Offers:
         with self._lock:
             self._under_way -= offer.nbytes
             self._counts[f"not_stored_{why}" if why else "stored"] += 1
-            if not why:
+            outdated = offer.made < self._cleared  # its blocks were free already, so `clear` did not see it
+            if not why and not outdated:
                 self._known[offer.name] = None
                 while len(self._known) > _MAX_KNOWN:
                     self._known.popitem(last=False)
+        if outdated and not why:
+            self._drop(offer.name)
 
     def _discard(self, offer: _Offer) -> None:
         self._drop_draft(offer)

@@ -309,6 +309,19 @@ def test_a_cache_reset_drops_what_the_engine_has_stored(store):
         assert is_miss(d.find(), "absent")
 
 
+def test_a_cache_reset_drops_what_is_just_being_published(store, stall):
+    with pair(store) as (p, d):
+        hang = stall("publish")
+        p.end.offer(key(1), ((1, 2, 3),), label=None, asked=True)
+        assert hang.entered.wait(5)
+        p.freed()
+        assert p.end.clear()
+        hang.gate.set()
+        eventually(lambda: p.count("stored") == 1)
+        eventually(lambda: not p.end._store.entries())
+        assert is_miss(d.find(), "absent")
+
+
 def test_only_its_own_scheduler_has_a_workers_blocks_written(store):
     with pair(store) as (p, _):
         told = p.workers[0].describe()
