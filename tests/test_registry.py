@@ -14,12 +14,14 @@ from kvconnect.errors import ConfigError, UnavailableBackendError, UnknownBacken
 
 BUILT_IN = {
     "pipe": {"inproc", "shm", "tcp"},
-    "buffer": {"memory", "remote"},
+    "buffer": {"filesystem", "memory", "redis", "remote"},
     "connector": {
         "KvConnect",
         "KvConnectCudaIpc",
+        "KvConnectFilesystem",
         "KvConnectNccl",
         "KvConnectNixl",
+        "KvConnectRedis",
         "KvConnectShm",
         "KvConnectTcp",
     },

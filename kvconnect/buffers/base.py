@@ -343,7 +343,8 @@ class SchedulerEnd(ABC):
         """End unclaimed entries, oldest first, until they held ``num_blocks``; return how many they held.
 
         First those nobody asked for, then those that have waited ``offered_s`` seconds for
-        whoever asked. Their blocks are in the next `drain_released`.
+        whoever asked. Their blocks are in the next `drain_released`, or, where somebody is copying
+        them, in the first one after he has stopped: an entry is counted here once.
         """
 
     @abstractmethod

@@ -38,12 +38,14 @@ class KvConnector(KVConnectorBase_V1, SupportsHMA):
 
     #: The pipe that a subclass stands for; ``None`` leaves it to the configuration.
     pipe: ClassVar[str | None] = None
+    #: The buffer that a subclass stands for, likewise.
+    buffer: ClassVar[str | None] = None
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         """Build this process's half. Never waits: workers are built before the scheduler."""
         super().__init__(vllm_config, role, kv_cache_config)
         compat.share_vllm_logging()
-        engine = setup.engine(vllm_config, kv_cache_config, self.pipe)
+        engine = setup.engine(vllm_config, kv_cache_config, self.pipe, self.buffer)
         rank = compat.worker_rank() if role is KVConnectorRole.WORKER else siblings.SCHEDULER
         siblings.enter(self, siblings.Post.of(engine.settings, rank))
         self._scheduler = SchedulerHalf(engine) if role is KVConnectorRole.SCHEDULER else None

@@ -177,7 +177,8 @@ def _nixl_params(request: Request, ticket: dict[str, Any]) -> dict[str, Any]:
     Routers pass the whole object on; some rewrite ``remote_host``, so the address that
     counts is inside the ticket.
     """
-    host, _, port = str(ticket["at"]).rpartition("@")[2].rpartition(":")
+    # A buffer whose entries nobody fetches from this engine has no address to tell.
+    host, _, port = str(ticket.get("at", ":0")).rpartition("@")[2].rpartition(":")
     return {
         "do_remote_prefill": True,
         "do_remote_decode": False,

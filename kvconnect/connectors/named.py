@@ -6,7 +6,7 @@ from kvconnect.connectors.base import KvConnector
 
 
 class KvConnect(KvConnector):
-    """Any pipe: ``"pipe"`` in the extra config, or ``"auto"``, the nearest that reaches the peer."""
+    """Any pipe: ``"pipe"`` in the extra config, or ``"auto"``, the nearest that reaches the peer; any ``"buffer"``."""
 
 
 class KvConnectTcp(KvConnector):
@@ -37,3 +37,15 @@ class KvConnectCudaIpc(KvConnector):
     """Hand-over from GPU to GPU of one host by CUDA IPC."""
 
     pipe = "cuda_ipc"
+
+
+class KvConnectFilesystem(KvConnector):
+    """Hand-over through a directory: engines need not know or reach each other."""
+
+    buffer = "filesystem"
+
+
+class KvConnectRedis(KvConnector):
+    """Hand-over through a Redis server, likewise."""
+
+    buffer = "redis"

@@ -60,13 +60,16 @@ class Engine:
         return sum(-(-tokens // group.block_size) for group in self.groups)
 
 
-def engine(vllm_config: VllmConfig, kv: KVCacheConfig, preset: str | None) -> Engine:
+def engine(
+    vllm_config: VllmConfig, kv: KVCacheConfig, pipe_preset: str | None, buffer_preset: str | None = None
+) -> Engine:
     """Read vLLM's configuration.
 
     Args:
         vllm_config: vLLM's.
         kv: the KV-cache configuration, of this worker or of the scheduler.
-        preset: the pipe that the connector's class stands for, or ``None`` for `Config.pipe`.
+        pipe_preset: the pipe that the connector's class stands for, or ``None`` for `Config.pipe`.
+        buffer_preset: likewise, or ``None`` for `Config.buffer`.
 
     Raises:
         ConfigError: a value is wrong, or the backend is unknown or cannot run here.
@@ -77,8 +80,9 @@ def engine(vllm_config: VllmConfig, kv: KVCacheConfig, preset: str | None) -> En
         raise ConfigError("kv_transfer_config is not set")
     extra = compat.extra_config(transfer)
     config = Config.parse(extra)
-    pipe = _pipe(extra, config, preset)
-    _require(pipe.name, preset)
+    pipe = _chosen("pipe", extra, config.pipe, pipe_preset)
+    _require(pipe.name, pipe_preset)
+    config = dataclasses.replace(config, buffer=_chosen("buffer", extra, config.buffer, buffer_preset))
     marks = fingerprint.fingerprint(vllm_config, kv)
     parallel = vllm_config.parallel_config
     config = _own_port(config, parallel.data_parallel_index)
@@ -121,7 +125,7 @@ def layout_wish(vllm_config: VllmConfig, preset: str | None) -> str | None:
         return None
     try:
         extra = compat.extra_config(transfer)
-        pipe = registry.pipe(_pipe(extra, Config.parse(extra), preset).name)
+        pipe = registry.pipe(_chosen("pipe", extra, Config.parse(extra).pipe, preset).name)
     except ConfigError:
         return None  # whoever builds the connector hears of it
     return "BLHNC" if pipe.traits.likes_long_runs else None
@@ -133,18 +137,18 @@ def namespace(marks: Mapping[str, str | int]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _pipe(extra: Mapping[str, object], config: Config, preset: str | None) -> Backend:
-    """Return the pipe to use; a preset's name and the configured one must not contradict each other."""
+def _chosen(kind: str, extra: Mapping[str, object], configured: Backend, preset: str | None) -> Backend:
+    """Return the backend to use; a preset's name and the configured one must not contradict each other."""
     if preset is None:
-        return config.pipe
-    if "pipe" not in extra:
+        return configured
+    if kind not in extra:
         return Backend(preset)
-    if config.pipe.name != preset:
+    if configured.name != preset:
         raise ConfigError(
-            f"kv_connector_extra_config.pipe is {config.pipe.name!r}, but this connector stands for {preset!r}; "
+            f"kv_connector_extra_config.{kind} is {configured.name!r}, but this connector stands for {preset!r}; "
             f"remove the option or use kv_connector='KvConnect'"
         )
-    return config.pipe
+    return configured
 
 
 def _own_port(config: Config, data_parallel_index: int) -> Config:

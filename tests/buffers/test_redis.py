@@ -1,0 +1,205 @@
+"""A Redis server as a lookup buffer: its laws, access, memory, and its death."""
+
+import multiprocessing
+import secrets
+import threading
+
+import pytest
+
+from kvconnect.buffers.redis import RedisBuffer, RedisOptions, RedisStore
+from kvconnect.errors import BrokenError, BufferFullError, ConfigError, LoadError
+from kvconnect.testing.buffer_laws import LAWS, ROOM_BYTES, Ends, key, tensor
+from kvconnect.testing.buffer_tests import BufferTests
+from tests.buffers.engines import eventually, is_miss
+from tests.buffers.redis_server import RedisServer
+from tests.buffers.stores import Stall, backend, pair
+
+SPAWN = multiprocessing.get_context("spawn")
+OUTLIVES = "an_entry_that_is_gone_is_reported_never_halved"  # a server's entries outlive who has written them
+
+
+def table(url, prefix, policy="wait", ttl_s=600.0, wait_s=20.0, **options):
+    options = {"capacity_bytes": ROOM_BYTES, "chunk_bytes": 1 << 16, "max_age_s": ttl_s, **options}
+    return RedisBuffer(RedisOptions(url=url, prefix=prefix, **options), policy, wait_s)
+
+
+class TestOneTable(BufferTests):
+    @pytest.fixture(autouse=True)
+    def server(self, redis_server):
+        self.url = redis_server.url
+
+    def open_ends(self, *, policy, ttl_s, wait_s):
+        buffer = table(self.url, secrets.token_hex(4), policy, ttl_s, wait_s)
+        return Ends(buffer, buffer)
+
+
+class TestTwoTablesOfOneServer(TestOneTable):
+    def open_ends(self, *, policy, ttl_s, wait_s):
+        prefix = secrets.token_hex(4)
+        return Ends(*(table(self.url, prefix, policy, ttl_s, wait_s) for _ in range(2)))
+
+    @pytest.mark.parametrize("law", [law for law in LAWS if law.__name__ != OUTLIVES])
+    def test_law(self, open_, law):
+        law(open_)
+
+
+@pytest.fixture
+def open_table(redis_server):
+    tables, prefix = [], secrets.token_hex(4)
+
+    def make(**options):
+        tables.append(table(redis_server.url, prefix, **options))
+        return tables[-1]
+
+    yield make
+    for each in tables:
+        each.close()
+
+
+def race(url, prefix, start, results, count):
+    buffer = table(url, prefix)
+    start.wait(60)
+    results.put([number for number in range(count) if buffer.drop_select(key(number)) is not None])
+    buffer.close()
+
+
+def test_of_takers_in_several_processes_one_gets_an_entry(redis_server):
+    prefix, count, takers = secrets.token_hex(4), 100, 3
+    buffer = table(redis_server.url, prefix)
+    for number in range(count):
+        buffer.insert(key(number), [tensor(number)])
+    buffer.close()
+    start, results = SPAWN.Barrier(takers), SPAWN.Queue()
+    arguments = (redis_server.url, prefix, start, results, count)
+    processes = [SPAWN.Process(target=race, args=arguments) for _ in range(takers)]
+    for process in processes:
+        process.start()
+    taken = [number for _ in processes for number in results.get(timeout=90)]
+    for process in processes:
+        process.join(30)
+    assert sorted(taken) == list(range(count))
+
+
+def test_what_a_dead_taker_had_is_offered_again(open_table):
+    buffer = open_table()
+    buffer.insert(key(1), [tensor(1)])
+    (name,) = [entry.name for entry in buffer._store.entries()]
+    assert buffer._store.take(name, "aa", 0.01)
+    threading.Event().wait(0.02)
+    buffer._store.mend()
+    assert not buffer._store.renew(name, "aa", 60.0)
+    assert buffer.drop_select(key(1)) is not None
+
+
+def test_nothing_is_left_and_nothing_stays_for_ever(redis_server, open_table):
+    buffer = open_table()
+    buffer.insert(key(1), [tensor(1, 200_000)])
+    buffer.insert(key(1), [tensor(2, 200_000)])
+    keys = redis_server.client.keys(f"{buffer._options.prefix}:*")
+    assert len(keys) == 1 + 1 + 4 + 1  # entry, list of chunks, chunks, index
+    assert [name for name in keys if redis_server.client.ttl(name) < 0] == [
+        f"{buffer._options.prefix}:offered".encode()
+    ]
+    buffer.drop_select(key(1))
+    assert redis_server.client.keys(f"{buffer._options.prefix}:*") == []
+
+
+def test_what_the_server_has_evicted_is_gone(redis_server, open_table):
+    buffer = open_table()
+    buffer.insert(key(1), [tensor(1, 200_000)])
+    redis_server.client.delete(redis_server.client.keys(f"{buffer._options.prefix}:c:*")[0])
+    with pytest.raises(LoadError, match="gone"):
+        buffer.drop_select(key(1))
+    redis_server.client.delete(*redis_server.client.keys(f"{buffer._options.prefix}:e:*"))
+    assert buffer.drop_select(key(1)) is None
+    assert buffer._store.entries() == []
+
+
+# -- access and limits ------------------------------------------------------------------
+
+
+def test_a_password_is_read_from_a_file(tmp_path):
+    word = tmp_path / "password"
+    word.write_text("sesame\n")
+    with RedisServer("--requirepass", "sesame", password="sesame") as server:  # noqa: S106 - a test's own
+        buffer = table(server.url, "p", password_file=str(word))
+        buffer.insert(key(1), [tensor(1)])
+        buffer.close()
+        word.write_text("guess")
+        buffer = table(server.url, "p", password_file=str(word))
+        with pytest.raises(BrokenError, match="Authentication"):
+            buffer.insert(key(1), [tensor(1)])
+        buffer.close()
+
+
+def test_tls_is_an_address_and_an_authority(tmp_path, unused_port):
+    trustme = pytest.importorskip("trustme", reason="certificates for a test are made by trustme")
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(tmp_path / "server.pem")
+    ca, own = str(tmp_path / "ca.pem"), str(tmp_path / "server.pem")
+    tls = ("--port", "0", "--tls-port", str(unused_port), "--tls-cert-file", own, "--tls-key-file", own)
+    tls += ("--tls-ca-cert-file", ca, "--tls-auth-clients", "no")
+    address = f"rediss://127.0.0.1:{unused_port}/0"
+    with RedisServer(*tls, url=f"{address}?ssl_ca_certs={ca}") as server:
+        buffer = table(server.url, "t")
+        buffer.insert(key(1), [tensor(1)])
+        assert buffer.drop_select(key(1)) is not None
+        buffer.close()
+        stranger = table(address, "t")
+        with pytest.raises(BrokenError, match="CERTIFICATE_VERIFY_FAILED"):
+            stranger.match([key(1)])
+        stranger.close()
+
+
+@pytest.fixture
+def unused_port():
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_server_without_room_is_a_full_buffer():
+    with RedisServer("--maxmemory", "4mb", "--maxmemory-policy", "noeviction") as server:
+        buffer = table(server.url, "m", capacity_bytes=1 << 30)
+        with pytest.raises(BufferFullError, match="no room"):
+            buffer.insert(key(1), [tensor(1, 8 << 20)])
+        buffer.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"url": "http://x"}, r"buffer\.url must begin with redis://"),
+        ({"url": "redis://host:port"}, r"buffer\.url cannot be used"),
+        ({"prefix": ""}, r"buffer\.prefix must not be empty"),
+        ({"password_file": "/nowhere"}, r"buffer\.password_file '/nowhere' cannot be read"),
+    ],
+)
+def test_wrong_options_name_their_path_and_the_cure(options, said):
+    with pytest.raises(ConfigError, match=said):
+        RedisStore(RedisOptions(**options)).close()
+
+
+# -- death ------------------------------------------------------------------------------
+
+
+def test_a_server_that_dies_costs_a_failed_load_and_a_prompt_that_is_not_stored(monkeypatch):
+    with RedisServer() as server, pair(backend("redis", url=server.url, timeout_s=2.0)) as (p, d):
+        p.put()
+        p.put(2)
+        claim = d.claim()
+        hang = Stall(monkeypatch, RedisStore, "get")
+        load = d.reads(claim)
+        assert hang.entered.wait(5)
+        server.kill()
+        hang.gate.set()
+        with pytest.raises(BrokenError):
+            load.wait(8)
+        d.end.settle("r")
+        assert is_miss(d.find(2, "next"), "unreachable")
+        assert not p.put(3)
+        assert p.count("not_stored_store_failed") == 1
+        assert eventually(lambda: p.end.lent_blocks() == 0)
