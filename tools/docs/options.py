@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from kvconnect.buffers.choice import AutoOptions
+from kvconnect.buffers.filesystem import FilesystemOptions
+from kvconnect.buffers.redis import RedisOptions
 from kvconnect.config import Backend, Config
 from kvconnect.pipes.cuda_ipc import CudaIpcOptions
 from kvconnect.pipes.inproc import InprocOptions
@@ -32,6 +34,8 @@ SECTIONS: dict[str, type] = {
     'pipe: {"name": "shm"}': ShmOptions,
     'pipe: {"name": "tcp"}': TcpOptions,
     'pipe: {"name": "tcp", "tls": {…}}': TlsOptions,
+    'buffer: {"name": "filesystem"}': FilesystemOptions,
+    'buffer: {"name": "redis"}': RedisOptions,
 }
 _NOUNS = {int: "whole number", float: "number", str: "string", bool: "true or false", Backend: "name or object"}
 _UNITS = {"_s": "seconds", "_bytes": "bytes"}
