@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvconnect.buffers.arena import Arena, Ids, blocks_needed, encode, load
 from kvconnect.buffers.arena import store as fill
-from kvconnect.buffers.base import EndSettings, Grant, LookupBuffer, LookupKey, SchedulerEnd, WorkerEnd
+from kvconnect.buffers.base import BufferTraits, EndSettings, Grant, LookupBuffer, LookupKey, SchedulerEnd, WorkerEnd
 from kvconnect.buffers.crew import Crew
 from kvconnect.buffers.memory import Policy
 from kvconnect.buffers.store import Store, StoreOptions, make_room
@@ -41,6 +41,7 @@ _LOOK_AGAIN_S = 0.5
 class StoreBuffer(LookupBuffer):
     """Entries of a store. With ``"mode": "share"``, `claim` takes nothing out, and `Grant.release` drops nothing."""
 
+    traits: ClassVar[BufferTraits] = BufferTraits(bounded=True, expires=True, joins=True)
     #: The dataclass that the options under ``buffer`` in the configuration are read into.
     options_type: ClassVar[type[StoreOptions]] = StoreOptions
 

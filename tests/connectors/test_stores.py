@@ -12,12 +12,13 @@ import pytest
 
 pytest.importorskip("vllm", reason="connectors need vLLM")
 
+from tests.connectors.headless import BLOCK, BLOCKS, SHAPES, Engine
+
 from kvconnect import _plugin
 from kvconnect.connectors import compat
 from kvconnect.connectors.protocol import ASK_FOR_TICKET
 from kvconnect.demo import model
 from tests.buffers.redis_server import RedisServer
-from tests.connectors.headless import BLOCK, BLOCKS, SHAPES, Engine
 
 PROMPT = range(10, 110)
 FULL = len(PROMPT) // BLOCK + 1
