@@ -12,12 +12,10 @@ import pytest
 
 pytest.importorskip("vllm", reason="connectors need vLLM")
 
-from tests.connectors.headless import BLOCK, BLOCKS, SHAPES, Engine
-
 from kvconnect import _plugin
-from kvconnect.connectors import compat
 from kvconnect.connectors.protocol import ASK_FOR_TICKET
 from kvconnect.demo import model
+from kvconnect.testing.engine import BLOCK, BLOCKS, SHAPES, Engine
 from tests.buffers.redis_server import RedisServer
 
 PROMPT = range(10, 110)
@@ -27,10 +25,9 @@ Make = Callable[..., Engine]
 
 
 @pytest.fixture
-def make(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Make]:
     """Return ``make(role, seed, **options)``, which opens an engine over a directory, or another store if asked."""
     _plugin.register()
-    monkeypatch.setattr(compat, "worker_rank", lambda: 0)
     folder = str(model.ensure())
     connector, place = "KvConnectFilesystem", {"name": "filesystem", "path": str(tmp_path / "kv")}
     with contextlib.ExitStack() as stack:
