@@ -158,6 +158,30 @@ def parse_backend(path: str, value: Any) -> Backend:
     raise ConfigError(f"{path} must be a name or an object with a 'name', got {value!r}")
 
 
+def chosen_pipe(extra: Mapping[str, Any], config: Config, preset: str | None) -> Backend:
+    """Return the pipe to use: `Config.pipe`, or that which the connector stands for.
+
+    Args:
+        extra: what ``config`` was parsed from.
+        config: the parsed configuration.
+        preset: the pipe that the connector's class stands for, or ``None``.
+
+    Raises:
+        ConfigError: the two contradict each other.
+
+    """
+    if preset is None:
+        return config.pipe
+    if "pipe" not in extra:
+        return Backend(preset)
+    if config.pipe.name != preset:
+        raise ConfigError(
+            f"{PATH}.pipe is {config.pipe.name!r}, but this connector stands for {preset!r}; "
+            f"remove the option or use kv_connector='KvConnect'"
+        )
+    return config.pipe
+
+
 def parse_options(cls: type[T], options: Mapping[str, Any], path: str) -> T:
     """Read ``options`` into the frozen dataclass ``cls`` (a backend's own options, say).
 

@@ -64,6 +64,12 @@ def _unavailable(entry: registry.Entry) -> UnavailableBackendError | None:
     return None
 
 
+def preset(entry: registry.Entry) -> str | None:
+    """Return the pipe that a connector's class says it stands for; the class is not imported (vLLM would be)."""
+    source = _source(entry.module)
+    return None if source is None else _declared_pipe(source, entry.attr)
+
+
 def _connector_unavailable(entry: registry.Entry) -> UnavailableBackendError | None:
     """Judge a connector without importing it, since that would import vLLM (ten seconds)."""
     source = _source(entry.module)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from kvconnect import registry
 from kvconnect.buffers.base import EndSettings, LookupBuffer
-from kvconnect.config import Backend, Config
+from kvconnect.config import Config, chosen_pipe
 from kvconnect.connectors import compat, fingerprint, groups
 from kvconnect.errors import ConfigError, UnavailableBackendError, UnknownBackendError
 
@@ -77,7 +77,7 @@ def engine(vllm_config: VllmConfig, kv: KVCacheConfig, preset: str | None) -> En
         raise ConfigError("kv_transfer_config is not set")
     extra = compat.extra_config(transfer)
     config = Config.parse(extra)
-    pipe = _pipe(extra, config, preset)
+    pipe = chosen_pipe(extra, config, preset)
     _require(pipe.name, preset)
     marks = fingerprint.fingerprint(vllm_config, kv)
     parallel = vllm_config.parallel_config
@@ -121,7 +121,7 @@ def layout_wish(vllm_config: VllmConfig, preset: str | None) -> str | None:
         return None
     try:
         extra = compat.extra_config(transfer)
-        pipe = registry.pipe(_pipe(extra, Config.parse(extra), preset).name)
+        pipe = registry.pipe(chosen_pipe(extra, Config.parse(extra), preset).name)
     except ConfigError:
         return None  # whoever builds the connector hears of it
     return "BLHNC" if pipe.traits.likes_long_runs else None
@@ -131,20 +131,6 @@ def namespace(marks: Mapping[str, str | int]) -> str:
     """Hash a fingerprint into the namespace of keys."""
     text = json.dumps(dict(marks), sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def _pipe(extra: Mapping[str, object], config: Config, preset: str | None) -> Backend:
-    """Return the pipe to use; a preset's name and the configured one must not contradict each other."""
-    if preset is None:
-        return config.pipe
-    if "pipe" not in extra:
-        return Backend(preset)
-    if config.pipe.name != preset:
-        raise ConfigError(
-            f"kv_connector_extra_config.pipe is {config.pipe.name!r}, but this connector stands for {preset!r}; "
-            f"remove the option or use kv_connector='KvConnect'"
-        )
-    return config.pipe
 
 
 def _own_port(config: Config, data_parallel_index: int) -> Config:
