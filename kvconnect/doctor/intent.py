@@ -95,7 +95,8 @@ def _unknown(name: str) -> Finding:
 
 
 def _intent(data: Mapping[str, Any]) -> Intent:
-    extra = data.get("kv_connector_extra_config") or {}
+    extra = data.get("kv_connector_extra_config")
+    extra = {} if extra is None else extra
     if not isinstance(extra, Mapping):
         raise ConfigError(f"{PATH} must be an object, got {extra!r:.80}")
     extra = {**{name: data[name] for name in _OLDER if data.get(name) is not None}, **extra}

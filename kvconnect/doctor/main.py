@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvconnect import registry
+from kvconnect.control import split
 from kvconnect.doctor import host, intent, paths, peer
 from kvconnect.doctor.counterpart import MARK, Blocks, Case, Counterpart, listening_at, other_device
 from kvconnect.doctor.findings import Finding
@@ -97,6 +98,8 @@ def _order(options: argparse.Namespace) -> Order:
     for name in options.pipe:
         if name not in registry.pipes():
             raise UnknownBackendError("pipe", name, registry.pipes())
+    if options.peer is not None:
+        split(options.peer)
     _check_device(options.device)
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Case)}
     given = {name: value for name, value in given.items() if value is not None}

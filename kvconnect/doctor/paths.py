@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from kvconnect import registry
 from kvconnect.buffers.choice import AutoOptions, Candidate, choose_pipe, describe_pipes
@@ -43,23 +42,20 @@ _KNOWN = {
 }
 
 
-@dataclass(frozen=True)
-class Prospect:
-    """What `"pipe": "auto"`'s own choice says before anything is opened."""
+def choose(intent: Intent, met: Met, memory: PagedMemory) -> Sequence[Candidate]:
+    """Return the pipes that engines would choose among, the best first, before anything is opened.
 
-    found: Sequence[Candidate]
-    passed: Mapping[str, str]
+    Raises:
+        KVConnectError: no pipe joins the two; says why for each.
 
-
-def choose(intent: Intent, met: Met, memory: PagedMemory) -> Prospect:
-    """Choose as engines do; raise a `KVConnectError` if no pipe joins the two."""
-    return Prospect(*choose_pipe(describe_pipes(intent.pipe.name, memory), met.worker))
+    """
+    return choose_pipe(describe_pipes(intent.pipe.name, memory), met.worker)[0]
 
 
-def expected(prospect: Prospect) -> Finding:
+def expected(found: Sequence[Candidate]) -> Finding:
     """Say which pipe would be taken, of a peer that is not to be disturbed by measuring."""
-    first = prospect.found[0]
-    rivals = [other.name for other in prospect.found[1:] if other.cls.traits.reach == first.cls.traits.reach]
+    first = found[0]
+    rivals = [other.name for other in found[1:] if other.cls.traits.reach == first.cls.traits.reach]
     what = f"{first.name} would be taken"
     if rivals:
         what += f", unless a large load shows {' or '.join(rivals)} to be faster"
@@ -82,10 +78,9 @@ class Survey:
         """Measure what is taken and the others; fill `paths` and `findings`."""
         with contextlib.ExitStack() as readers:
             try:
-                prospect = choose(self._intent, self._met, self._blocks.memory)
+                choose(self._intent, self._met, self._blocks.memory)
                 taken = self._enter(self._intent.pipe, readers, taken=True)
-                joins, passed = choose_pipe(describe_pipes("auto", self._blocks.memory), self._met.worker)
-                reasons = {**passed, **prospect.passed}
+                joins, reasons = choose_pipe(describe_pipes("auto", self._blocks.memory), self._met.worker)
                 contenders = [taken, *self._others(taken.reader.via, joins, readers, reasons)]
                 bounds = race(contenders, self._blocks.case, self._ceiling)
                 if taken.error is not None:
@@ -128,7 +123,7 @@ class Survey:
     def _verdicts(self, joins: Sequence[Candidate], reasons: Mapping[str, str]) -> Iterator[Finding]:
         taken = self.paths[0]
         for name, reason in sorted(reasons.items()):
-            if name != taken.pipe and not _of_one_process(name):
+            if name != taken.pipe and (name in self._only or not _of_one_process(name)):
                 yield Finding(f"path.{name}", "bad" if name in self._only else "note", f"not taken: {reason}")
         slow = list(self._slowness(taken, joins, reasons))
         yield from slow

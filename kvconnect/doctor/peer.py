@@ -13,7 +13,7 @@ from kvconnect.buffers.access import Access
 from kvconnect.buffers.address import is_loopback
 from kvconnect.buffers.hello import Hello
 from kvconnect.buffers.peers import worker_of
-from kvconnect.control import split, wait_for
+from kvconnect.control import wait_for
 from kvconnect.doctor.counterpart import MARK, Case, settings
 from kvconnect.doctor.findings import Finding
 from kvconnect.doctor.intent import Intent
@@ -63,7 +63,6 @@ def meet(intent: Intent, address: str) -> Met:
         KVConnectError: nobody answers, or not in these words; the text says why.
 
     """
-    split(address)
     me = Hello.of(settings(intent.config, intent.pipe, {}, produces=False), secrets.token_hex(8), worker=True)
     timeout_s = intent.config.connect_timeout_s
     client = Access(intent.config).client("kvconnect-doctor-client")

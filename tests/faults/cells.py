@@ -73,6 +73,7 @@ def seen(h: HandOver) -> None:
 
 def claimed(h: HandOver) -> None:
     """P has granted the claim; D's engine has not stepped."""
+
     def taken() -> int:
         return int(h.world.p.call("facts")["stats"]["taken"])
 
