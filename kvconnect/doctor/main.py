@@ -6,11 +6,12 @@ import argparse
 import contextlib
 import dataclasses
 import logging
+import os
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,11 +65,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     order = _order(options)
     if options.serve:
         return _serve(order)
-    found = _alone(order, arguments) if options.peer is None else _examine(order, options.peer)
+    with _undisturbed_output():
+        found = _alone(order, arguments) if options.peer is None else _examine(order, options.peer)
     if options.output is not None:
         Path(options.output).write_text(found.to_json(), encoding="utf-8")
     print(found.to_json() if options.json else found.to_text())
     return found.status
+
+
+@contextlib.contextmanager
+def _undisturbed_output() -> Iterator[None]:
+    """Send what foreign libraries print (NIXL does) to standard error: standard output is the report's."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -126,20 +141,18 @@ def _marks(given: Sequence[str], device: str) -> dict[str, str | int]:
 
 
 def _serve(order: Order) -> int:
-    with _counterpart(order, order.port) as counterpart:
+    wanted, findings = intent.examine(order.config)
+    if wanted is None:
+        raise ConfigError(findings[-1].what)
+    with _counterpart(order, wanted, order.port, order.device) as counterpart:
         print(f"python -m kvconnect doctor --peer {counterpart.endpoint}", flush=True)
         threading.Event().wait()  # until a signal
     return 0
 
 
-def _counterpart(order: Order, port: int) -> contextlib.closing[Counterpart]:
-    wanted, findings = intent.examine(order.config)
-    if wanted is None:
-        raise ConfigError(findings[-1].what)
-    case = order.case or Case()
-    return contextlib.closing(
-        Counterpart(listening_at(wanted, order.address, port), case, other_device(order.device), order.marks)
-    )
+def _counterpart(order: Order, wanted: Intent, port: int, device: str) -> contextlib.closing[Counterpart]:
+    own = listening_at(wanted, order.address, port)
+    return contextlib.closing(Counterpart(own, order.case or Case(), device, order.marks))
 
 
 def _alone(order: Order, arguments: Sequence[str]) -> Report:
@@ -148,13 +161,14 @@ def _alone(order: Order, arguments: Sequence[str]) -> Report:
     That one reads, since it is nobody's ancestor: the kernel lets parents read their children's
     memory where it does not let other processes, engines for instance.
     """
+    found, wanted = _prepare(order)
+    if wanted is None:
+        return found
     try:
-        counterpart = _counterpart(order, 0)
+        counterpart = _counterpart(order, wanted, 0, other_device(order.device))
     except KVConnectError as error:
-        found, _ = _prepare(order)
-        found.findings.append(
-            Finding("peer", "bad", f"this end cannot be opened: {error}", "correct the configuration")
-        )
+        cure = "correct the configuration, or the device"
+        found.findings.append(Finding("peer", "bad", f"this end cannot be opened: {error}", cure))
         return found
     with counterpart as open_end, tempfile.NamedTemporaryFile("r", suffix=".json") as output:
         command = [sys.executable, "-m", "kvconnect", "doctor", *arguments]
@@ -164,10 +178,8 @@ def _alone(order: Order, arguments: Sequence[str]) -> Report:
             how, told = f"ended with status {done.returncode}", done.stderr
         except subprocess.TimeoutExpired:
             how, told = f"did not end within {_LIMIT_S:g} s", ""
-        text = output.read()
-    if text:
-        return Report.from_json(text)
-    found, _ = _prepare(order)
+        if text := output.read():
+            return Report.from_json(text)
     what = f"the measuring process {how}: {told.strip()[-_MOST_TOLD:]}"
     found.findings.append(Finding("peer", "bad", what, "leave pipes out by --pipe, or configure one by name"))
     return found

@@ -22,11 +22,11 @@ from kvconnect.paging import PagedLayout
 from kvconnect.pipes.peer_memory import PeerMemory
 
 _VERSIONS = ("kvconnect", "vllm", "torch")
-#: Namespaces of processes of one host, what needs them to be shared, and how they are.
+#: Namespaces of processes of one host, which pipe needs them to be shared, what for, and how they are.
 _NAMESPACES = {
-    "netns": ("shm meets over the network namespace's sockets", "give the containers one network (--network=host)"),
-    "ipcns": ("cuda_ipc needs one IPC namespace", "share the host's (hostIPC, --ipc=host)"),
-    "pidns": ("shm reads another process's memory within one pid namespace", "share one (hostPID, --pid=host)"),
+    "netns": ("shm", "meets over the network namespace's sockets", "give the containers one network (--network=host)"),
+    "ipcns": ("cuda_ipc", "opens its peer's handles within one", "share the host's (hostIPC, --ipc=host)"),
+    "pidns": ("shm", "reads its peer's memory within one", "share the host's (hostPID, --pid=host)"),
 }
 
 
@@ -149,7 +149,7 @@ def _pipe(intent: Intent, met: Met) -> Iterator[Finding]:
 def _place(intent: Intent, met: Met, ours: Mapping[str, Any]) -> Iterator[Finding]:
     if is_here(met, ours):
         yield Finding("peer.host", "ok", "on this host")
-        yield from _same_host(met, ours)
+        yield from _same_host(intent, met, ours)
         return
     yield Finding("peer.host", "ok", f"on another host, {str(met.facts.get('name', met.hello.engine))[:80]}")
     if is_loopback(intent.config.bind_host) and intent.config.advertise_host is None:
@@ -164,15 +164,18 @@ def is_here(met: Met, ours: Mapping[str, Any]) -> bool:
     return bool(met.identity.get("host") == ours["host"])
 
 
-def _same_host(met: Met, ours: Mapping[str, Any]) -> Iterator[Finding]:
-    for name, (need, cure) in _NAMESPACES.items():
+def _same_host(intent: Intent, met: Met, ours: Mapping[str, Any]) -> Iterator[Finding]:
+    wanted = {name for name in met.worker["pipes"] if intent.pipe.name in ("auto", name)}
+    for name, (pipe, need, cure) in _NAMESPACES.items():
         theirs = met.identity.get(name)
-        if theirs is not None and theirs != ours[name]:
-            yield Finding(f"peer.{name}", "slow", f"another {name.removesuffix('ns')} namespace: {need}", cure)
+        if theirs is not None and theirs != ours[name] and pipe in wanted:
+            yield Finding(f"peer.{name}", "slow", f"another {name.removesuffix('ns')} namespace: {pipe} {need}", cure)
     if met.facts and met.facts.get("clock") != ours["clock"]:
         what = "another time namespace: each load waits for a question more, since promises cannot be timed"
         yield Finding("peer.clock", "slow", what, "do not give the containers time namespaces of their own")
-    if (reason := unreadable(met)) is not None:
+    if "shm" not in wanted:
+        return
+    if (reason := _unreadable(met)) is not None:
         cure = "run both as one user with CAP_SYS_PTRACE, or set kernel.yama.ptrace_scope=0"
         what = f"shm cannot copy straight from the peer's memory and goes through a ring: {reason}"
         yield Finding("peer.process_vm", "slow", what, cure)
@@ -180,7 +183,7 @@ def _same_host(met: Met, ours: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("peer.process_vm", "ok", "its memory can be read in one copy (process_vm_readv)")
 
 
-def unreadable(met: Met) -> str | None:
+def _unreadable(met: Met) -> str | None:
     """Return why this process may not read the memory of a doctor on this host; ``None`` if it may, or is none."""
     if "beacon" not in met.facts:
         return None

@@ -47,6 +47,15 @@ PIPES = """
             super().send_tensor(tensor)
 
 
+    class Chatty(Crawl):
+        name = "chatty"
+        a_second = 1e12
+
+        def __init__(self, spec):
+            os.write(1, b"hello from a pipe\\n")
+            super().__init__(spec)
+
+
     class Bomb(Crawl):
         name = "bomb"
 
@@ -55,7 +64,8 @@ PIPES = """
                 os._exit(9)
             super().__init__(spec)
 """
-ENTRIES = "[kvconnect.pipes]\ncrawl = wild_pipes:Crawl\nliar = wild_pipes:Liar\nbomb = wild_pipes:Bomb\n"
+NAMES = ("crawl", "liar", "chatty", "bomb")
+ENTRIES = "[kvconnect.pipes]\n" + "".join(f"{name} = wild_pipes:{name.title()}\n" for name in NAMES)
 #: A small paged case, so that nothing takes long but what is slow.
 SMALL = ("--layers", "2", "--piece-bytes", "4096", "--load-bytes", "524288")
 

@@ -59,13 +59,17 @@ def wanting(pipe, **more):
 # -- two processes ------------------------------------------------------------------
 
 
-def test_a_second_process_of_this_host_is_measured(site):
+def test_a_second_process_of_this_host_is_measured_though_a_pipe_prints(site):
     done = subprocess.run(
-        command("--json", "--pipe", "tcp", *SMALL), check=False, capture_output=True, timeout=280, env=environment(site)
+        command("--json", "--pipe", "tcp", "--pipe", "chatty", *SMALL),
+        check=False,
+        capture_output=True,
+        timeout=280,
+        env=environment(site),
     )
     report = check_schema(json.loads(done.stdout))
     assert report["peer"]["kind"] == "doctor"
-    taken, other = report["paths"]
+    taken, other = report["paths"][0], next(path for path in report["paths"] if path["pipe"] == "tcp")
     assert (taken["pipe"], taken["taken"], taken["ceiling"]) == ("shm", True, "memcpy")
     assert (other["pipe"], other["taken"]) == ("tcp", False)
     for path in report["paths"]:
