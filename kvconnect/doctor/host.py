@@ -68,6 +68,7 @@ def examine(intent: Intent, device: str) -> list[Finding]:
     return [
         *_software(),
         *_pipes(device),
+        *_load(),
         *_limits(),
         *_memory(),
         *_pipe_ports(AutoOptions.of(intent.pipe).options, "pipe"),
@@ -95,6 +96,13 @@ def _pipes(device: str) -> Iterator[Finding]:
             yield Finding(f"pipe.{name}", "ok", f"can run here, {origin}")
         else:
             yield Finding(f"pipe.{name}", "note", f"carries {' and '.join(sorted(devices))} memory, not {kind}")
+
+
+def _load() -> Iterator[Finding]:
+    busy, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if busy > cores:
+        what = f"{busy:.3g} tasks want {cores} cores: what is measured is less than this host can do when it is idle"
+        yield Finding("host.load", "note", what)
 
 
 def _limits() -> Iterator[Finding]:

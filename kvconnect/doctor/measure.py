@@ -127,7 +127,7 @@ class Contender:
         if ceiling is None:
             return Path(self.reader.via, self.taken, rate, p50, p99, nbytes, *sizes)
         share = self.count / case.blocks
-        ratio = round(float(np.median(np.asarray(bounds) * share / np.asarray(self.loads))), 4)
+        ratio = _short(float(np.median(np.asarray(bounds) * share / np.asarray(self.loads))))
         most = _rate(case.blocks * case.block_bytes, bounds)
         return Path(self.reader.via, self.taken, rate, p50, p99, nbytes, *sizes, ceiling.name, most, ratio)
 
@@ -152,7 +152,12 @@ def _fitting(seconds: float, least: int, most: int) -> int:
 
 
 def _rate(nbytes: int, seconds: Sequence[float]) -> float:
-    return round(nbytes / float(np.median(seconds)) / 1e9, 5)
+    return _short(nbytes / float(np.median(seconds)) / 1e9)
+
+
+def _short(value: float) -> float:
+    """Return four digits of ``value``, however small it is."""
+    return float(f"{value:.4g}")
 
 
 def memory_copy(device: str, nbytes: int) -> Ceiling:

@@ -142,23 +142,27 @@ class Survey:
         """Say what makes the path slow that would be taken, one finding for each."""
         figures = f"{taken.pipe} is taken: {_figures(taken)}"
         faster = max(self.paths, key=_speed)
-        found = _speed(faster) > _FASTER * _speed(taken)
+        # By both measures: on a busy host either may mislead.
+        found = min(_speed(faster) / _speed(taken), faster.gb_per_s / taken.gb_per_s) > _FASTER
         if taken.ratio is not None and taken.ratio < self._least:
             why, cure = _KNOWN.get(taken.pipe, ("that is the pipe's own doing", ""))
             if found:
-                cure = f'set "pipe": "{faster.pipe}", {_times(faster, taken)} as fast in the same run'
+                cure = f"{_set(faster.pipe)}: {_times(faster, taken)} as fast in the same run"
             elif not cure:
                 cure = "take another pipe, or ask its author: `python -m kvconnect list` says who that is"
             yield Finding("path", "slow", f"{figures}, far below what this machine can do; {why}", cure)
         elif found:
             what = f"{figures}; {faster.pipe} moved {_times(faster, taken)} as much in the same run"
-            yield Finding("path", "slow", what, f'set "pipe": "{faster.pipe}" at both ends')
+            yield Finding("path", "slow", what, _set(faster.pipe))
         nearer = [one.name for one in joins if self._here and one.cls.traits.reach < _reach(taken.pipe)]
         if nearer:
             why = "; ".join(f"{name}: {reasons[name]}" for name in nearer if name in reasons)
             what = f"both ends are on one host, and {taken.pipe} is taken though {' and '.join(nearer)} would reach"
-            cure = f'set "pipe": "auto" or "{nearer[0]}" at both ends'
-            yield Finding("path.nearer", "slow", f"{what} ({why})" if why else what, cure)
+            yield Finding("path.nearer", "slow", f"{what} ({why})" if why else what, _set("auto"))
+
+
+def _set(pipe: str) -> str:
+    return f'use "kv_connector": "KvConnect" with "pipe": "{pipe}" at both ends'
 
 
 def _reach(pipe: str) -> Reach:

@@ -80,12 +80,12 @@ class Report:
             return
         first = self.paths[0]
         yield ""
-        yield f"{first.bytes / 1e6:.3g} MB in pieces of {first.piece_bytes} bytes, {first.block_bytes} a block"
-        rows: list[Sequence[str]] = [("PIPE", "TAKEN", "GB/s", "OF", "RATIO", "p50 µs", "p99 µs")]
+        yield f"paged blocks of {first.block_bytes} bytes in scattered pieces of {first.piece_bytes}"
+        rows: list[Sequence[str]] = [("PIPE", "TAKEN", "MB", "GB/s", "OF", "RATIO", "p50 µs", "p99 µs")]
         for path in self.paths:
             ratio = "" if path.ratio is None else f"{path.ratio:.2g}"
             figures = (f"{path.gb_per_s:.3g}", path.ceiling, ratio, f"{path.p50_us:.0f}", f"{path.p99_us:.0f}")
-            rows.append((path.pipe, "yes" if path.taken else "", *figures))
+            rows.append((path.pipe, "yes" if path.taken else "", f"{path.bytes / 1e6:.3g}", *figures))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
             yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
