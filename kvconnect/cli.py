@@ -1,4 +1,4 @@
-"""The command line: ``python -m kvconnect list | doctor | proxy | demo | keygen``."""
+"""The command line: ``python -m kvconnect list | doctor | bench | proxy | demo | keygen``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from kvconnect.errors import ConfigError, KVConnectError
 #: Commands whose options are their own: all arguments go through, --help too.
 _OWN = {
     "doctor": "say what would work here, how fast, and the cure for what would not",
+    "bench": "measure pipes beside memcpy and sockets",
     "demo": "run a prefilling and a decoding engine and compare",
 }
 #: What argparse itself exits with when the command line is wrong.
