@@ -109,7 +109,9 @@ def _limits() -> Iterator[Finding]:
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     few = 0 <= files < _FEW_FILES
     cure = f"ulimit -n {_FEW_FILES} or more (hard limit: {most})" if few else ""
-    yield Finding("host.open_files", "slow" if few else "ok", f"{files} open files a process", cure)
+    yield Finding(
+        "host.open_files", "slow" if few else "ok", f"{files if files >= 0 else 'unlimited'} open files a process", cure
+    )
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if locked == resource.RLIM_INFINITY or locked >= _LITTLE_MEMLOCK:
         yield Finding("host.memlock", "ok", "memory can be locked")

@@ -84,10 +84,11 @@ def unmet(error: KVConnectError) -> Finding:
         cure = "install the same kvconnect at both ends"
     elif "key" in text:
         cure = "give both ends the same key_file, or each other's peer_keys"
-    elif "consumer" in text:
-        cure = "ask its producer: a consumer has nothing to be read"
     else:
-        cure = "start `python -m kvconnect doctor --serve` there, and check host, port, firewall and keys"
+        cure = (
+            "start `python -m kvconnect doctor --serve` there, or name a producer (a consumer does not listen); "
+            "check host, port, firewall and keys"
+        )
     return Finding("peer", "bad", text, cure)
 
 
