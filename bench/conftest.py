@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -13,17 +12,13 @@ from typing import Any
 
 import pytest
 
-from bench import report, results_file, rows
-from bench.near import Near
+from bench import report, results_file
 from bench.nixl import Nixl
-from kvconnect import registry
-from kvconnect.config import Backend, parse_backend
-from kvconnect.errors import KVConnectError
-from kvconnect.pipes.base import Reach
+from kvconnect.bench import results, rows
+from kvconnect.bench.entrants import backends, label
+from kvconnect.bench.near import Near
 
 SEED = 20260
-#: Options that pipes are measured with unless told otherwise: what their goals are about.
-OPTIONS: dict[str, dict[str, Any]] = {"tcp": {"checksum": False}}
 CASE_LIMIT_S = 240
 
 
@@ -60,32 +55,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         book = metafunc.config.stash[_BOOK]
         found = backends(metafunc.config.option.pipe, book.left_out)
         metafunc.parametrize("backend", found, ids=label)
-
-
-def backends(only: list[str], left_out: dict[str, str]) -> list[Backend]:
-    """Return what to measure; note in ``left_out`` which registered pipes are not, and why."""
-    if only:
-        named = [parse_backend("--pipe", json.loads(text) if text.startswith("{") else text) for text in only]
-        return [Backend(one.name, OPTIONS.get(one.name, {}) | dict(one.options)) for one in named]
-    found = []
-    for name in sorted(registry.pipes()):
-        try:
-            pipe = registry.pipe(name)
-        except KVConnectError as error:
-            left_out[name] = str(error)
-            continue
-        if "cpu" not in pipe.traits.devices or pipe.traits.reach < Reach.HOST:
-            left_out[name] = "does not join two processes over CPU memory"
-            continue
-        found.append(Backend(name, OPTIONS.get(name, {})))
-    return found
-
-
-def label(backend: Backend) -> str:
-    """Return what rows call a pipe: its name, and its options if they are not the usual ones."""
-    usual = OPTIONS.get(backend.name, {})
-    unusual = [f"{key}={value}" for key, value in backend.options.items() if key not in usual or usual[key] != value]
-    return " ".join([backend.name, *unusual])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -151,13 +120,13 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
         return
     order = {"tensor": 0, "ping-pong": 1, "blocks": 2, "sum": 3, "load": 4}
     book.rows.sort(key=lambda row: (order.get(row.case.split(" ")[0], 9), row.bytes, row.case, row.backend))
-    results = results_file.build(book.rows, book.load)
+    found = results.build(book.rows, book.load, results_file.COMMAND, results_file.commit())
     terminalreporter.write_line("")
-    terminalreporter.write_line(report.render(results))
+    terminalreporter.write_line(report.render(found))
     for name, why in sorted(book.left_out.items()):
         terminalreporter.write_line(f"not measured: {name}: {why}")
     if book.is_whole and exitstatus == 0:
-        report.save(results)
+        report.save(found, report.RESULTS)
         report.update()
         terminalreporter.write_line(f"written: {report.RESULTS}, {report.DOCUMENT}")
     else:

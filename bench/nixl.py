@@ -21,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bench.link import Link
-from bench.memory import LARGEST_BYTES, LAYERS, PIECE_BYTES, POOL_BLOCKS, Pool, Selection, digest, fill
-from bench.process import Process, serve
+from kvconnect.bench.link import Link
+from kvconnect.bench.memory import LARGEST_BYTES, LAYERS, PIECE_BYTES, POOL_BLOCKS, Pool, Selection, digest, fill
+from kvconnect.bench.process import Process, serve
 
 SPIN_S = 200e-6
 PAUSE_S = 100e-6

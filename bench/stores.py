@@ -26,8 +26,9 @@ import redis
 
 from bench import results_file
 from bench.report import ROOT
-from bench.rows import Row
 from kvconnect import registry
+from kvconnect.bench import results
+from kvconnect.bench.rows import Row
 from kvconnect.buffers.base import Claim, EndSettings, LookupKey, SchedulerEnd, Want, WorkerEnd
 from kvconnect.config import Backend, Config
 from kvconnect.testing.layouts import blank_memory, differences, noisy_memory, separate_layers
@@ -204,7 +205,7 @@ def main() -> None:
     for row in rows:
         versus = f"{row.ratio:.2f} of {row.reference}" if row.reference else ""
         print(f"{row.case:12} {row.backend:12} {row.bytes / 1e9:6.2f} GB  {row.gb_per_s:6.2f} GB/s  {versus}")
-    result = results_file.build(rows, load) | {"command": _COMMAND}
+    result = results.build(rows, load, _COMMAND, results_file.commit())
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

@@ -6,29 +6,21 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pytest
 import trustme
 
-from bench import rows
-from bench.conftest import Book, label
-from bench.memory import BLOCK_BYTES, PIECE_BYTES, Selection, draw
-from bench.near import REFERENCES, Near
+from bench.conftest import Book
 from bench.nixl import INITIATORS, Nixl
-from bench.timing import Race, clock
+from kvconnect.bench import cases, rows
+from kvconnect.bench.memory import Selection
+from kvconnect.bench.near import Near
+from kvconnect.bench.timing import Race, Sample, clock
 from kvconnect.config import Backend
-
-#: Blocks → rounds: 16.8 MB and 268 MB.
-COUNTS = {16: 31, 256: 11}
-
-
-def _title(blocks: int) -> str:
-    return f"{blocks * BLOCK_BYTES / 1e6:.3g} MB"
 
 
 @pytest.mark.benchmark(timer=clock)
 @pytest.mark.parametrize("op", ["read", "write"])
-@pytest.mark.parametrize("blocks", COUNTS, ids=_title)
+@pytest.mark.parametrize("blocks", cases.COUNTS, ids=cases.blocks_title)
 def test_blocks(
     benchmark: Any,
     near: Near,
@@ -39,24 +31,8 @@ def test_blocks(
     blocks: int,
     op: str,
 ) -> None:
-    key = near.end(backend.name, backend.options)
-    pipe = near.attached(key)
-    rng = np.random.default_rng(blocks)
-    # One list of ids a round, the same for everyone in it.
-    chosen = [draw(rng, blocks) for _ in range(COUNTS[blocks])]
-    near.check_blocks(pipe, op, chosen[-1])
-    nbytes = blocks * BLOCK_BYTES
-    references: dict[str, Callable[[int], float]] = {"memcpy": lambda _: near.memcpy(nbytes, 1, into=True)}
-    for name in REFERENCES:
-        references[name] = partial(_packed, near, near.end(name), nbytes)
-    if nixl is not None:
-        references |= _nixl(nixl, chosen)
-    race = Race(lambda i: near.blocks(pipe, op, chosen[i]), references, rounds(COUNTS[blocks]), seed=blocks)
-    race.run(benchmark)
-    # The pipe's tensor path may belong to its block path now.
-    near.release(key)
-    case = rows.Case(f"blocks {_title(blocks)}, {op}", nbytes, PIECE_BYTES, is_blocks=True)
-    book.rows += rows.of_race(case, label(backend), race)
+    more = _nixl(nixl, cases.selections(blocks)) if nixl is not None else {}
+    book.rows += cases.blocks(cases.Setting(near, backend, benchmark, rounds), blocks, op, more)
 
 
 @pytest.fixture(scope="module")
@@ -82,31 +58,24 @@ def test_safety(
     op: str,
 ) -> None:
     """What checksums and TLS cost: the tcp pipe with them against itself without."""
-    blocks = max(COUNTS)
+    blocks = max(cases.COUNTS)
     options: dict[str, Any] = {"tls": certificates} if what == "tls" else {"checksum": True}
     keys = [near.end("tcp", options), near.end("tcp", {"checksum": False})]
     checked, unchecked = (near.attached(key) for key in keys)
-    rng = np.random.default_rng(blocks)
-    chosen = [draw(rng, blocks) for _ in range(COUNTS[blocks])]
+    chosen = cases.selections(blocks)
     for pipe in (checked, unchecked):
         near.check_blocks(pipe, op, chosen[-1])
-    references: dict[str, Callable[[int], float]] = {"tcp unchecked": lambda i: near.blocks(unchecked, op, chosen[i])}
-    race = Race(lambda i: near.blocks(checked, op, chosen[i]), references, rounds(COUNTS[blocks]), seed=blocks)
+    references: dict[str, Sample] = {"tcp unchecked": lambda i: near.blocks(unchecked, op, chosen[i])}
+    race = Race(lambda i: near.blocks(checked, op, chosen[i]), references, rounds(cases.COUNTS[blocks]), seed=blocks)
     race.run(benchmark)
     for key in keys:
         near.release(key)
-    nbytes = blocks * BLOCK_BYTES
-    case = rows.Case(f"blocks {_title(blocks)}, {op}", nbytes, PIECE_BYTES, is_blocks=True)
-    book.rows += rows.of_race(case, f"tcp {what}", race)
+    book.rows += rows.of_race(cases.blocks_case(blocks, op), f"tcp {what}", race)
 
 
-def _packed(near: Near, end: str, nbytes: int, _round: int) -> float:
-    return near.tensors(end, nbytes, 1, into=True)
-
-
-def _nixl(nixl: Nixl, chosen: list[Selection]) -> dict[str, Callable[[int], float]]:
+def _nixl(nixl: Nixl, chosen: list[Selection]) -> dict[str, Sample]:
     """NIXL moving the same pieces of the same blocks, in both directions."""
-    found: dict[str, Callable[[int], float]] = {}
+    found: dict[str, Sample] = {}
     for name in INITIATORS:
         nixl.check(name, chosen[-1], chosen[-1].nbytes)
         for op in ("read", "write"):

@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import rows
-from bench.conftest import OPTIONS, Book
+from bench.conftest import Book
 from bench.gpu import memory as kv
 from bench.gpu.handover import CLAIM
 from bench.gpu.pair import Pair
-from bench.memory import BLOCK_BYTES, PIECE_BYTES, draw
-from bench.near import Near
-from bench.timing import Race, clock
 from kvconnect import sums
+from kvconnect.bench import rows
+from kvconnect.bench.entrants import OPTIONS
+from kvconnect.bench.memory import BLOCK_BYTES, PIECE_BYTES, draw
+from kvconnect.bench.near import Near
+from kvconnect.bench.timing import Race, clock
 
 BLOCKS, ROUNDS = 256, 11
 #: The same 268 MB in blocks of the GPU benchmark, whose hand-over this is; of a pool that leaves gaps.

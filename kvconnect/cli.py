@@ -1,4 +1,4 @@
-"""The command line: ``python -m kvconnect list | proxy | demo | keygen``."""
+"""The command line: ``python -m kvconnect list | doctor | bench | proxy | demo | keygen``."""
 
 from __future__ import annotations
 
@@ -10,24 +10,31 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from kvconnect import __version__
 from kvconnect.errors import ConfigError, KVConnectError
 
+#: Commands whose options are their own: all arguments go through, --help too.
+_OWN = {
+    "doctor": "say what would work here, how fast, and the cure for what would not",
+    "bench": "measure pipes beside memcpy and sockets",
+    "demo": "run a prefilling and a decoding engine and compare",
+}
 #: What argparse itself exits with when the command line is wrong.
 USAGE_ERROR = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, or 2 after a one-line error."""
+    """Run one command and return its exit status: 0, 2 after a one-line error, or the command's own."""
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
-    if rest and options.command != "demo":
+    if rest and options.command not in _OWN:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     commands: dict[str, Callable[[], int]] = {
         "list": lambda: _list(as_json=options.json),
         "proxy": lambda: _proxy(options),
-        "demo": lambda: _demo(rest),
+        **{name: partial(_own, name, rest) for name in _OWN},
         "keygen": lambda: _keygen(options.file),
     }
     try:
@@ -50,8 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("list", help="show the registered pipes, buffers and connectors")
     listing.add_argument("--json", action="store_true", help="as JSON, one object per backend")
 
-    # Its options are its own: all arguments go through, --help too.
-    commands.add_parser("demo", help="run a prefilling and a decoding engine and compare", add_help=False)
+    for name, text in _OWN.items():
+        commands.add_parser(name, help=text, add_help=False)
     _add_proxy(commands.add_parser("proxy", help="serve a prefilling and a decoding server as one"))
     keygen = commands.add_parser("keygen", help="write a secret key to a new file and print its public key")
     keygen.add_argument("file", help="for the option secret_key_file; the public key is for the others' peer_keys")
@@ -129,6 +136,6 @@ def _keygen(path: str) -> int:
     return 0
 
 
-def _demo(arguments: Sequence[str]) -> int:
-    status = importlib.import_module("kvconnect.demo.main").main(list(arguments))
+def _own(command: str, arguments: Sequence[str]) -> int:
+    status = importlib.import_module(f"kvconnect.{command}.main").main(list(arguments))
     return int(status or 0)

@@ -158,6 +158,32 @@ def parse_backend(path: str, value: Any) -> Backend:
     raise ConfigError(f"{path} must be a name or an object with a 'name', got {value!r}")
 
 
+def chosen(kind: Literal["pipe", "buffer"], extra: Mapping[str, Any], config: Config, preset: str | None) -> Backend:
+    """Return the pipe, or the buffer, to use: the configured one, or that which the connector stands for.
+
+    Args:
+        kind: which of both.
+        extra: what ``config`` was parsed from.
+        config: the parsed configuration.
+        preset: the name that the connector's class stands for, or ``None``.
+
+    Raises:
+        ConfigError: the two contradict each other.
+
+    """
+    configured: Backend = getattr(config, kind)
+    if preset is None:
+        return configured
+    if kind not in extra:
+        return Backend(preset)
+    if configured.name != preset:
+        raise ConfigError(
+            f"{PATH}.{kind} is {configured.name!r}, but this connector stands for {preset!r}; "
+            f"remove the option or use kv_connector='KvConnect'"
+        )
+    return configured
+
+
 def parse_options(cls: type[T], options: Mapping[str, Any], path: str) -> T:
     """Read ``options`` into the frozen dataclass ``cls`` (a backend's own options, say).
 

@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from kvconnect import registry
 from kvconnect.errors import UnavailableBackendError, UnknownBackendError
@@ -62,6 +63,12 @@ def _unavailable(entry: registry.Entry) -> UnavailableBackendError | None:
     except UnavailableBackendError as error:
         return error
     return None
+
+
+def preset(kind: Literal["pipe", "buffer"], entry: registry.Entry) -> str | None:
+    """Return what a connector's class says it stands for; the class is not imported (vLLM would be)."""
+    source = _source(entry.module)
+    return None if source is None else _declared(kind, source, entry.attr)
 
 
 def _connector_unavailable(entry: registry.Entry) -> UnavailableBackendError | None:

@@ -8,8 +8,9 @@ import re
 
 import pytest
 
-from bench import report, rows
-from bench.timing import CASE, Clock, Race, ratio
+from bench import report
+from kvconnect.bench import rows
+from kvconnect.bench.timing import CASE, Clock, Race, ratio
 
 FORMAT = {"schema", "command", "hardware", "versions", "commit", "rows"}
 LARGE = rows.Case("tensor 16 MiB, recv_tensor_into", 16 * rows.MIB, 16 * rows.MIB)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bench.gpu.memory import BLOCK_BYTES, BLOCKWISE, PIECE_BYTES, Pool
-from bench.link import Link
+from kvconnect.bench.link import Link
 from kvconnect.testing.channels import ConnectionChannel
 
 Ids = Sequence[int]

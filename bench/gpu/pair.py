@@ -10,7 +10,7 @@ import numpy as np
 
 from bench.gpu import side
 from bench.gpu.memory import Int64Array, Selection, mismatch
-from bench.process import Process
+from kvconnect.bench.process import Process
 
 #: Longest wait for one answer. Larger than what the processes wait for each other.
 LIMIT_S = 40.0

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from bench.ends import PipeEnd
 from bench.gpu.contender import Contender, Host, Ids
-from bench.link import Scoped
+from kvconnect.bench.ends import PipeEnd
+from kvconnect.bench.link import Scoped
 from kvconnect.pipes.base import Pipe, Transfer
 
 _LIMIT_S = 20.0

@@ -10,8 +10,8 @@ import torch
 
 from bench.gpu.contender import Contender, Host, Ids
 from bench.gpu.memory import BLOCKWISE, LAYERWISE, Pool
-from bench.link import Link
-from bench.process import serve
+from kvconnect.bench.link import Link
+from kvconnect.bench.process import serve
 from kvconnect.testing.channels import ConnectionChannel
 
 NEAR, FAR = "D", "P"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from kvconnect import registry
 from kvconnect.buffers.base import EndSettings, LookupBuffer
-from kvconnect.config import Backend, Config
+from kvconnect.config import Config, chosen
 from kvconnect.connectors import compat, fingerprint, groups
 from kvconnect.errors import ConfigError, UnavailableBackendError, UnknownBackendError
 
@@ -80,9 +80,9 @@ def engine(
         raise ConfigError("kv_transfer_config is not set")
     extra = compat.extra_config(transfer)
     config = Config.parse(extra)
-    pipe = _chosen("pipe", extra, config.pipe, pipe_preset)
+    pipe = chosen("pipe", extra, config, pipe_preset)
     _require(pipe.name, pipe_preset)
-    config = dataclasses.replace(config, buffer=_chosen("buffer", extra, config.buffer, buffer_preset))
+    config = dataclasses.replace(config, buffer=chosen("buffer", extra, config, buffer_preset))
     marks = fingerprint.fingerprint(vllm_config, kv)
     parallel = vllm_config.parallel_config
     config = _own_port(config, parallel.data_parallel_index)
@@ -125,7 +125,7 @@ def layout_wish(vllm_config: VllmConfig, preset: str | None) -> str | None:
         return None
     try:
         extra = compat.extra_config(transfer)
-        pipe = registry.pipe(_chosen("pipe", extra, Config.parse(extra).pipe, preset).name)
+        pipe = registry.pipe(chosen("pipe", extra, Config.parse(extra), preset).name)
     except ConfigError:
         return None  # whoever builds the connector hears of it
     return "BLHNC" if pipe.traits.likes_long_runs else None
@@ -135,20 +135,6 @@ def namespace(marks: Mapping[str, str | int]) -> str:
     """Hash a fingerprint into the namespace of keys."""
     text = json.dumps(dict(marks), sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def _chosen(kind: str, extra: Mapping[str, object], configured: Backend, preset: str | None) -> Backend:
-    """Return the backend to use; a preset's name and the configured one must not contradict each other."""
-    if preset is None:
-        return configured
-    if kind not in extra:
-        return Backend(preset)
-    if configured.name != preset:
-        raise ConfigError(
-            f"kv_connector_extra_config.{kind} is {configured.name!r}, but this connector stands for {preset!r}; "
-            f"remove the option or use kv_connector='KvConnect'"
-        )
-    return configured
 
 
 def _own_port(config: Config, data_parallel_index: int) -> Config:

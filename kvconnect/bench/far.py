@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from bench.ends import End, PipeEnd, open_end
-from bench.link import Link, Scoped
-from bench.memory import LARGEST_BYTES, Pool, digest, layout
-from bench.process import serve
+from kvconnect.bench.ends import End, PipeEnd, open_end
+from kvconnect.bench.link import Link, Scoped
+from kvconnect.bench.memory import LARGEST_BYTES, Pool, digest, layout
+from kvconnect.bench.process import serve
 from kvconnect.testing.channels import ConnectionChannel
 
 #: How long the receiver waits for its message when its idle CPU time is measured.

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in its __all__
 
-from bench.link import Message
-from bench.memory import bytes_of
 from kvconnect import registry
+from kvconnect.bench.link import Message
+from kvconnect.bench.memory import bytes_of
 from kvconnect.pipes.base import Pipe, PipeSpec
 from kvconnect.pipes.tcp_meeting import TcpOptions
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
-from bench.link import TIMEOUT_S, Link
+from kvconnect.bench.link import TIMEOUT_S, Link
 
 Handler = Callable[..., dict[str, Any]]
 _PR_SET_PDEATHSIG = 1

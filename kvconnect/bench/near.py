@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench import far
-from bench.ends import End, PipeEnd, open_end
-from bench.link import Scoped
-from bench.memory import LARGEST_BYTES, Pool, Selection, digest, fill, layout, others
-from bench.process import Process
+from kvconnect.bench import far
+from kvconnect.bench.ends import End, PipeEnd, open_end
+from kvconnect.bench.link import Scoped
+from kvconnect.bench.memory import LARGEST_BYTES, Pool, Selection, digest, fill, layout, others
+from kvconnect.bench.process import Process
 from kvconnect.pipes.base import Pipe
 from kvconnect.testing.channels import ConnectionChannel
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench import timing
-from bench.timing import CASE, Race
+from kvconnect.bench import timing
+from kvconnect.bench.timing import CASE, Race
 
 MIB = 1 << 20
 #: Goals for sizes from here on.

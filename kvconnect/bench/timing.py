@@ -45,6 +45,18 @@ class Clock:
 clock = Clock()
 
 
+class Rounds:
+    """Runs a case's rounds as pytest-benchmark's pedantic mode does, without its tables."""
+
+    def pedantic(
+        self, function: Callable[[], None], *, setup: Callable[[], None], rounds: int, iterations: int
+    ) -> None:
+        """Call ``setup`` and ``function`` in turn; what they take is `Race.samples`."""
+        for _ in range(rounds * iterations):
+            setup()
+            function()
+
+
 @dataclass
 class Race:
     """A case and its references over ``rounds`` rounds; `samples` holds seconds by contender and round."""

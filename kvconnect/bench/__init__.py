@@ -1,0 +1,1 @@
+"""``python -m kvconnect bench``: any registered pipe, by the same cases and against the same ceilings."""
