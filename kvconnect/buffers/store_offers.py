@@ -131,7 +131,10 @@ class Offers:
 
     def _drop(self, name: str) -> None:
         def drop() -> None:
-            self._store.drop(name)
+            try:
+                self._store.drop(name)
+            except Exception as error:  # noqa: BLE001 - a third party's store may raise anything; age ends the entry
+                logger.warning("an outdated entry could not be dropped: %s", error)
 
         self._crew.submit(drop, lane=name)
 

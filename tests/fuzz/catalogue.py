@@ -35,6 +35,15 @@ directory               buffers.directory      Directory._read _alive
 own                     buffers.directory      base_directory
 stored_entry            buffers.arena          decode
 own                     buffers.arena          encode
+store_manifest          buffers.store_manifest Manifest.unpack
+own                     buffers.store_manifest Manifest.pack
+own                     buffers.store_parts    Rooms.take
+own                     buffers.store_scheduler StoreScheduler.offer
+store_manifest          buffers.store_looks    Looks._judge
+store_manifest          buffers.store_table    StoreBuffer._present StoreBuffer.claim
+plain                   buffers.store_looks    _is_coming
+store_worker            buffers.store_worker   StoreWorker._asked StoreWorker._write
+own                     buffers.store_offers   _part
 plain                   buffers.mover          Mover._released
 own                     buffers.mover          Mover._start Mover._link _as_load_error
 plain                   buffers.remote         RemoteBuffer._release
@@ -107,9 +116,9 @@ Operations: ``hello match claim renew release abandon`` (lender), ``pipe.*`` (wo
 
 from __future__ import annotations
 
-from tests.fuzz import of_blocks, of_bytes, of_control, of_pipes
+from tests.fuzz import of_blocks, of_bytes, of_control, of_pipes, of_stores
 from tests.fuzz.harness import Target
 
 TARGETS: dict[str, Target] = {
-    target.name: target for room in (of_control, of_bytes, of_blocks, of_pipes) for target in room.TARGETS
+    target.name: target for room in (of_control, of_bytes, of_blocks, of_pipes, of_stores) for target in room.TARGETS
 }

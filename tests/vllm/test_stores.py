@@ -28,7 +28,8 @@ def stored(
         # Without groups that meet, peers or ports: what comes, comes from the store.
         groups = {name: {"group": unique("alone")} for name in ("P0", "D0")}
         connector = "KvConnectRedis" if server else "KvConnectFilesystem"
-        extra = {"buffer": {"name": request.param, "chunk_bytes": 1 << 16, **place}}
+        # Cores that others use, too: what is still on its way is waited for.
+        extra = {"lookup_timeout_s": 30.0, "buffer": {"name": request.param, "chunk_bytes": 1 << 16, **place}}
         plan = Plan(connector, producers=1, consumers=1, tiny=False, extra_config=extra, extra_of=groups)
         fleet = stack.enter_context(running(plan, folder))
         yield fleet, server
