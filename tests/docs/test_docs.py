@@ -89,10 +89,15 @@ def words(line: str) -> list[str]:
 
 
 @pytest.mark.parametrize("line", list(commands()))
-def test_commands_exist_and_take_what_they_are_given(line):
+def test_commands_exist_and_take_what_they_are_given(line, capsys):
     match words(line):
         case ["make", target, *_]:
             assert target in targets()
+        case [python, "-m", "kvconnect", command, *arguments] if python.endswith("python") and command in cli._OWN:
+            with pytest.raises(SystemExit, match="^0$"):
+                cli.main([command, "--help"])
+            known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+            assert {each for each in arguments if each.startswith("--")} <= known
         case [python, "-m", "kvconnect", command, *arguments] if python.endswith("python"):
             cli._parser().parse_args([command, *arguments])
         case [python, "-m", module, *_] if python.endswith("python") and not module.startswith("vllm"):
