@@ -94,7 +94,7 @@ def test_commands_exist_and_take_what_they_are_given(line, capsys):
         case ["make", target, *_]:
             assert target in targets()
         case [python, "-m", "kvconnect", command, *arguments] if python.endswith("python") and command in cli._OWN:
-            with pytest.raises(SystemExit, match="^0$"):
+            with pytest.raises(SystemExit, match=r"^0$"):
                 cli.main([command, "--help"])
             known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
             assert {each for each in arguments if each.startswith("--")} <= known

@@ -11,7 +11,18 @@ from tests.fuzz import catalogue
 from tests.fuzz.catalogue import TARGETS
 
 ROOT = Path(__file__).parent.parent.parent / "kvconnect"
-ELSEWHERE = {"testing", "demo", "proxy", "connectors", "cli.py", "listing.py", "config.py", "_plugin.py"}
+ELSEWHERE = {
+    "testing",
+    "bench",
+    "demo",
+    "doctor",
+    "proxy",
+    "connectors",
+    "cli.py",
+    "listing.py",
+    "config.py",
+    "_plugin.py",
+}
 TAKES_APART = {
     "unpack", "unpackb", "unpack_from", "frombuffer", "loads", "from_wire", "recv_fds", "recv_multipart", "fromhex",
     "read_key", "unpack_ids",
