@@ -93,6 +93,7 @@ nixl_note               pipes.nixl_notes       Note.unpack
 nixl_card               pipes.nixl             NixlMedium.meet
 nixl_card               pipes.nixl_place       read_card
 plain                   pipes.nixl             NixlPipe.__init__
+plain                   pipes.legacy           _AdoptedPipe.__init__
 nccl_blocks             pipes.nccl_blocks      NcclBlocks._on_meet NcclBlocks._on_done NcclBlocks._on_broken
 nccl_blocks             pipes.nccl_plan        read_selection read_row
 cuda_ipc_export         cuda.ipc               _checked
