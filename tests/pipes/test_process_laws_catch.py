@@ -15,6 +15,8 @@ from kvconnect.pipes.tcp import TcpPipe
 from kvconnect.testing import process_laws
 from kvconnect.testing.processes import ProcessPeer
 
+pytestmark = pytest.mark.slow  # two minutes: each law waits for a process to start, and some for deadlines
+
 Law = Callable[[ProcessPeer], None]
 
 
