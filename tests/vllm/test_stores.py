@@ -16,7 +16,7 @@ from tests.vllm.fleet import BLOCK, CHUNK, Fleet, Plan, unique
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 
-@pytest.fixture(scope="module", params=["filesystem", "redis"])
+@pytest.fixture(scope="module", params=["filesystem", pytest.param("redis", marks=pytest.mark.slow)])
 def stored(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Fleet, RedisServer | None]]:
