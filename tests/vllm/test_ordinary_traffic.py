@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import select
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -97,14 +99,15 @@ def test_a_producer_without_takers_is_as_fast_as_with_a_connector_that_does_noth
 ) -> None:
     for engine in engines.values():
         engine.seconds()
-    rounds = [{kind: engine.seconds() for kind, engine in engines.items()} for _ in range(ROUNDS)]
-    # The best of many rounds: other work on the cores only ever adds to a time.
-    best = {kind: min(times[kind] for times in rounds) for kind in KINDS}
+    orders = itertools.cycle([list(engines.items()), list(engines.items())[::-1]])
+    rounds = [{kind: engine.seconds() for kind, engine in next(orders)} for _ in range(ROUNDS)]
+    # Of one round, since what else the cores do lasts longer than one; the median, since some of it does not.
+    share = {kind: statistics.median(times[kind] / times["kvconnect"] for times in rounds) for kind in KINDS}
     with capsys.disabled():
         sys.stdout.write(
-            f"\na producer's throughput, best of {ROUNDS} rounds: {best['idle'] / best['kvconnect']:.3f} of that with "
-            f"a connector that does nothing, {best['none'] / best['kvconnect']:.3f} of that without one\n"
+            f"\na producer's throughput, median of {ROUNDS} rounds: {share['idle']:.3f} of that with a connector that "
+            f"does nothing, {share['none']:.3f} of that without one\n"
         )
     # The goal is 0.98. The bound leaves room for the noise of two shared cores. What vLLM's own calls to
     # any connector cost is shown, not judged.
-    assert best["idle"] / best["kvconnect"] > 0.9
+    assert share["idle"] > 0.9
