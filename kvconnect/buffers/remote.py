@@ -25,12 +25,12 @@ from kvconnect.buffers.base import (
     Claim,
     EndSettings,
     Grant,
-    LookupBuffer,
     LookupKey,
     SchedulerEnd,
     Want,
     WorkerEnd,
 )
+from kvconnect.buffers.claiming import ClaimingBuffer
 from kvconnect.buffers.directory import Producers
 from kvconnect.buffers.hello import Hello
 from kvconnect.buffers.lender import Lender
@@ -66,7 +66,7 @@ class TableOptions:
     wait_s: float = 30.0
 
 
-class RemoteBuffer(LookupBuffer):
+class RemoteBuffer(ClaimingBuffer):
     """Entries of this process and of peers, taken over a pipe."""
 
     name: ClassVar[str] = "remote"
@@ -124,24 +124,6 @@ class RemoteBuffer(LookupBuffer):
         store(self._arena, ids, stream)
         self._lender.offer(key, (ids,), label=None, asked=False, replace=True)
         self._notice()
-
-    def drop_select(self, key: LookupKey) -> list[Tensor] | None:
-        """Take the entry out of this buffer or of a peer's. See `LookupBuffer.drop_select`."""
-        grant = self.claim(key, secrets.token_hex(8))
-        if grant is None:
-            return None
-        try:
-            tensors = grant.tensors()
-        except KVConnectError:
-            grant.abandon()
-            raise
-        grant.release()
-        return tensors
-
-    def match(self, keys: Sequence[LookupKey]) -> int:
-        """Return how many leading ``keys`` are present, here or at a peer; take nothing."""
-        self._check_open()
-        return next((count for count, key in enumerate(keys) if not self._present(key)), len(keys))
 
     def _present(self, key: LookupKey) -> bool:
         body = {**fields.write_key(key), "taker": secrets.token_hex(8)}

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvconnect.buffers.arena import Arena, Ids, blocks_needed, encode, load
 from kvconnect.buffers.arena import store as fill
-from kvconnect.buffers.base import BufferTraits, EndSettings, Grant, LookupBuffer, LookupKey, SchedulerEnd, WorkerEnd
+from kvconnect.buffers.base import BufferTraits, EndSettings, Grant, LookupKey, SchedulerEnd, WorkerEnd
+from kvconnect.buffers.claiming import ClaimingBuffer
 from kvconnect.buffers.crew import Crew
 from kvconnect.buffers.memory import Policy
 from kvconnect.buffers.store import Store, StoreOptions, make_room
@@ -38,7 +39,7 @@ _LEASE_S = 600.0
 _LOOK_AGAIN_S = 0.5
 
 
-class StoreBuffer(LookupBuffer):
+class StoreBuffer(ClaimingBuffer):
     """Entries of a store. With ``"mode": "share"``, `claim` takes nothing out, and `Grant.release` drops nothing."""
 
     traits: ClassVar[BufferTraits] = BufferTraits(bounded=True, expires=True, joins=True)
@@ -91,24 +92,6 @@ class StoreBuffer(LookupBuffer):
             numbers = (tuple(range(1, len(ids) + 1)),)
             manifest = Manifest(key, numbers, self._options.chunk_bytes, (writer.part(),), time.time())
             self._store.publish(draft, name, manifest.pack(), replace=True)
-
-    def drop_select(self, key: LookupKey) -> list[Tensor] | None:
-        """Take the entry out. See `LookupBuffer.drop_select`."""
-        grant = self.claim(key, secrets.token_hex(8))
-        if grant is None:
-            return None
-        try:
-            tensors = grant.tensors()
-        except KVConnectError:
-            grant.abandon()
-            raise
-        grant.release()
-        return tensors
-
-    def match(self, keys: Sequence[LookupKey]) -> int:
-        """Return how many leading ``keys`` are offered; take nothing."""
-        self._check_open()
-        return next((count for count, key in enumerate(keys) if not self._present(key)), len(keys))
 
     def _present(self, key: LookupKey) -> bool:
         found = self._store.find(name_of(key))
