@@ -113,7 +113,7 @@ class _AdoptedPipe(Pipe):
         if self._made.done() and self._made.exception() is None and self._ending.acquire(blocking=False):
             try:
                 self._made.result().close()
-            except Exception as error:
+            except Exception as error:  # a third party's may raise anything
                 raise as_ours(error, f"pipe {self.name!r} failed to close: ") from error
 
     def _call(self, method: str, *arguments: Any) -> Any:
@@ -123,7 +123,7 @@ class _AdoptedPipe(Pipe):
         except TimeoutError as error:
             if not self._closed:
                 raise DeadlineError(f"{method} of pipe {self.name!r} took too long: {error}") from error
-        except Exception as error:
+        except Exception as error:  # likewise
             if not self._closed:
                 raise as_ours(error, f"{method} of pipe {self.name!r} failed: ") from error
         raise ClosedError("this end was closed")

@@ -52,7 +52,7 @@ class Deployment:
         producer = CheckedEngine(model, common | {"kv_role": "kv_producer"}, ranks=ranks)
         try:
             return cls(producer, CheckedEngine(model, common | {"kv_role": "kv_consumer"}, ranks=ranks))
-        except BaseException:
+        except BaseException:  # whatever it is, no engine is left behind
             producer.close()
             raise
 
