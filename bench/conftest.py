@@ -14,7 +14,7 @@ import pytest
 
 from bench import report, results_file
 from bench.nixl import Nixl
-from kvconnect.bench import results, rows
+from kvconnect.bench import results, rows, tables
 from kvconnect.bench.entrants import backends, label
 from kvconnect.bench.near import Near
 
@@ -122,11 +122,11 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     book.rows.sort(key=lambda row: (order.get(row.case.split(" ")[0], 9), row.bytes, row.case, row.backend))
     found = results.build(book.rows, book.load, results_file.COMMAND, results_file.commit())
     terminalreporter.write_line("")
-    terminalreporter.write_line(report.render(found))
+    terminalreporter.write_line(tables.render(found))
     for name, why in sorted(book.left_out.items()):
         terminalreporter.write_line(f"not measured: {name}: {why}")
     if book.is_whole and exitstatus == 0:
-        report.save(found, report.RESULTS)
+        tables.save(found, report.RESULTS)
         report.update()
         terminalreporter.write_line(f"written: {report.RESULTS}, {report.DOCUMENT}")
     else:

@@ -9,15 +9,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kvconnect.bench.tables import Row, machine, render, save
+from kvconnect.bench.tables import render
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "cpu.json"
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 BEGIN = "<!-- begin: written by python -m bench.report -->"
 END = "<!-- end: written by python -m bench.report -->"
-
-__all__ = ["Row", "between", "document", "load", "machine", "render", "save", "update"]
 
 
 def load(path: Path = RESULTS) -> dict[str, Any] | None:

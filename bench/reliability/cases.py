@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import httpx
 
 from bench.reliability.session import Session, Struck
-from bench.report import Row
+from kvconnect.bench.tables import Row
 from tests.vllm import wired
 from tests.vllm.clients import leave
 

@@ -6,7 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 
-from bench.report import Row
+from kvconnect.bench.tables import Row
 from tests.faults.cells import HandOver, moving
 from tests.faults.world import ENOUGH_S, LEASE_S, D, World, warm_up
 

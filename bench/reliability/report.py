@@ -9,7 +9,9 @@ import re
 from typing import Any
 
 from bench import report
-from bench.report import ROOT, Row
+from bench.report import ROOT
+from kvconnect.bench import tables
+from kvconnect.bench.tables import Row
 
 RESULTS = ROOT / "bench" / "results" / "reliability-cpu.json"
 DOCUMENT = ROOT / "docs" / "reliability.md"
@@ -26,7 +28,7 @@ def render(results: dict[str, Any] | None) -> str:
         return "No run was recorded yet."
     rule = ["---", "---", "---:", "---:", "---:"]
     rows = [line(row) for row in results["rows"]]
-    return "\n".join([report.machine(results), "", _line(_HEAD), _line(rule), *rows])
+    return "\n".join([tables.machine(results), "", _line(_HEAD), _line(rule), *rows])
 
 
 def line(row: Row) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 
 from bench.reliability.report import ENGINES
-from bench.report import Row
+from kvconnect.bench.tables import Row
 from kvconnect.demo import client as api
 from kvconnect.demo.client import EXTERNAL_TOKENS, Answer, Prompt
 from tests.vllm.clients import held, poke, until

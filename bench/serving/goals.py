@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from bench.report import Row
 from bench.serving.contenders import FLOOR, LOWER_FLOOR, NIXL, P2P_NCCL
+from kvconnect.bench.tables import Row
 
 #: Bytes a second of a copy engine between the two GPUs, from ``bench/results/h200x2.json``.
 ENGINE_RATE = 393e9

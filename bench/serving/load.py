@@ -21,10 +21,10 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 
-from bench.report import Row
 from bench.serving import transfers
 from bench.serving.session import Session
 from bench.serving.streams import Streams, gaps_ms
+from kvconnect.bench.tables import Row
 from kvconnect.demo import client as api
 from kvconnect.demo.deployment import say
 

@@ -10,10 +10,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bench import report
-from bench.report import DOCUMENT, ROOT, Row
+from bench.report import DOCUMENT, ROOT
 from bench.serving import timeline
 from bench.serving.contenders import NIXL
 from bench.serving.goals import is_measured
+from kvconnect.bench import tables
+from kvconnect.bench.tables import Row
 
 RESULTS = ROOT / "bench" / "results" / "h200x2-vllm.json"
 PICTURE = ROOT / "docs" / "img" / "h200x2-hand-over.svg"
@@ -36,7 +38,7 @@ def render(results: dict[str, Any] | None, *, picture: bool = False) -> str:
         return "No run was recorded yet."
     rows: list[Row] = results["rows"]
     single = [row for row in rows if is_measured(row) and "total_ms" in row]
-    parts = [report.machine(results), goals(rows)]
+    parts = [tables.machine(results), goals(rows)]
     handed = [row for row in single if row["prefill_ms"]]
     parts.append(_by_length("First tokens", "D's first token, ms", single, "ttft_ms"))
     parts.append(_by_length("Prefill and first token", "P's answer and D's first token, ms", handed, "total_ms"))

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from bench import report as files
-from bench.report import Row
 from bench.serving import goals
+from kvconnect.bench import tables
+from kvconnect.bench.tables import Row
 
 #: What makes two rows the same measurement.
 KEY = ("case", "backend", "mode", "place", "vllm", "pool", "prompt_tokens")
@@ -40,7 +41,7 @@ def merge(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
 def save(run: dict[str, Any], path: Path, *, append: bool) -> dict[str, Any]:
     """Write a run, together with what is there already if ``append``; return what was written."""
     whole = merge(files.load(path) if append else None, run)
-    files.save(whole, path)
+    tables.save(whole, path)
     return whole
 
 

@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bench.report import Row
 from bench.serving import transfers
 from bench.serving.contenders import Contender, Fleet, Legs
 from bench.serving.setups import Setup
 from bench.serving.transfers import Transfer
+from kvconnect.bench.tables import Row
 from kvconnect.demo import client as api
 from kvconnect.demo.client import Prompt
 from kvconnect.demo.deployment import say

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from bench.report import Row
 from bench.serving.goals import ENGINE_RATE
+from kvconnect.bench.tables import Row
 
 #: What each phase of a row is the end of, in order, and whose time it is.
 _STEPS: Final = {
