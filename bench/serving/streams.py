@@ -50,6 +50,7 @@ class Streams:
         late.start()
         line = out.readline()
         late.cancel()
+        late.join()
         if line.strip() != "ready":
             self.__exit__()
             raise StreamsError(f"the streams did not run within {timeout_s:g} s: {line!r}")
