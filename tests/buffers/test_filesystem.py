@@ -1,7 +1,6 @@
 """A directory as a lookup buffer: its laws, what crashes leave, and what damage does."""
 
 import itertools
-import multiprocessing
 import os
 import stat
 import threading
@@ -14,6 +13,7 @@ from kvconnect.buffers.store_manifest import name_of
 from kvconnect.errors import BufferFullError, ConfigError, IntegrityError, LoadError
 from kvconnect.testing.buffer_laws import LAWS, ROOM_BYTES, Ends, key, tensor
 from kvconnect.testing.buffer_tests import BufferTests
+from tests.buffers.stores import SPAWN, one_of_several_takes_each
 
 CHUNK = 1 << 16
 
@@ -50,9 +50,6 @@ class TestTwoTablesOfOneDirectory(TestOneTable):
         ends.put.close()
         (taken,) = ends.take.drop_select(key(1))
         assert taken.equal(tensor(1))
-
-
-SPAWN = multiprocessing.get_context("spawn")
 
 
 @pytest.fixture
@@ -106,25 +103,8 @@ def test_a_writer_that_is_killed_leaves_whole_entries_or_none(tmp_path, open_tab
     assert buffer._store._places() == [name_of(key(9))], "what the dead left is swept, and nothing else"
 
 
-def race(path, start, results, count):
-    buffer = table(path)
-    start.wait(60)
-    results.put([number for number in range(count) if buffer.drop_select(key(number)) is not None])
-    buffer.close()
-
-
 def test_of_takers_in_several_processes_one_gets_an_entry(tmp_path, open_table):
-    buffer, count, takers = open_table(), 100, 3
-    for number in range(count):
-        buffer.insert(key(number), [tensor(number)])
-    start, results = SPAWN.Barrier(takers), SPAWN.Queue()
-    processes = [SPAWN.Process(target=race, args=(tmp_path / "kv", start, results, count)) for _ in range(takers)]
-    for process in processes:
-        process.start()
-    taken = [number for _ in processes for number in results.get(timeout=90)]
-    for process in processes:
-        process.join(30)
-    assert sorted(taken) == list(range(count))
+    one_of_several_takes_each(open_table(), table, tmp_path / "kv")
 
 
 def test_what_a_dead_taker_had_is_offered_again(open_table):

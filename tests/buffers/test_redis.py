@@ -1,6 +1,6 @@
 """A Redis server as a lookup buffer: its laws, access, memory, and its death."""
 
-import multiprocessing
+import contextlib
 import secrets
 import threading
 
@@ -12,9 +12,8 @@ from kvconnect.testing.buffer_laws import LAWS, ROOM_BYTES, Ends, key, tensor
 from kvconnect.testing.buffer_tests import BufferTests
 from tests.buffers.engines import eventually, is_miss
 from tests.buffers.redis_server import RedisServer
-from tests.buffers.stores import Stall, backend, pair
+from tests.buffers.stores import Stall, backend, one_of_several_takes_each, pair
 
-SPAWN = multiprocessing.get_context("spawn")
 OUTLIVES = "an_entry_that_is_gone_is_reported_never_halved"  # a server's entries outlive who has written them
 
 
@@ -56,28 +55,10 @@ def open_table(redis_server):
         each.close()
 
 
-def race(url, prefix, start, results, count):
-    buffer = table(url, prefix)
-    start.wait(60)
-    results.put([number for number in range(count) if buffer.drop_select(key(number)) is not None])
-    buffer.close()
-
-
 def test_of_takers_in_several_processes_one_gets_an_entry(redis_server):
-    prefix, count, takers = secrets.token_hex(4), 100, 3
-    buffer = table(redis_server.url, prefix)
-    for number in range(count):
-        buffer.insert(key(number), [tensor(number)])
-    buffer.close()
-    start, results = SPAWN.Barrier(takers), SPAWN.Queue()
-    arguments = (redis_server.url, prefix, start, results, count)
-    processes = [SPAWN.Process(target=race, args=arguments) for _ in range(takers)]
-    for process in processes:
-        process.start()
-    taken = [number for _ in processes for number in results.get(timeout=90)]
-    for process in processes:
-        process.join(30)
-    assert sorted(taken) == list(range(count))
+    where = redis_server.url, secrets.token_hex(4)
+    with contextlib.closing(table(*where)) as buffer:
+        one_of_several_takes_each(buffer, table, *where)
 
 
 def test_what_a_dead_taker_had_is_offered_again(open_table):
