@@ -18,12 +18,12 @@ from pathlib import Path
 import pytest
 
 from kvconnect.demo import model
+from tests.vllm.traffic import Cost
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
 ROUNDS = 15
 KINDS = {
-    "none": {},
     "idle": {"kv_connector": "NoConnector", "kv_connector_module_path": "tests.vllm.traffic", "kv_role": "kv_producer"},
     "kvconnect": {
         "kv_connector": "KvConnectShm",
@@ -67,11 +67,11 @@ class Engine:
                 line = b""
         raise TimeoutError(f"no answer within {within_s} s")
 
-    def seconds(self) -> float:
-        """Serve one batch and return how long it took."""
+    def batch(self) -> Cost:
+        """Serve one batch and return what it cost."""
         assert self.process.stdin is not None
         self.process.stdin.write(b"\n")
-        return float(self.answer(60))
+        return Cost(**json.loads(self.answer(60)))
 
     def stop(self) -> None:
         """End the engine's whole process group."""
@@ -94,20 +94,26 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Engi
             engine.stop()
 
 
-def test_a_producer_without_takers_is_as_fast_as_with_a_connector_that_does_nothing(
+def test_a_producer_loses_no_throughput_to_prompts_that_nobody_takes(
     engines: dict[str, Engine], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for engine in engines.values():
-        engine.seconds()
+        engine.batch()
     orders = itertools.cycle([list(engines.items()), list(engines.items())[::-1]])
-    rounds = [{kind: engine.seconds() for kind, engine in next(orders)} for _ in range(ROUNDS)]
-    # Of one round, since what else the cores do lasts longer than one; the median, since some of it does not.
-    share = {kind: statistics.median(times[kind] / times["kvconnect"] for times in rounds) for kind in KINDS}
+    rounds = [{kind: engine.batch() for kind, engine in next(orders)} for _ in range(ROUNDS)]
+    ours = [costs["kvconnect"] for costs in rounds]
+    calls = statistics.median(cost.calls / cost.batch for cost in ours)
+    threads = statistics.median(cost.threads / cost.batch for cost in ours)
+    # Two engines differ by up to a tenth for as long as they live, by where their memory and threads came to lie,
+    # so that this is shown and not judged.
+    ratio = statistics.median(costs["idle"].batch / costs["kvconnect"].batch for costs in rounds)
     with capsys.disabled():
         sys.stdout.write(
-            f"\na producer's throughput, median of {ROUNDS} rounds: {share['idle']:.3f} of that with a connector that "
-            f"does nothing, {share['none']:.3f} of that without one\n"
+            f"\nof a producer's time, median of {ROUNDS} batches: {calls:.4f} in calls to the connector, {threads:.4f} "
+            f"in its threads; throughput {ratio:.3f} of that with a connector that does nothing\n"
         )
-    # The goal is 0.98. The bound leaves room for the noise of two shared cores. What vLLM's own calls to
-    # any connector cost is shown, not judged.
-    assert share["idle"] > 0.9
+    # What calls and threads cannot show: batches made smaller, or blocks taken from the prompts that follow.
+    assert [cost.steps for cost in ours] == [costs["idle"].steps for costs in rounds]
+    # Both together are the most that throughput can lose, if the threads never found a free core. The goal, for models
+    # that take longer than this one, is 0.02.
+    assert calls + threads < 0.03
