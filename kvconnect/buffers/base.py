@@ -242,12 +242,15 @@ class Want:
         key: the content; whatever is found by any route must have this digest and length.
         label: the X-Request-Id part that both legs share, if any.
         ticket: the producer's ticket (`SchedulerEnd.offer`'s answer), if the request carries one.
+        prefixes: keys of what the content begins with, the shortest first, where the end has
+            `SchedulerEnd.segment_tokens`: the longest that is there is worth having, too.
 
     """
 
     key: LookupKey
     label: str | None = None
     ticket: Mapping[str, Any] | None = None
+    prefixes: tuple[LookupKey, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +259,7 @@ class Claim:
 
     Args:
         grant: unique name of the grant, chosen by the taker.
-        key: content of the entry.
+        key: content of the entry; `Want.key`, or one of `Want.prefixes`.
         blocks: the owner's block ids, per group (empty for a buffer that copies).
         data: what the buffer's own worker end needs; picklable plain data.
         promise: until when the owner leaves the blocks as they are; renewals prolong it.
@@ -284,6 +287,10 @@ class SchedulerEnd(ABC):
     Called from the engine's only scheduling thread: **no method waits** for the
     network, a lock held across I/O, or another process.
     """
+
+    #: Prompts are cut every so many tokens or a little more, so that others that begin alike share an entry
+    #: (`offer`'s ``before``, `Want.prefixes`). 0: an entry is a whole prompt.
+    segment_tokens: int = 0
 
     # -- consumer: which KV is there --------------------------------------------
 
@@ -319,7 +326,13 @@ class SchedulerEnd(ABC):
 
     @abstractmethod
     def offer(
-        self, key: LookupKey, blocks: tuple[tuple[int, ...], ...], *, label: str | None, asked: bool
+        self,
+        key: LookupKey,
+        blocks: tuple[tuple[int, ...], ...],
+        *,
+        label: str | None,
+        asked: bool,
+        before: Sequence[tuple[LookupKey, tuple[tuple[int, ...], ...]]] = (),
     ) -> dict[str, Any]:
         """Insert an entry made of this engine's own blocks; return the ticket that names it.
 
@@ -331,6 +344,9 @@ class SchedulerEnd(ABC):
             label: X-Request-Id part that both legs share, if any.
             asked: somebody asked for a hand-over; otherwise the entry gives way to
                 ordinary traffic (`reclaim`).
+            before: what comes before ``blocks`` in the prompt, in its order, if the end has `segment_tokens`: the
+                key of the prompt up to there, and the blocks since the segment before. The blocks of each
+                are drained by themselves.
 
         """
 

@@ -143,6 +143,11 @@ class FilesystemStore(Store):
         """Delete an entry. See `Store.drop`."""
         return self._delete(name if grant is None else f"{name}.{grant}")
 
+    def touch(self, name: str) -> None:
+        """Set the manifest's time of access. See `Store.touch`."""
+        with contextlib.suppress(FileNotFoundError), _mapped(), self._file(name, _MANIFEST, os.O_RDONLY) as fd:
+            os.utime(fd, ns=(time.time_ns(), os.fstat(fd).st_mtime_ns))
+
     def entries(self) -> list[Stored]:
         """List the directory. See `Store.entries`."""
         found = []
@@ -253,10 +258,11 @@ class FilesystemStore(Store):
                 with os.scandir(folder) as files:
                     about = {file.name: file.stat(follow_symlinks=False) for file in files}
                 nbytes = sum(each.st_size for each in about.values() if stat.S_ISREG(each.st_mode))
-                made = about[_MANIFEST].st_mtime if _MANIFEST in about else time.time()
             finally:
                 os.close(folder)
-        return Stored(name, nbytes, made, taken)
+        if _MANIFEST not in about:
+            return Stored(name, nbytes, time.time(), taken)
+        return Stored(name, nbytes, about[_MANIFEST].st_mtime, taken, about[_MANIFEST].st_atime)
 
     def _delete(self, place: str) -> bool:
         """Delete an entry, out of sight first; who has a file of it open reads on."""

@@ -103,10 +103,12 @@ return drop(p .. 't:' .. name .. ':' .. grant)
     "entries": """
 local found = {}
 local function list(index, kind)
-  for _, member in ipairs(redis.call('ZRANGE', p .. index, 0, -1)) do
+  local members = redis.call('ZRANGE', p .. index, 0, -1, 'WITHSCORES')
+  for i = 1, #members, 2 do
+    local member = members[i]
     local entry = redis.call('HMGET', p .. kind .. ':' .. member, 'nbytes', 'made')
     if entry[1] then
-      table.insert(found, {index, member, entry[1], entry[2]})
+      table.insert(found, {index, member, entry[1], entry[2], members[i + 1]})
     else
       redis.call('ZREM', p .. index, member)
     end
@@ -116,6 +118,7 @@ list('offered', 'e')
 list('taken', 't')
 return found
 """,
+    "touch": "redis.call('ZADD', p .. 'offered', 'XX', now(), ARGV[2])",
     "mend": """
 for _, member in ipairs(redis.call('ZRANGEBYSCORE', p .. 'taken', '-inf', now())) do
   local name, grant = string.match(member, '(%x+):(%x+)')
@@ -246,11 +249,15 @@ class RedisStore(Store):
         """Delete an entry. See `Store.drop`."""
         return bool(self._run("drop", name, grant or ""))
 
+    def touch(self, name: str) -> None:
+        """Move an entry to the end of the index of what is offered. See `Store.touch`."""
+        self._run("touch", name)
+
     def entries(self) -> list[Stored]:
-        """Read both indices. See `Store.entries`."""
+        """Read both indices: one is ordered by last use, the other by the ends of leases. See `Store.entries`."""
         return [
-            Stored(member.decode().partition(":")[0], int(nbytes), float(made), index == b"taken")
-            for index, member, nbytes, made in self._run("entries")
+            Stored(member.decode().partition(":")[0], int(nbytes), float(made), index == b"taken", float(score))
+            for index, member, nbytes, made, score in self._run("entries")
         ]
 
     def mend(self) -> None:

@@ -72,8 +72,16 @@ class RemoteScheduler(SchedulerEnd):
 
     # -- producer -------------------------------------------------------------------
 
-    def offer(self, key: LookupKey, blocks: Blocks, *, label: str | None, asked: bool) -> dict[str, Any]:
-        """Lend blocks. See `SchedulerEnd.offer`."""
+    def offer(
+        self,
+        key: LookupKey,
+        blocks: Blocks,
+        *,
+        label: str | None,
+        asked: bool,
+        before: Sequence[tuple[LookupKey, Blocks]] = (),
+    ) -> dict[str, Any]:
+        """Lend blocks. See `SchedulerEnd.offer`; prompts are whole here, so that nothing comes ``before``."""
         if self._lender is None:
             raise KVConnectError("this engine is a consumer only: it has nothing to offer")
         return self._lender.offer(key, blocks, label=label, asked=asked)

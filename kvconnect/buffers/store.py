@@ -42,6 +42,8 @@ class StoreOptions:
         max_age_s: how long an entry lives.
         chunk_bytes: bytes of a chunk: what is moved, and checked, at a time.
         writing_bytes: most that one engine's prompts under way to the store may hold; those beyond are not stored.
+        segment_tokens: with ``"share"``, prompts are cut after so many tokens (or a few more, at the end of a
+            block): prompts that begin alike share what they have in common. 0: an entry is a whole prompt.
 
     """
 
@@ -50,12 +52,15 @@ class StoreOptions:
     max_age_s: float = 3600.0
     chunk_bytes: int = 4 << 20
     writing_bytes: int = 1 << 30
+    segment_tokens: int = 256
 
     def __post_init__(self) -> None:
         """Check ranges; raise `ConfigError`."""
         for name in ("capacity_bytes", "max_age_s", "chunk_bytes", "writing_bytes"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{PATH}.buffer.{name} must be greater than 0, got {getattr(self, name)}")
+        if self.segment_tokens < 0:
+            raise ConfigError(f"{PATH}.buffer.segment_tokens must not be negative, got {self.segment_tokens}")
         if self.chunk_bytes > MAX_CHUNK_BYTES:
             raise ConfigError(f"{PATH}.buffer.chunk_bytes must be at most {MAX_CHUNK_BYTES}, got {self.chunk_bytes}")
 
@@ -70,12 +75,13 @@ class Found:
 
 @dataclass(frozen=True)
 class Stored:
-    """An entry as `Store.entries` lists it; ``made`` is a time of ``time.time``."""
+    """An entry as `Store.entries` lists it; ``made`` and ``used`` (by `Store.touch`) are times of ``time.time``."""
 
     name: str
     nbytes: int
     made: float
     taken: bool
+    used: float = 0.0
 
 
 class Store(ABC):
@@ -126,6 +132,12 @@ class Store(ABC):
     def drop(self, name: str, grant: str | None = None) -> bool:
         """Drop what was taken by ``grant``, or what is offered; ``False`` if that is not there."""
 
+    def touch(self, name: str) -> None:  # noqa: B027 - it may be left out
+        """Remember that what is offered under ``name`` was of use now, so that others are evicted before it.
+
+        A medium that cannot leaves it: its oldest entries are evicted first.
+        """
+
     @abstractmethod
     def entries(self) -> Sequence[Stored]:
         """List what is offered and taken."""
@@ -137,28 +149,3 @@ class Store(ABC):
     @abstractmethod
     def close(self) -> None:
         """Let go of connections and files; what is stored stays. Idempotent."""
-
-
-def make_room(
-    store: Store, options: StoreOptions, nbytes: int, now: float, *, evict: bool = True, name: str = ""
-) -> bool:
-    """Drop entries that are too old and then, the oldest first, until ``nbytes`` more fit; say whether they do.
-
-    Args:
-        store: where.
-        options: how much may be there, and for how long.
-        nbytes: bytes of the entry to come; what will never fit evicts nothing.
-        now: the time, of ``time.time``.
-        evict: drop entries that are not too old, too.
-        name: of the entry to come, which replaces what is offered under it.
-
-    """
-    kept = (entry for entry in store.entries() if entry.taken or entry.name != name)
-    entries = sorted(kept, key=lambda entry: entry.made)
-    over = sum(entry.nbytes for entry in entries) + nbytes - options.capacity_bytes
-    for entry in entries:
-        too_old = entry.made + options.max_age_s <= now
-        must_go = too_old or (evict and over > 0 and nbytes <= options.capacity_bytes)
-        if must_go and not entry.taken and store.drop(entry.name):
-            over -= entry.nbytes
-    return over <= 0

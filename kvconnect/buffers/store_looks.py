@@ -8,7 +8,7 @@ import secrets
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
@@ -16,6 +16,7 @@ from kvconnect.buffers.base import Claim, LookupKey, Miss, Want
 from kvconnect.buffers.crew import Crew
 from kvconnect.buffers.store import Found, Store, StoreOptions
 from kvconnect.buffers.store_manifest import Manifest, name_of
+from kvconnect.buffers.store_segments import claim
 from kvconnect.config import Config
 from kvconnect.control import ControlClient
 from kvconnect.errors import IntegrityError
@@ -49,10 +50,15 @@ class _Look:
     committed: bool = False
     over: bool = False
     pause_s: float = 0.002
+    #: The segments found so far, from the prompt's first on.
+    have: list[tuple[Found, Manifest]] = field(default_factory=list)
 
 
 class Looks:
-    """Finds entries by content, and takes each once for this engine if the store is one to take from."""
+    """Finds entries by content, and takes each once for this engine if the store is one to take from.
+
+    Where prompts are stored in segments, those are found that a prompt begins with, as many as there are.
+    """
 
     def __init__(self, store: Store, options: StoreOptions, config: Config, crew: Crew, client: ControlClient) -> None:
         """Ask the store on ``crew``, where looks for one entry wait for each other; ``client`` has the timers."""
@@ -181,53 +187,85 @@ class Looks:
             if hold := self._holds.get(name):
                 self._answer(look, hold.claim, hold)
                 return
+        grant = secrets.token_hex(8)
         try:
-            answer = self._ask(look.want.key, name)
+            miss = self._gather(look, grant)
         except Exception as error:  # noqa: BLE001 - a third party's store may raise anything; the request must hear of it
             logger.warning("the store cannot be asked: %s: %s", type(error).__name__, error)
-            answer = Miss("unreachable", str(error))
-        late = self._client.clock.now() >= look.until
-        if isinstance(answer, Miss) and answer.cause == "absent" and _is_coming(look.want) and not late:
+            miss = Miss("unreachable", str(error))
+        # What there is by then is had in time.
+        late = self._client.clock.now() >= look.until - 2 * _MAX_PAUSE_S
+        if miss is not None and miss.cause == "absent" and _is_coming(look.want) and not late:
             # A store does not tell when something arrives: it is asked again, after pauses that grow.
             look.pause_s = min(2 * look.pause_s, _MAX_PAUSE_S)
             self._client.later(look.pause_s, lambda: self._queue(look))
             return
-        with self._lock:
-            if self._takes and isinstance(answer, Claim):
-                # Nobody else has: looks for one entry follow each other.
-                hold = self._holds[name] = _Hold(name, answer)
-            self._answer(look, answer, hold)
+        if miss is None or (look.have and miss.cause != "unreachable"):
+            found = claim(grant, _keys(look.want)[len(look.have) - 1], look.have)
+            with self._lock:
+                if self._takes:
+                    # Nobody else has: looks for one entry follow each other.
+                    hold = self._holds[name] = _Hold(name, found)
+                self._answer(look, found, hold)
+            if not self._takes:
+                self._crew.submit(partial(self._touch, look))
+        else:
+            self._miss(look, miss)
 
-    def _ask(self, key: LookupKey, name: str) -> Claim | Miss:
-        grant = secrets.token_hex(8)
-        lease_s = self._config.lease_s
-        found = self._store.take(name, grant, lease_s) if self._takes else self._store.find(name)
+    def _gather(self, look: _Look, grant: str) -> Miss | None:
+        """Find the segments that are missing yet; return why one of them still is."""
+        keys = _keys(look.want)
+        while len(look.have) < len(keys):
+            start = keys[len(look.have) - 1].length if look.have else 0
+            answer = self._ask(keys[len(look.have)], start, grant)
+            if isinstance(answer, Miss):
+                return answer
+            look.have.append(answer)
+        return None
+
+    def _ask(self, key: LookupKey, start: int, grant: str) -> tuple[Found, Manifest] | Miss:
+        name = name_of(key, start)
+        found = self._store.take(name, grant, self._config.lease_s) if self._takes else self._store.find(name)
         if found is None:
             return Miss("absent")
         held = grant if self._takes else None
         try:
-            answer = self._judge(key, grant, found)
+            answer = self._judge(key, start, found)
         except IntegrityError as error:
             logger.warning("an entry of the store is dropped: %s", error)
             answer = Miss("damaged", str(error))
-        if isinstance(answer, Miss) and answer.cause != "mismatch":
+        if not isinstance(answer, Miss):
+            return found, answer
+        if answer.cause != "mismatch":
             self._store.drop(name, held)
-        elif isinstance(answer, Miss) and held is not None:
+        elif held is not None:
             self._store.give_back(name, held)
         return answer
 
-    def _judge(self, key: LookupKey, grant: str, found: Found) -> Claim | Miss:
+    def _judge(self, key: LookupKey, start: int, found: Found) -> Manifest | Miss:
         manifest = Manifest.unpack(found.manifest)
-        if manifest.key != key:
+        if (manifest.key, manifest.start) != (key, start):
             raise IntegrityError("the entry is of another key")
         if manifest.made + self._options.max_age_s <= time.time():
             return Miss("expired")
         shapes = tuple(part.shape for part in manifest.parts)
         if self._shapes and shapes != self._shapes:
             return Miss("mismatch", "the workers of the engine that wrote the entry have memory of another shape")
-        parts = [(part.nbytes, part.shape, part.sums) for part in manifest.parts]
-        data = {"place": found.place, "chunk_bytes": manifest.chunk_bytes, "parts": parts}
-        return Claim(grant, key, manifest.blocks, data)
+        return manifest
+
+    def _touch(self, look: _Look) -> None:
+        """Have what was found kept longest: a segment is of no use without those before it, so the first comes last."""
+        starts = [manifest.start for _, manifest in look.have]
+        for key, start in reversed([*zip(_keys(look.want), starts, strict=False)]):
+            try:
+                self._store.touch(name_of(key, start))
+            except Exception as error:  # noqa: BLE001 - a third party's store may raise anything
+                logger.debug("a use could not be noted: %s", error)
+                return
+
+
+def _keys(want: Want) -> tuple[LookupKey, ...]:
+    return (*want.prefixes, want.key)
 
 
 def _is_coming(want: Want) -> bool:

@@ -22,10 +22,11 @@ from kvconnect.errors import HandshakeError, IntegrityError
 from kvconnect.paging import PagedLayout
 
 #: The last byte is the format's version.
-_MARK = b"kvconnect store\x01"
+_MARK = b"kvconnect store\x02"
 _SUM_BYTES = 8
 _MAX_PARTS = 1 << 12
 _MAX_BYTES = 1 << 48
+_MAX_TOKENS = 1 << 40
 
 
 def sum_of(data: bytes | memoryview) -> bytes:
@@ -33,9 +34,9 @@ def sum_of(data: bytes | memoryview) -> bytes:
     return xxhash.xxh3_64_digest(data)
 
 
-def name_of(key: LookupKey) -> str:
-    """Return the name that a key's entry has in a store, 32 hexadecimal digits."""
-    text = b"\0".join((key.namespace.encode(), key.digest, b"%d" % key.length))
+def name_of(key: LookupKey, start: int = 0) -> str:
+    """Return the name that a key's entry has in a store, 32 hexadecimal digits; ``start`` is `Manifest.start`."""
+    text = b"\0".join((key.namespace.encode(), key.digest, b"%d-%d" % (start, key.length)))
     return hashlib.blake2b(text, digest_size=16).hexdigest()
 
 
@@ -79,6 +80,7 @@ class Manifest:
         chunk_bytes: of all chunks but the last of each part.
         parts: by rank.
         made: when, of ``time.time``.
+        start: the first token of ``key`` that is in this entry; those before are in others.
 
     """
 
@@ -87,6 +89,7 @@ class Manifest:
     chunk_bytes: int
     parts: tuple[Part, ...]
     made: float
+    start: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -102,6 +105,7 @@ class Manifest:
                 "chunk_bytes": self.chunk_bytes,
                 "parts": [[part.nbytes, part.shape, part.sums] for part in self.parts],
                 "made": self.made,
+                "start": self.start,
             }
         )
         return _MARK + sum_of(body) + body
@@ -128,6 +132,7 @@ class Manifest:
                 chunk_bytes,
                 tuple(_part(item, chunk_bytes) for item in read["parts"][:_MAX_PARTS]),
                 float(read["made"]),
+                fields.number(read, "start", _MAX_TOKENS),
             )
         except (HandshakeError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise IntegrityError(f"the entry's manifest is malformed: {error}") from error

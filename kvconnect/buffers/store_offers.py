@@ -17,8 +17,9 @@ from kvconnect.buffers import fields
 from kvconnect.buffers.base import LookupKey
 from kvconnect.buffers.crew import Crew
 from kvconnect.buffers.ledger import Blocks
-from kvconnect.buffers.store import Store, StoreOptions, make_room
+from kvconnect.buffers.store import Store, StoreOptions
 from kvconnect.buffers.store_manifest import Manifest, Part, name_of, number
+from kvconnect.buffers.store_room import Occupancy
 from kvconnect.buffers.ticket import pack_ids
 from kvconnect.control import ControlClient
 from kvconnect.errors import BrokenError, ClosedError, DeadlineError, KVConnectError
@@ -43,6 +44,8 @@ class _Offer:
     blocks: Blocks
     asked: bool
     made: float
+    #: `Manifest.start`.
+    start: int = 0
     draft: str = field(default_factory=lambda: secrets.token_hex(16))
     nbytes: int = 0
     parts: dict[int, Part] = field(default_factory=dict)
@@ -54,7 +57,7 @@ class _Offer:
 
     @property
     def name(self) -> str:
-        return name_of(self.key)
+        return name_of(self.key, self.start)
 
     @property
     def num_blocks(self) -> int:
@@ -64,9 +67,18 @@ class _Offer:
 class Offers:
     """Has workers write finished prompts to a store, and knows whose blocks are still being read."""
 
-    def __init__(self, store: Store, options: StoreOptions, client: ControlClient, crew: Crew, limit_s: float) -> None:
+    def __init__(
+        self,
+        store: Store,
+        options: StoreOptions,
+        occupancy: Occupancy,
+        client: ControlClient,
+        crew: Crew,
+        limit_s: float,
+    ) -> None:
         """Ask workers on ``client``, the store on ``crew``; a part must be written within ``limit_s``."""
-        self._store, self._options, self._client, self._crew, self._limit_s = store, options, client, crew, limit_s
+        self._store, self._options, self._occupancy = store, options, occupancy
+        self._client, self._crew, self._limit_s = client, crew, limit_s
         self._lock = threading.Lock()
         self._workers: Sequence[Mapping[str, Any]] = ()
         self._open: dict[str, _Offer] = {}
@@ -77,9 +89,9 @@ class Offers:
 
     # -- the scheduling thread ----------------------------------------------------------
 
-    def offer(self, key: LookupKey, blocks: Blocks, *, asked: bool) -> bool:
-        """Start to store a prompt, if there is room for it on the way; say so."""
-        offer = _Offer(key, blocks, asked, time.monotonic())
+    def offer(self, key: LookupKey, blocks: Blocks, *, asked: bool, start: int = 0) -> bool:
+        """Start to store a prompt (from token ``start`` on), if there is room for it on the way; say so."""
+        offer = _Offer(key, blocks, asked, time.monotonic(), start)
         with self._lock:
             self._open[offer.draft] = offer
             self._counts["offered"] += 1
@@ -223,13 +235,14 @@ class Offers:
 
     def _obstacle(self, offer: _Offer) -> str:
         if self._options.mode == "share" and self._store.find(offer.name) is not None:
+            self._store.touch(offer.name)
             return "present"
-        fits = make_room(self._store, self._options, offer.nbytes, time.time(), name=offer.name)
-        return "" if fits else "no_room"
+        return "" if self._occupancy.admit(offer.nbytes, offer.name) else "no_room"
 
     def _publish(self, offer: _Offer) -> None:
         parts = tuple(offer.parts[rank] for rank in range(len(self._workers)))
-        manifest = Manifest(offer.key, number(offer.blocks), self._options.chunk_bytes, parts, time.time())
+        blocks, chunk_bytes = number(offer.blocks), self._options.chunk_bytes
+        manifest = Manifest(offer.key, blocks, chunk_bytes, parts, time.time(), offer.start)
         replace = self._options.mode == "take"
         try:
             why = "" if self._store.publish(offer.draft, offer.name, manifest.pack(), replace=replace) else "present"

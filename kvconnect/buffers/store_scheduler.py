@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -12,9 +11,10 @@ from kvconnect.buffers.access import Access
 from kvconnect.buffers.base import Claim, EndSettings, LookupKey, Miss, SchedulerEnd, Want
 from kvconnect.buffers.crew import Crew
 from kvconnect.buffers.ledger import Blocks
-from kvconnect.buffers.store import Store, StoreOptions, make_room
+from kvconnect.buffers.store import Store, StoreOptions
 from kvconnect.buffers.store_looks import Looks
 from kvconnect.buffers.store_offers import Offers
+from kvconnect.buffers.store_room import Occupancy
 from kvconnect.errors import KVConnectError
 
 logger = logging.getLogger(__name__)
@@ -37,11 +37,16 @@ class StoreScheduler(SchedulerEnd):
 
         """
         config = settings.options
-        self._name, self._engine, self._store, self._options = name, settings.engine_id, store, options
+        self._name, self._engine, self._store = name, settings.engine_id, store
+        # What is taken is gone: prompts that begin alike cannot share it.
+        self.segment_tokens = options.segment_tokens if options.mode == "share" else 0
+        self._occupancy = Occupancy(store, options)
         self._client = Access(config, settings.clock).client("kvconnect-store-client")
         self._crew = Crew("kvconnect-store", _THREADS)
         self._offers = (
-            Offers(store, options, self._client, self._crew, config.transfer_timeout_s) if settings.produces else None
+            Offers(store, options, self._occupancy, self._client, self._crew, config.transfer_timeout_s)
+            if settings.produces
+            else None
         )
         self._looks = Looks(store, options, config, self._crew, self._client) if settings.consumes else None
         self._every_s = min(_TIDY_S, config.lease_s / 3)
@@ -74,14 +79,25 @@ class StoreScheduler(SchedulerEnd):
 
     # -- producer -------------------------------------------------------------------
 
-    def offer(self, key: LookupKey, blocks: Blocks, *, label: str | None, asked: bool) -> dict[str, Any]:
+    def offer(
+        self,
+        key: LookupKey,
+        blocks: Blocks,
+        *,
+        label: str | None,
+        asked: bool,
+        before: Sequence[tuple[LookupKey, Blocks]] = (),
+    ) -> dict[str, Any]:
         """Have a prompt stored. See `SchedulerEnd.offer`.
 
         Content finds it without the ticket, which says no more than that it is worth waiting for a little.
         """
         if self._offers is None:
             raise KVConnectError("this engine is a consumer only: it has nothing to offer")
-        coming = self._offers.offer(key, blocks, asked=asked)
+        coming, start = True, 0
+        for until, segment in (*before, (key, blocks)):
+            coming = self._offers.offer(until, segment, asked=asked, start=start) and coming
+            start = until.length
         return {"buffer": self._name, "engine": self._engine, "coming": coming, **fields.write_key(key)}
 
     def drain_released(self) -> list[Blocks]:
@@ -137,7 +153,7 @@ class StoreScheduler(SchedulerEnd):
             if self._looks is not None:
                 self._looks.renew()
             self._store.mend()
-            make_room(self._store, self._options, 0, time.time())
+            self._occupancy.refresh()
         except Exception as error:  # noqa: BLE001 - a third party's store may raise anything; it is tried again
             logger.debug("the store could not be tidied up: %s", error)
         self._tidy_later()

@@ -20,9 +20,10 @@ from kvconnect.buffers.base import BufferTraits, EndSettings, Grant, LookupKey, 
 from kvconnect.buffers.claiming import ClaimingBuffer
 from kvconnect.buffers.crew import Crew
 from kvconnect.buffers.memory import Policy
-from kvconnect.buffers.store import Store, StoreOptions, make_room
+from kvconnect.buffers.store import Store, StoreOptions
 from kvconnect.buffers.store_manifest import Manifest, name_of
 from kvconnect.buffers.store_parts import ChunkRun, PartReader, PartWriter, Rooms
+from kvconnect.buffers.store_room import make_room
 from kvconnect.buffers.store_scheduler import StoreScheduler
 from kvconnect.buffers.store_worker import StoreWorker
 from kvconnect.config import PATH, parse_options
@@ -171,7 +172,8 @@ class StoreBuffer(ClaimingBuffer):
             while True:
                 self._check_open()
                 evict = self._policy == "evict"
-                if make_room(self._store, self._options, self._writing + nbytes, time.time(), evict=evict, name=name):
+                wanted = self._writing + nbytes
+                if make_room(self._store, self._options, wanted, time.time(), evict=evict, name=name) <= 0:
                     break
                 left = deadline - time.monotonic()
                 if self._policy != "wait" or left <= 0:

@@ -19,7 +19,8 @@ from kvconnect.buffers.base import Claim, EndSettings, WorkerEnd
 from kvconnect.buffers.crew import Crew
 from kvconnect.buffers.store import MAX_CHUNK_BYTES, Store
 from kvconnect.buffers.store_manifest import Part, shape_of
-from kvconnect.buffers.store_parts import ChunkRun, PartReader, PartWriter, Rooms
+from kvconnect.buffers.store_parts import ChunkRun, Guard, PartReader, PartWriter, Rooms
+from kvconnect.buffers.store_segments import wanted
 from kvconnect.buffers.ticket import unpack_ids
 from kvconnect.control import ControlServer
 from kvconnect.errors import ClosedError, DeadlineError, HandshakeError, KVConnectError, LoadError, as_ours
@@ -83,21 +84,29 @@ class StoreWorker(WorkerEnd):
         transfer.via = self._name
         transfer.add_done_callback(on_done)
         try:
-            if self._rank >= len(claim.data["parts"]):
-                raise LoadError(f"the entry has {len(claim.data['parts'])} parts, this is worker {self._rank}")
-            part = Part(*claim.data["parts"][self._rank])
-            reader = PartReader(self._memory, self._store, self._rooms, part, claim.data["chunk_bytes"])
-            steps = reader.plan([max(ids, default=0) for ids in claim.blocks], remote, local)
+            steps = self._plan(claim, remote, local)
         except KVConnectError as error:
             transfer.finish(self._counted("load", 0, error))
             return transfer
 
-        run = ChunkRun(self._crew, steps, functools.partial(reader.read, claim.data["place"], self._rank))
+        run = ChunkRun(self._crew, steps, lambda step, guard: step(guard))
         run.over.add_done_callback(
             lambda over: transfer.finish(self._counted("load", transfer.nbytes, over.exception()))
         )
         self._start(transfer, run)
         return transfer
+
+    def _plan(self, claim: Claim, remote: BlockIds, local: BlockIds) -> list[Callable[[Guard], None]]:
+        """Return the steps of a load: one for each chunk of each segment that is needed."""
+        steps: list[Callable[[Guard], None]] = []
+        for each in wanted(claim, remote, local):
+            place, chunk_bytes, counts, parts = each.segment
+            if self._rank >= len(parts):
+                raise LoadError(f"the entry has {len(parts)} parts, this is worker {self._rank}")
+            reader = PartReader(self._memory, self._store, self._rooms, Part(*parts[self._rank]), chunk_bytes)
+            landings = reader.plan(counts, each.numbers, each.local)
+            steps += [functools.partial(reader.read, place, self._rank, landing) for landing in landings]
+        return steps
 
     def stats(self) -> dict[str, int]:
         """Counters since the start."""

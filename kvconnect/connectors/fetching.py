@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 from kvconnect.buffers.base import Claim, Want
 from kvconnect.connectors import timeline
 from kvconnect.connectors.compat import NULL_BLOCK
-from kvconnect.connectors.groups import Group, usable_tokens
+from kvconnect.connectors.groups import Group, segment_tokens, usable_tokens
 from kvconnect.connectors.headroom import Headroom
-from kvconnect.connectors.identity import key_of, shared_label
+from kvconnect.connectors.identity import keys_of, shared_label
 from kvconnect.connectors.plan import Blocks, Load
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ class Fetching:
         self._namespace = namespace
         self._groups = groups
         self._content_lookup = content_lookup
+        self._segment = segment_tokens(groups, end.segment_tokens)
         self.headroom = Headroom(groups, capacity)
         self._fetches: dict[str, _Fetch] = {}
         self._loads: list[Load] = []
@@ -181,10 +182,11 @@ class Fetching:
         ticket = params.get("kvconnect") if params.get("do_remote_prefill") else None
         if ticket is None and not self._content_lookup:
             return None
-        key = key_of(request, self._namespace)
-        if key is None:
+        keys = keys_of(request, self._namespace, self._segment)
+        if not keys:
             return None
-        return Want(key, shared_label(request.request_id), ticket if isinstance(ticket, dict) else None)
+        label = shared_label(request.request_id)
+        return Want(keys[-1], label, ticket if isinstance(ticket, dict) else None, keys[:-1])
 
     def _covers(self, claim: Claim) -> bool:
         """Whether the owner still has every block that decoding here will read."""

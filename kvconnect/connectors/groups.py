@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,8 @@ from kvconnect.connectors import compat
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    from kvconnect.connectors.plan import Blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,3 +119,25 @@ def usable_tokens(groups: Sequence[Group], tokens: int) -> int:
 def select(groups: Sequence[Group], table: Sequence[Sequence[int]], tokens: int) -> tuple[tuple[int, ...], ...]:
     """Return the part of a block table that covers ``tokens``, for the given groups."""
     return tuple(tuple(table[g.index][: -(-tokens // g.block_size)]) for g in groups)
+
+
+def segment_tokens(groups: Sequence[Group], wanted: int) -> int:
+    """Return how many tokens a prompt is cut at, ``wanted`` or a little more; 0: it stays whole.
+
+    A cut falls between blocks in every group. A prompt is not cut where a window slides: what is left of
+    its blocks at the end of the prompt does not serve another that only begins like it.
+    """
+    if not wanted or any(group.window is not None for group in groups):
+        return 0
+    step = math.lcm(*(group.block_size for group in groups))
+    return -(-wanted // step) * step
+
+
+def cut(groups: Sequence[Group], blocks: Sequence[Sequence[int]], lengths: Iterable[int]) -> list[Blocks]:
+    """Cut the `select`-ed blocks of a prompt at ``lengths``, the last of which is the prompt's."""
+    parts, done = [], [0] * len(groups)
+    for length in lengths:
+        ends = [-(-length // group.block_size) for group in groups]
+        parts.append(tuple(tuple(ids[a:b]) for ids, a, b in zip(blocks, done, ends, strict=True)))
+        done = ends
+    return parts

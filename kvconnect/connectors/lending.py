@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvconnect.connectors import groups
-from kvconnect.connectors.groups import Group, select
-from kvconnect.connectors.identity import key_of, shared_label
+from kvconnect.connectors.groups import Group, cut, segment_tokens, select
+from kvconnect.connectors.identity import keys_of, shared_label
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -66,6 +66,7 @@ class Lending:
         self._namespace = namespace
         self._groups = groups
         self._limits = limits
+        self._segment = segment_tokens(groups, end.segment_tokens)
         self._pins: BlockPins | None = None
         self.counters: Counter[str] = Counter()
 
@@ -81,20 +82,21 @@ class Lending:
         self.take_back()
         asked = bool((request.kv_transfer_params or {}).get("do_remote_decode"))
         why_not = self._obstacle(request, table)
-        key = None if why_not else key_of(request, self._namespace)
-        if self._pins is None or key is None:
+        keys = () if why_not else keys_of(request, self._namespace, self._segment)
+        if self._pins is None or not keys:
             if asked:
                 self.counters["not_offered"] += 1
                 log.debug("no hand-over for %s: %s", request.request_id, why_not or "its content has no token ids")
             return None
-        blocks = select(self._groups, table, key.length)
+        blocks = select(self._groups, table, keys[-1].length)
         count = sum(map(len, blocks))
         if not self._within_capacity(count) or (not asked and not self._has_room(count)):
             self.counters["no_room"] += 1
             return None
         for ids in blocks:
             self._pins.pin(ids)
-        ticket = self._end.offer(key, blocks, label=shared_label(request.request_id), asked=asked)
+        *before, (key, rest) = zip(keys, cut(self._groups, blocks, [key.length for key in keys]), strict=True)
+        ticket = self._end.offer(key, rest, label=shared_label(request.request_id), asked=asked, before=before)
         return _nixl_params(request, ticket)
 
     def admit(self, num_blocks: int) -> None:

@@ -141,6 +141,34 @@ def test_the_oldest_make_room_for_what_comes(store):
         assert p.count("not_stored_no_room") == 1
 
 
+def test_what_was_of_use_is_kept_longest(store):
+    three = 3 * LAYOUT.nbytes([(1, 2, 3)]) + 2000
+    options = {**store.options, "mode": "share", "capacity_bytes": three}
+    with pair(dataclasses.replace(store, options=options)) as (p, d):
+        for number in range(3):
+            assert p.put(number)
+        threading.Event().wait(0.02)
+        d.claim(0)
+        assert not p.put(1), "to be offered again is to be of use, too"
+        eventually(lambda: sum(entry.used > entry.made + 0.01 for entry in p.end._store.entries()) == 2)
+        assert p.put(3)
+        assert [isinstance(d.find(number, f"again {number}"), Claim) for number in range(4)] == [
+            True,
+            True,
+            False,
+            True,
+        ]
+
+
+def test_a_store_is_not_listed_for_each_prompt(store, monkeypatch, store_class):
+    lists, real = [], store_class.entries
+    monkeypatch.setattr(store_class, "entries", lambda self: lists.append(1) or real(self))
+    with pair(store) as (p, _):
+        for number in range(20):
+            assert p.put(number)
+        assert len(lists) <= 4
+
+
 def test_what_is_too_old_is_not_handed_out(store):
     store = dataclasses.replace(store, options={**store.options, "max_age_s": 0.2})
     with pair(store) as (p, d):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,12 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
-from kvconnect.connectors.identity import digest, key_of, shared_label
+from kvconnect.connectors.identity import key_of, keys_of, prefix_digests, shared_label
+
+
+def digest(tokens: list[int], **content: Any) -> bytes:
+    (value,) = prefix_digests(tokens, [len(tokens)], **content)
+    return value
 
 
 def request(tokens: list[int], **kwargs: object) -> Request:
@@ -50,9 +56,30 @@ def test_parts_do_not_run_together() -> None:
 
 
 def test_the_digest_is_the_same_in_every_process() -> None:
-    code = "from kvconnect.connectors.identity import digest; print(digest([5, 6], salt='x').hex())"
+    code = (
+        "from kvconnect.connectors.identity import prefix_digests;print(prefix_digests([5, 6], [2], salt='x')[0].hex())"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert run.stdout.split()[-1] == digest([5, 6], salt="x").hex()
+
+
+def test_what_a_prompt_begins_with_has_the_key_of_a_prompt_that_ends_there() -> None:
+    tokens = list(range(100))
+    keys = keys_of(request(tokens), "ns", 32)
+    assert [key.length for key in keys] == [32, 64, 96, 100]
+    assert list(keys) == [key_of(request(tokens[: key.length]), "ns") for key in keys]
+    assert [key.length for key in keys_of(request(tokens[:64]), "ns", 32)] == [32, 64]
+    assert [key.length for key in keys_of(request(tokens), "ns", 0)] == [100]
+
+
+def test_media_count_from_where_they_begin() -> None:
+    def keys(media: list[tuple[str, int, int]]) -> list[bytes]:
+        return prefix_digests(list(range(100)), [32, 64, 100], media=media)
+
+    plain, early, late = keys([]), keys([("a", 40, 10)]), keys([("a", 40, 10), ("b", 70, 10)])
+    assert plain[0] == early[0] == late[0]
+    assert early[:2] == late[:2]
+    assert len({plain[1], early[1], plain[2], early[2], late[2]}) == 5
 
 
 def test_a_request_without_token_ids_has_no_key() -> None:

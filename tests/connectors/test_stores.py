@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("vllm", reason="connectors need vLLM")
 
 from kvconnect import _plugin
+from kvconnect.buffers.store_manifest import Manifest
 from kvconnect.connectors.protocol import ASK_FOR_TICKET
 from kvconnect.demo import model
 from kvconnect.testing.engine import BLOCK, BLOCKS, SHAPES, Engine
@@ -45,9 +46,9 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Make]:
         yield make
 
 
-def prefill(producer: Engine, name: str = "p") -> None:
+def prefill(producer: Engine, name: str = "p", prompt: Sequence[int] = PROMPT) -> None:
     """Compute a prompt, and step on, as idle engines do, until its blocks are the engine's again."""
-    producer.ask(name, PROMPT, dict(ASK_FOR_TICKET), max_tokens=1)
+    producer.ask(name, prompt, dict(ASK_FOR_TICKET), max_tokens=1)
     for _ in range(2000):
         if producer.free_blocks() == BLOCKS - 1:
             return
@@ -89,6 +90,72 @@ def test_a_shared_entry_serves_every_engine(make: Make) -> None:
     prefill(producer)
     for seed in (2, 3):
         assert make("kv_consumer", seed, **share).ask("d", PROMPT)[1] == 1
+
+
+# -- prompts that begin alike -----------------------------------------------------------
+
+SHARE = {"mode": "share", "segment_tokens": 30}
+STEP = 32  # 30 tokens, to the end of a block
+
+
+def like(tokens: int, length: int = 120) -> list[int]:
+    """Return a prompt that has ``tokens`` tokens in common with `PROMPT`."""
+    return [*PROMPT[:tokens], *range(1000, 1000 + length - tokens)]
+
+
+@pytest.mark.parametrize("make", ["filesystem", "redis"], indirect=True)
+def test_prompts_share_the_segments_that_they_begin_with(make: Make) -> None:
+    producer, consumer = make("kv_producer", 1, **SHARE), make("kv_consumer", 2, **SHARE)
+    prefill(producer)
+    assert count(producer, "stored") == 4
+    # The first segment comes from the store, then it is in the consumer's own cache.
+    for common, found in [(31, 0), (40, STEP), (70, 2 * STEP)]:
+        assert consumer.ask(f"{common} in common", like(common))[1] == 120 - found
+        assert consumer.free_blocks() == BLOCKS - 1
+    assert count(consumer, "miss_absent") == 1
+    there = [producer.block(number) for number in range(1, BLOCKS)]
+    here = [consumer.block(number) for number in range(1, BLOCKS)]
+    assert sum(any(one.equal(other) for other in there) for one in here) == 2 * STEP // BLOCK
+
+
+def test_a_whole_prompt_in_segments_is_handed_over_to_its_last_token(make: Make) -> None:
+    producer, consumer = make("kv_producer", 1, **SHARE), make("kv_consumer", 2, **SHARE)
+    prefill(producer)
+    assert consumer.ask("d", PROMPT)[1] == 1
+    here = [consumer.block(number) for number in range(1, BLOCKS)]
+    there = [producer.block(number) for number in range(1, BLOCKS)]
+    assert sum(any(one.equal(other) for other in there) for one in here) == FULL
+
+
+def test_what_prompts_have_in_common_is_stored_once(make: Make, tmp_path: Path) -> None:
+    producer = make("kv_producer", 1, **SHARE)
+    prefill(producer)
+    before = len(list((tmp_path / "kv").iterdir()))
+    prefill(producer, "like", like(70))
+    assert count(producer, "not_stored_present") == 2
+    assert len(list((tmp_path / "kv").iterdir())) == before + 2
+
+
+def test_what_follows_a_segment_that_is_gone_is_of_no_use_until_it_is_stored_again(make: Make) -> None:
+    producer, consumer = make("kv_producer", 1, **SHARE), make("kv_consumer", 2, **SHARE)
+    prefill(producer)
+    store = producer.scheduler.connector._scheduler._end._store
+    second = sorted(store.entries(), key=lambda entry: entry.nbytes)  # the last, of 4 tokens, is the smallest
+    names = {Manifest.unpack(store.find(entry.name).manifest).start: entry.name for entry in second}
+    assert store.drop(names[STEP])
+    assert consumer.ask("d", PROMPT)[1] == len(PROMPT) - STEP
+    other = make("kv_consumer", 3, **SHARE)
+    prefill(producer, "again")
+    assert other.ask("d", PROMPT)[1] == 1
+
+
+def test_engines_that_cut_differently_share_nothing_and_mix_nothing_up(make: Make) -> None:
+    producer, whole = make("kv_producer", 1, **SHARE), make("kv_consumer", 2, mode="share", segment_tokens=0)
+    others = make("kv_consumer", 3, mode="share", segment_tokens=64)
+    prefill(producer)
+    for consumer in (whole, others):
+        assert consumer.ask("d", PROMPT)[1] == len(PROMPT)
+        assert count(consumer, "miss_absent") == 1
 
 
 def test_what_a_consumers_own_cache_has_is_not_read(make: Make) -> None:

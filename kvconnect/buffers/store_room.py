@@ -1,0 +1,79 @@
+"""Room in a store: what is too old goes, then what has not been used for the longest time."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from kvconnect.buffers.store import Store, StoreOptions
+
+#: When something has to be evicted, this share of the capacity goes at a time: finding out what takes a list of all.
+_SLACK = 1 / 32
+
+
+def make_room(
+    store: Store,
+    options: StoreOptions,
+    nbytes: int,
+    now: float,
+    *,
+    evict: bool = True,
+    name: str = "",
+    slack: int = 0,
+) -> int:
+    """Drop entries that are too old and then, those unused for longest first, until ``nbytes`` more fit.
+
+    Args:
+        store: where.
+        options: how much may be there, and for how long.
+        nbytes: bytes of the entry to come; what will never fit evicts nothing.
+        now: the time, of ``time.time``.
+        evict: drop entries that are not too old, too.
+        name: of the entry to come, which replaces what is offered under it.
+        slack: bytes to free beyond those, if something is evicted at all.
+
+    Returns:
+        The bytes that are too many still, 0 or less if it fits.
+
+    """
+    kept = (entry for entry in store.entries() if entry.taken or entry.name != name)
+    entries = sorted(kept, key=lambda entry: max(entry.made, entry.used))
+    over = sum(entry.nbytes for entry in entries) + nbytes - options.capacity_bytes
+    target = -slack if over > 0 else 0
+    for entry in entries:
+        too_old = entry.made + options.max_age_s <= now
+        must_go = too_old or (evict and over > target and nbytes <= options.capacity_bytes)
+        if must_go and not entry.taken and store.drop(entry.name):
+            over -= entry.nbytes
+    return over
+
+
+class Occupancy:
+    """How full a store is, as one engine knows: from a list made now and then, and what it has written since."""
+
+    def __init__(self, store: Store, options: StoreOptions) -> None:
+        self._store, self._options = store, options
+        self._lock = threading.Lock()
+        #: At most; takers and others' evictions make it less. ``None``: never listed.
+        self._nbytes: int | None = None
+
+    def admit(self, nbytes: int, name: str) -> bool:
+        """Have room for one more entry, evicting others if need be; say whether there is. Asks the store."""
+        with self._lock:
+            known = self._nbytes
+            if known is not None and known + nbytes <= self._options.capacity_bytes:
+                self._nbytes = known + nbytes
+                return True
+        return self._list(nbytes, name) <= 0
+
+    def refresh(self) -> None:
+        """Look what is there, drop what is too old or too much. Asks the store."""
+        self._list(0)
+
+    def _list(self, nbytes: int, name: str = "") -> int:
+        capacity = self._options.capacity_bytes
+        slack = int(capacity * _SLACK)
+        over = make_room(self._store, self._options, nbytes, time.time(), name=name, slack=slack)
+        with self._lock:
+            self._nbytes = capacity + over - (nbytes if over > 0 else 0)
+        return over
