@@ -109,7 +109,7 @@ def test_prompts_share_the_segments_that_they_begin_with(make: Make) -> None:
     prefill(producer)
     assert count(producer, "stored") == 4
     # The first segment comes from the store, then it is in the consumer's own cache.
-    for common, found in [(31, 0), (40, STEP), (70, 2 * STEP)]:
+    for common, found in [(15, 0), (40, STEP), (70, 2 * STEP)]:
         assert consumer.ask(f"{common} in common", like(common))[1] == 120 - found
         assert consumer.free_blocks() == BLOCKS - 1
     assert count(consumer, "miss_absent") == 1
