@@ -6,9 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from kvconnect.buffers.base import Claim, LookupKey
 from kvconnect.buffers.store import Found
 from kvconnect.buffers.store_manifest import Manifest
+from kvconnect.errors import LoadError
 from kvconnect.paging import BlockIds
 
 
@@ -47,17 +50,24 @@ def claim(grant: str, key: LookupKey, entries: Sequence[tuple[Found, Manifest]])
 
 
 def wanted(claimed: Claim, remote: BlockIds, local: BlockIds) -> Iterator[Wanted]:
-    """Say which blocks of which segments a load of ``remote`` into ``local`` needs."""
-    before = [0] * len(remote)
-    for segment in map(Segment._make, claimed.data["segments"]):
-        numbers, ours = [], []
-        for group, (theirs, mine) in enumerate(zip(remote, local, strict=True)):
-            first, last = before[group], before[group] + segment.counts[group]
-            pairs = [
-                (number - first, block) for number, block in zip(theirs, mine, strict=True) if first < number <= last
-            ]
-            numbers.append([number for number, _ in pairs])
-            ours.append([block for _, block in pairs])
-            before[group] = last
-        if any(numbers):
-            yield Wanted(segment, numbers, ours)
+    """Say which blocks of which segments a load of ``remote`` into ``local`` needs.
+
+    Raises:
+        LoadError: the claim does not have these blocks.
+
+    """
+    segments = [Segment._make(each) for each in claimed.data["segments"]]
+    groups = []
+    for group, (theirs, ours) in enumerate(zip(remote, local, strict=True)):
+        ends = np.cumsum([segment.counts[group] for segment in segments])
+        numbers = np.asarray(theirs, dtype=np.int64)
+        if numbers.size and not 0 < numbers.min() <= numbers.max() <= ends[-1]:
+            raise LoadError(f"group {group} of the entry has {ends[-1]} blocks, not {theirs}")
+        groups.append((numbers, np.asarray(ours, dtype=np.int64), np.searchsorted(ends, numbers), ends))
+    for index, segment in enumerate(segments):
+        here = [
+            (numbers[of == index] - ends[index] + segment.counts[group], ours[of == index])
+            for group, (numbers, ours, of, ends) in enumerate(groups)
+        ]
+        if any(len(numbers) for numbers, _ in here):
+            yield Wanted(segment, [numbers.tolist() for numbers, _ in here], [ours.tolist() for _, ours in here])
