@@ -15,6 +15,9 @@ from tests.vllm.fleet import BLOCK, CHUNK, Fleet, Plan, unique
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
+SEGMENT = 2 * BLOCK
+SHARED = {"mode": "share", "segment_tokens": SEGMENT}
+
 
 @pytest.fixture(scope="module", params=["filesystem", pytest.param("redis", marks=pytest.mark.slow)])
 def stored(
@@ -24,7 +27,8 @@ def stored(
     folder = tmp_path_factory.mktemp(f"fleet-{request.param}")
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(RedisServer()) if request.param == "redis" else None
-        place = {"url": server.url, "timeout_s": 3.0} if server else {"path": str(folder / "kv")}
+        # Taken from the one, shared by the other.
+        place = {"url": server.url, "timeout_s": 3.0} if server else {"path": str(folder / "kv"), **SHARED}
         # Without groups that meet, peers or ports: what comes, comes from the store.
         groups = {name: {"group": unique("alone")} for name in ("P0", "D0")}
         connector = "KvConnectRedis" if server else "KvConnectFilesystem"
@@ -53,7 +57,16 @@ def test_what_the_consumer_has_from_the_store_is_what_it_would_compute(
     answer, fetched = fleet.fetched(consumer, lambda: fleet.ask(consumer, both, kv_transfer_params=params))
     assert fetched >= 199
     assert set(answer.texts) == set(fleet.reference(prompt).texts)
-    if server is not None:
+    if server is None:
+        # Of a prompt that only begins like one that is stored, that beginning; the rest is computed on top of it.
+        known, other = (fleet.prompt(3 * CHUNK, seed).content for seed in (70, 71))
+        fleet.by_ticket(Prompt(known))
+        assert fleet.forget(consumer), "what it has itself it would not fetch"
+        like = Prompt([*known[: 3 * SEGMENT + 5], *other[3 * SEGMENT + 5 :]])
+        answer, fetched = fleet.fetched(consumer, lambda: fleet.ask(consumer, like))
+        assert fetched == 3 * SEGMENT
+        assert answer.texts == fleet.reference(like).texts
+    else:
         server.kill()
         prompt = fleet.prompt(300, 60)
         assert fleet.by_ticket(prompt).texts == fleet.reference(prompt).texts
