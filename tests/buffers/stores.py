@@ -2,12 +2,11 @@
 
 import multiprocessing
 import threading
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 
 from kvconnect import registry
 from kvconnect.buffers.base import Claim, EndSettings, LookupKey, Want
 from kvconnect.config import Backend, Config
-from kvconnect.testing import buffer_laws as laws
 from kvconnect.testing.layouts import blank_memory, naive_stream, noisy_memory, separate_layers
 from tests.buffers.engines import eventually
 
@@ -98,24 +97,3 @@ class Stall:
 
 def backend(name, **options):
     return Backend(name, {"chunk_bytes": 5000, **options})
-
-
-def one_of_several_takes_each(buffer, table, *where):
-    """Have processes take what ``buffer`` has from tables that each opens as ``table(*where)``."""
-    count, takers = 100, 3
-    for number in range(count):
-        buffer.insert(laws.key(number), [laws.tensor(number)])
-    start, results = SPAWN.Barrier(takers), SPAWN.Queue()
-    processes = [SPAWN.Process(target=_race, args=(table, where, start, results, count)) for _ in range(takers)]
-    for process in processes:
-        process.start()
-    taken = [number for _ in processes for number in results.get(timeout=90)]
-    for process in processes:
-        process.join(30)
-    assert sorted(taken) == list(range(count))
-
-
-def _race(table, where, start, results, count):
-    with closing(table(*where)) as buffer:
-        start.wait(60)
-        results.put([number for number in range(count) if buffer.drop_select(laws.key(number)) is not None])
