@@ -2,7 +2,9 @@
 
 import multiprocessing
 import threading
+import tomllib
 from contextlib import contextmanager
+from pathlib import Path
 
 from kvconnect import registry
 from kvconnect.buffers.base import Claim, EndSettings, LookupKey, Want
@@ -93,6 +95,20 @@ class Stall:
             return real(store, *args, **options)
 
         monkeypatch.setattr(cls, method, hang)
+
+
+def install_sqlite(monkeypatch, folder):
+    """Put the third party's buffer of three methods on the path, with its entry point; return its class."""
+    package = Path(__file__).parents[2] / "examples" / "third_party_buffer"
+    info = folder / "kvconnect_sqlite_buffer-0.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kvconnect-sqlite-buffer\nVersion: 0.1\n", "utf-8")
+    points = tomllib.loads((package / "pyproject.toml").read_text("utf-8"))["project"]["entry-points"]
+    lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in each.items()) for group, each in points.items()]
+    (info / "entry_points.txt").write_text("".join(lines), "utf-8")
+    for path in (folder, package):
+        monkeypatch.syspath_prepend(path)
+    return registry.buffer("sqlite")
 
 
 def backend(name, **options):
