@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -184,8 +184,10 @@ def chosen(kind: Literal["pipe", "buffer"], extra: Mapping[str, Any], config: Co
     return configured
 
 
-def parse_options(cls: type[T], options: Mapping[str, Any], path: str) -> T:
+def parse_options(cls: type[T], options: Mapping[str, Any], path: str, also: Iterable[str] = ()) -> T:
     """Read ``options`` into the frozen dataclass ``cls`` (a backend's own options, say).
+
+    Who misspells a key is told of those in ``also``, too, which somebody else reads.
 
     Raises:
         ConfigError: an unknown key or a wrong type; names path and cure.
@@ -195,8 +197,9 @@ def parse_options(cls: type[T], options: Mapping[str, Any], path: str) -> T:
     values: dict[str, Any] = {}
     for key, value in options.items():
         if key not in hints:
-            near = nearest(key, hints)
-            hint = f"did you mean {near!r}?" if near else f"known keys: {', '.join(sorted(hints))}"
+            known = {*hints, *also}
+            near = nearest(key, known)
+            hint = f"did you mean {near!r}?" if near else f"known keys: {', '.join(sorted(known))}"
             raise ConfigError(f"{path}.{key} is not a known option; {hint}")
         values[key] = _convert(f"{path}.{key}", value, hints[key])
     return cls(**values)

@@ -15,6 +15,7 @@ import pytest
 
 from kvconnect.testing import block_laws, buffer_laws, pipe_laws
 from tests.buffers import test_laws_catch as buffers
+from tests.buffers import test_shared_laws_catch as shared
 from tests.pipes import test_laws_catch as pipes
 from tests.pipes import test_process_laws_catch as processes
 
@@ -31,6 +32,7 @@ def rows() -> Iterator[Row]:
         yield from ((kind, law, broken) for broken, law in caught)
     yield "pipe: blocks", block_laws.many_pipes_are_served_by_a_fixed_set_of_threads, pipes.LeavesAThread
     yield from (("buffer", getattr(buffer_laws, name), broken) for broken, name in buffers.BROKEN)
+    yield from (("buffer: processes", law, broken) for broken, law in shared.CAUGHT)
     try:
         from tests.connectors import test_laws_catch as connectors
     except pytest.skip.Exception:

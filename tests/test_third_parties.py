@@ -85,8 +85,9 @@ def test_the_suite_passes_over_a_third_partys_package(python: Path, tmp_path: Pa
     assert " passed" in said
 
 
-def test_the_pipe_has_under_60_lines() -> None:
-    lines = (ROOT / "examples" / "third_party_pipe" / "unix_pipe.py").read_text().splitlines()
+@pytest.mark.parametrize(("kind", "name"), EXAMPLES.items())
+def test_a_package_has_under_60_lines(kind: str, name: str) -> None:
+    lines = (ROOT / "examples" / f"third_party_{kind}" / f"{name}_{kind}.py").read_text().splitlines()
     assert len([line for line in lines if line and not line.startswith(("import ", "from "))]) < 60
 
 
@@ -96,4 +97,12 @@ def test_the_pipe_has_under_60_lines() -> None:
 def test_a_third_partys_pipe_carries_real_hand_overs(python: Path, tmp_path: Path) -> None:
     said = run(python, "-m", "kvconnect", "demo", "--pipe", "unix", "--logs", tmp_path, cwd=tmp_path, limit_s=900.0)
     assert " unix " in said
+    assert "every output equals that of one engine" in said
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.timeout(1000)
+def test_a_third_partys_buffer_carries_real_hand_overs(python: Path, tmp_path: Path) -> None:
+    said = run(python, "-P", ROOT / "tests" / "table_engines.py", tmp_path, cwd=tmp_path, limit_s=900.0)
     assert "every output equals that of one engine" in said

@@ -1,4 +1,4 @@
-"""A kvconnect lookup buffer in an SQLite table, of a file or of memory: three methods."""
+"""A kvconnect lookup buffer in an SQLite table, of a file that processes share: three methods."""
 
 import io
 import sqlite3
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kvconnect import LookupBuffer, LookupKey
+from kvconnect.buffers.base import BufferTraits, LookupBuffer, LookupKey
 from kvconnect.errors import BrokenError, ClosedError, LoadError
 from kvconnect.pipes import wire
 
@@ -18,8 +18,9 @@ _TABLE = """CREATE TABLE IF NOT EXISTS entries (
 
 class SqliteBuffer(LookupBuffer):
     name = "sqlite"
+    traits = BufferTraits(shared=True)
 
-    def __init__(self, path: str = ":memory:") -> None:
+    def __init__(self, path: str) -> None:
         self._turn, self._closed = threading.Lock(), False
         # Every statement is a transaction of its own; another process's may take a while.
         self._table = sqlite3.connect(path, timeout=30.0, isolation_level=None, check_same_thread=False)

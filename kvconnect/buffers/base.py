@@ -14,6 +14,8 @@ as a law:
 8. *End.* `close` wakes waiters and frees everything; afterwards `ClosedError`.
 9. *Failure.* A failed read leaves the entry or reports it gone, never half of it.
 
+Methods are called from any thread, several at once.
+
 An engine does not hold a `LookupBuffer` directly, since its scheduler and its
 workers are different processes: it opens a `SchedulerEnd` in the one and a
 `WorkerEnd` in each of the others.
@@ -107,6 +109,9 @@ class BufferTraits:
     expires: bool = False
     #: A taker may claim its entry again, and each grant has to be ended.
     joins: bool = False
+    #: What one process has inserted, another takes, where both made the buffer with the same keyword arguments.
+    #: So an engine can use its three methods.
+    shared: bool = False
 
 
 class LookupBuffer(ABC):
@@ -175,13 +180,26 @@ class LookupBuffer(ABC):
 
     @classmethod
     def scheduler_end(cls, settings: EndSettings) -> SchedulerEnd:
-        """Open the end that lives in an engine's scheduler process."""
-        raise KVConnectError(f"buffer {cls.name!r} cannot serve an engine yet")
+        """Open the end that lives in an engine's scheduler process.
+
+        The default suits buffers that declare `BufferTraits.shared`: each of an engine's processes makes one,
+        with the options under ``buffer`` in the configuration as its keyword arguments, and each prompt becomes
+        one row for every chunk of its KV and one that names them.
+
+        Raises:
+            ConfigError: processes do not share it, or an option is wrong.
+
+        """
+        from kvconnect.buffers import store_over_table
+
+        return store_over_table.scheduler_end(cls, settings)
 
     @classmethod
     def worker_end(cls, settings: EndSettings, rank: int, memory: PagedMemory) -> WorkerEnd:
-        """Open the end that lives in the process of worker ``rank``, over its KV memory."""
-        raise KVConnectError(f"buffer {cls.name!r} cannot serve an engine yet")
+        """Open the end that lives in the process of worker ``rank``, over its KV memory. See `scheduler_end`."""
+        from kvconnect.buffers import store_over_table
+
+        return store_over_table.worker_end(cls, settings, rank, memory)
 
 
 class _TakenGrant(Grant):

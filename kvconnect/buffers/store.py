@@ -21,7 +21,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from kvconnect.config import PATH
 from kvconnect.errors import ConfigError
@@ -86,6 +86,9 @@ class Stored:
 
 class Store(ABC):
     """One medium. Names, drafts and grants are short hexadecimal strings. See the module for the contract."""
+
+    #: `get` takes what it reads out: one request reads an entry, others of its engine do not share it.
+    reads_once: ClassVar[bool] = False
 
     # -- writing --------------------------------------------------------------------
 

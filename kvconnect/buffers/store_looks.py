@@ -185,7 +185,10 @@ class Looks:
             if look.over or look.answer is not None:
                 return
             if hold := self._holds.get(name):
-                self._answer(look, hold.claim, hold)
+                if self._store.reads_once:
+                    self._answer(look, Miss("taken", "another request of this engine reads the entry"))
+                else:
+                    self._answer(look, hold.claim, hold)
                 return
         grant = secrets.token_hex(8)
         try:

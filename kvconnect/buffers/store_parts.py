@@ -29,7 +29,7 @@ from kvconnect.paging import BlockIds, IoVec, PagedMemory, Pieces, merge, spans
 T = TypeVar("T")
 
 #: Chunks of one part that are moved at the same time: one is on its way while the other is checked and copied.
-_ABREAST = 2
+ABREAST = 2
 
 
 class Guard:
@@ -91,7 +91,7 @@ class ChunkRun(Generic[T]):
         """Begin."""
         if not self._left:
             self.stop(None)
-        for _ in range(min(_ABREAST, self._left)):
+        for _ in range(min(ABREAST, self._left)):
             self._submit()
 
     def stop(self, error: KVConnectError | None) -> None:

@@ -43,7 +43,7 @@ _LOOK_AGAIN_S = 0.5
 class StoreBuffer(ClaimingBuffer):
     """Entries of a store. With ``"mode": "share"``, `claim` takes nothing out, and `Grant.release` drops nothing."""
 
-    traits: ClassVar[BufferTraits] = BufferTraits(bounded=True, expires=True, joins=True)
+    traits: ClassVar[BufferTraits] = BufferTraits(bounded=True, expires=True, joins=True, shared=True)
     #: The dataclass that the options under ``buffer`` in the configuration are read into.
     options_type: ClassVar[type[StoreOptions]] = StoreOptions
 

@@ -4,7 +4,7 @@
 `pipe_tests`        `PipeTests`, `CudaPipeTests`: subclass them (pytest)
 `buffer_tests`      `BufferTests`, likewise
 `connector_tests`   `ConnectorTests`, likewise (pytest and vLLM; no model, no device)
-`pipe_laws`, `block_laws`, `process_laws`, `stream_laws`, `buffer_laws`, `connector_laws`
+`pipe_laws`, `block_laws`, `process_laws`, `stream_laws`, `buffer_laws`, `shared_laws`, `connector_laws`
                     what these run: plain functions that raise `AssertionError`
 `peers`             both ends of a pipe in one process
 `processes`         the other end in a process of its own, to be killed and stopped

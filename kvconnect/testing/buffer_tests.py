@@ -8,10 +8,12 @@ class TestMyBuffer(BufferTests):
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pytest
 
+from kvconnect.testing import shared_laws
 from kvconnect.testing.buffer_laws import ABSENT, LAWS, Ends, Law, Open, lacks
 from kvconnect.testing.peers import LIMIT_S
 
@@ -22,6 +24,10 @@ class BufferTests:
     def open_ends(self, *, policy: str, ttl_s: float, wait_s: float) -> Ends:
         """Open a table of `kvconnect.testing.buffer_laws.ROOM_BYTES` bytes."""
         raise NotImplementedError
+
+    def shared_options(self) -> Mapping[str, Any]:
+        """Name a fresh table: keyword arguments with which each process opens it. For `BufferTraits.shared`."""
+        return {}
 
     @pytest.fixture
     def open_(self) -> Iterator[Open]:
@@ -52,3 +58,18 @@ class BufferTests:
         if getattr(buffer.traits, trait):
             pytest.skip(f"{buffer.__name__}.traits declare {trait}")
         ABSENT[trait](open_)
+
+    @pytest.mark.parametrize("law", shared_laws.LAWS, ids=[law.__name__ for law in shared_laws.LAWS])
+    def test_shared_law(self, open_: Open, law: shared_laws.Law) -> None:
+        """One law between processes."""
+        buffer = type(open_().take)
+        if not buffer.traits.shared:
+            pytest.skip(f"{buffer.__name__}.traits do not declare shared")
+        law(buffer, self.shared_options())
+
+    def test_a_table_that_is_not_declared_to_be_shared_is_not(self, open_: Open) -> None:
+        """Likewise between processes."""
+        buffer = type(open_().take)
+        if buffer.traits.shared:
+            pytest.skip(f"{buffer.__name__}.traits declare shared")
+        shared_laws.what_is_not_shared_stays_in_its_process(buffer, self.shared_options())

@@ -2,12 +2,13 @@
 
 import multiprocessing
 import threading
-from contextlib import closing, contextmanager
+import tomllib
+from contextlib import contextmanager
+from pathlib import Path
 
 from kvconnect import registry
 from kvconnect.buffers.base import Claim, EndSettings, LookupKey, Want
 from kvconnect.config import Backend, Config
-from kvconnect.testing import buffer_laws as laws
 from kvconnect.testing.layouts import blank_memory, naive_stream, noisy_memory, separate_layers
 from tests.buffers.engines import eventually
 
@@ -96,26 +97,19 @@ class Stall:
         monkeypatch.setattr(cls, method, hang)
 
 
+def install_sqlite(monkeypatch, folder):
+    """Put the third party's buffer of three methods on the path, with its entry point; return its class."""
+    package = Path(__file__).parents[2] / "examples" / "third_party_buffer"
+    info = folder / "kvconnect_sqlite_buffer-0.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kvconnect-sqlite-buffer\nVersion: 0.1\n", "utf-8")
+    points = tomllib.loads((package / "pyproject.toml").read_text("utf-8"))["project"]["entry-points"]
+    lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in each.items()) for group, each in points.items()]
+    (info / "entry_points.txt").write_text("".join(lines), "utf-8")
+    for path in (folder, package):
+        monkeypatch.syspath_prepend(path)
+    return registry.buffer("sqlite")
+
+
 def backend(name, **options):
     return Backend(name, {"chunk_bytes": 5000, **options})
-
-
-def one_of_several_takes_each(buffer, table, *where):
-    """Have processes take what ``buffer`` has from tables that each opens as ``table(*where)``."""
-    count, takers = 100, 3
-    for number in range(count):
-        buffer.insert(laws.key(number), [laws.tensor(number)])
-    start, results = SPAWN.Barrier(takers), SPAWN.Queue()
-    processes = [SPAWN.Process(target=_race, args=(table, where, start, results, count)) for _ in range(takers)]
-    for process in processes:
-        process.start()
-    taken = [number for _ in processes for number in results.get(timeout=90)]
-    for process in processes:
-        process.join(30)
-    assert sorted(taken) == list(range(count))
-
-
-def _race(table, where, start, results, count):
-    with closing(table(*where)) as buffer:
-        start.wait(60)
-        results.put([number for number in range(count) if buffer.drop_select(laws.key(number)) is not None])

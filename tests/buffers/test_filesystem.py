@@ -13,7 +13,7 @@ from kvconnect.buffers.store_manifest import name_of
 from kvconnect.errors import BufferFullError, ConfigError, IntegrityError, LoadError
 from kvconnect.testing.buffer_laws import LAWS, ROOM_BYTES, Ends, key, tensor
 from kvconnect.testing.buffer_tests import BufferTests
-from tests.buffers.stores import SPAWN, one_of_several_takes_each
+from tests.buffers.stores import SPAWN
 
 CHUNK = 1 << 16
 
@@ -32,8 +32,13 @@ class TestOneTable(BufferTests):
         buffer = table(self.path / str(next(self.count)), policy, ttl_s, wait_s)
         return Ends(buffer, buffer)
 
+    def shared_options(self):
+        return {"options": FilesystemOptions(path=str(self.path / "shared"))}
+
 
 class TestTwoTablesOfOneDirectory(TestOneTable):
+    test_shared_law = None  # the same again
+
     def open_ends(self, *, policy, ttl_s, wait_s):
         path = self.path / str(next(self.count))
         return Ends(table(path, policy, ttl_s, wait_s), table(path, policy, ttl_s, wait_s))
@@ -101,10 +106,6 @@ def test_a_writer_that_is_killed_leaves_whole_entries_or_none(tmp_path, open_tab
         os.utime(tmp_path / "kv" / place, (old, old))
     buffer._store.mend()
     assert buffer._store._places() == [name_of(key(9))], "what the dead left is swept, and nothing else"
-
-
-def test_of_takers_in_several_processes_one_gets_an_entry(tmp_path, open_table):
-    one_of_several_takes_each(open_table(), table, tmp_path / "kv")
 
 
 def test_what_a_dead_taker_had_is_offered_again(open_table):

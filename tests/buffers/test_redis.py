@@ -1,6 +1,5 @@
 """A Redis server as a lookup buffer: its laws, access, memory, and its death."""
 
-import contextlib
 import secrets
 import threading
 
@@ -12,7 +11,7 @@ from kvconnect.testing.buffer_laws import LAWS, ROOM_BYTES, Ends, key, tensor
 from kvconnect.testing.buffer_tests import BufferTests
 from tests.buffers.engines import eventually, is_miss
 from tests.buffers.redis_server import RedisServer
-from tests.buffers.stores import Stall, backend, one_of_several_takes_each, pair
+from tests.buffers.stores import Stall, backend, pair
 
 OUTLIVES = "an_entry_that_is_gone_is_reported_never_halved"  # a server's entries outlive who has written them
 
@@ -31,8 +30,13 @@ class TestOneTable(BufferTests):
         buffer = table(self.url, secrets.token_hex(4), policy, ttl_s, wait_s)
         return Ends(buffer, buffer)
 
+    def shared_options(self):
+        return {"options": RedisOptions(url=self.url, prefix=secrets.token_hex(4))}
+
 
 class TestTwoTablesOfOneServer(TestOneTable):
+    test_shared_law = None  # the same again
+
     def open_ends(self, *, policy, ttl_s, wait_s):
         prefix = secrets.token_hex(4)
         return Ends(*(table(self.url, prefix, policy, ttl_s, wait_s) for _ in range(2)))
@@ -53,12 +57,6 @@ def open_table(redis_server):
     yield make
     for each in tables:
         each.close()
-
-
-def test_of_takers_in_several_processes_one_gets_an_entry(redis_server):
-    where = redis_server.url, secrets.token_hex(4)
-    with contextlib.closing(table(*where)) as buffer:
-        one_of_several_takes_each(buffer, table, *where)
 
 
 def test_what_a_dead_taker_had_is_offered_again(open_table):

@@ -8,16 +8,19 @@ from kvconnect.testing.buffer_tests import BufferTests
 
 
 class TestOneConnection(BufferTests):
-    def open_ends(self, *, policy, ttl_s, wait_s):
-        buffer = SqliteBuffer()
-        return Ends(put=buffer, take=buffer)
-
-
-class TestTwoConnectionsToOneFile(BufferTests):
     @pytest.fixture(autouse=True)
     def _files(self, tmp_path):
-        self.files = (tmp_path / f"{number}.db" for number in itertools.count())
+        self.files = (str(tmp_path / f"{number}.db") for number in itertools.count())
 
     def open_ends(self, *, policy, ttl_s, wait_s):
-        file = str(next(self.files))
+        buffer = SqliteBuffer(next(self.files))
+        return Ends(put=buffer, take=buffer)
+
+    def shared_options(self):
+        return {"path": next(self.files)}
+
+
+class TestTwoConnectionsToOneFile(TestOneConnection):
+    def open_ends(self, *, policy, ttl_s, wait_s):
+        file = next(self.files)
         return Ends(put=SqliteBuffer(file), take=SqliteBuffer(file))
