@@ -86,10 +86,12 @@ class FilesystemStore(Store):
         """Write a chunk. See `Store.put`."""
         self._write(draft, str(part), offset, data)
 
-    def publish(self, draft: str, name: str, manifest: bytes, *, replace: bool) -> bool:
+    def publish(self, draft: str, name: str, manifest: bytes, *, nbytes: int, replace: bool) -> bool:
         """Rename a draft. See `Store.publish`."""
         self._write(draft, _MANIFEST, 0, memoryview(manifest))
         try:
+            if self._look_at(f"draft.{draft}", name, taken=False).nbytes != nbytes + len(manifest):
+                raise BrokenError("the draft was deleted while it was written")
             while not self._rename(f"draft.{draft}", name):
                 if not replace:
                     self.discard(draft)

@@ -4,7 +4,7 @@ An entry is a hash with its manifest and the name of its draft, which its chunks
 called after: ``<prefix>:e:<name>`` while it is offered, ``<prefix>:t:<name>:<grant>``
 while somebody has it. Each decision is a script, that the server runs whole. Everything
 has a time to live, so that nothing stays that nobody knows of; what the server itself
-evicts is an entry that is gone. One server, not a cluster: scripts name keys as they go.
+evicts, if only in part, is an entry that is gone. One server, not a cluster: scripts name keys as they go.
 """
 
 from __future__ import annotations
@@ -38,12 +38,26 @@ local function drop_chunks(draft)
   end
   redis.call('UNLINK', p .. 'k:' .. draft)
 end
+-- Bytes of the chunks that are there: a server may evict some, or have been restarted since the first was written.
+local function bytes_of(draft)
+  local nbytes, chunks = 0, redis.call('HGETALL', p .. 'k:' .. draft)
+  for i = 1, #chunks, 2 do
+    nbytes = nbytes + chunks[i + 1] * redis.call('EXISTS', p .. 'c:' .. draft .. ':' .. chunks[i])
+  end
+  return nbytes
+end
 local function drop(entry)
   local draft = redis.call('HGET', entry, 'draft')
   if not draft then return 0 end
   drop_chunks(draft)
   redis.call('UNLINK', entry)
   return 1
+end
+local function whole(entry)
+  local manifest, draft, nbytes = unpack(redis.call('HMGET', entry, 'manifest', 'draft', 'nbytes'))
+  if manifest and bytes_of(draft) + #manifest == tonumber(nbytes) then return {manifest, draft} end
+  drop(entry)
+  return false
 end
 local function give_back(name, grant)
   local taken, offered = p .. 't:' .. name .. ':' .. grant, p .. 'e:' .. name
@@ -56,16 +70,15 @@ end
 """
 _SCRIPTS: Final = {
     "publish": """
-local draft, name, manifest, replace, ttl = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+local draft, name, manifest, nbytes, replace, ttl = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6], ARGV[7]
 local entry = p .. 'e:' .. name
+if bytes_of(draft) ~= tonumber(nbytes) then drop_chunks(draft) return -1 end
 if redis.call('EXISTS', entry) == 1 then
   if replace == '0' then drop_chunks(draft) return 0 end
   drop(entry)
 end
-local nbytes, chunks = 0, redis.call('HGETALL', p .. 'k:' .. draft)
-for i = 1, #chunks, 2 do
-  nbytes = nbytes + chunks[i + 1]
-  redis.call('EXPIRE', p .. 'c:' .. draft .. ':' .. chunks[i], ttl)
+for _, chunk in ipairs(redis.call('HKEYS', p .. 'k:' .. draft)) do
+  redis.call('EXPIRE', p .. 'c:' .. draft .. ':' .. chunk, ttl)
 end
 redis.call('EXPIRE', p .. 'k:' .. draft, ttl)
 local made = string.format('%.6f', now())
@@ -74,14 +87,16 @@ redis.call('EXPIRE', entry, ttl)
 redis.call('ZADD', p .. 'offered', made, name)
 return 1
 """,
+    "find": "return whole(p .. 'e:' .. ARGV[2])",
     "take": """
 local name, grant, lease = ARGV[2], ARGV[3], ARGV[4]
 local entry, taken = p .. 'e:' .. name, p .. 't:' .. name .. ':' .. grant
-if redis.call('EXISTS', entry) == 0 then return false end
+local found = whole(entry)
+if not found then return false end
 redis.call('RENAME', entry, taken)
 redis.call('ZREM', p .. 'offered', name)
 redis.call('ZADD', p .. 'taken', now() + lease, name .. ':' .. grant)
-return redis.call('HMGET', taken, 'manifest', 'draft')
+return found
 """,
     "renew": """
 local member = ARGV[2] .. ':' .. ARGV[3]
@@ -179,8 +194,8 @@ class RedisStore(Store):
                 timeout=options.timeout_s,
                 socket_timeout=options.timeout_s,
                 socket_connect_timeout=options.timeout_s,
-                # Connections that were idle may have been closed meanwhile; a server that is gone must not cost more.
-                retry=Retry(NoBackoff(), 1),
+                # What was asked for may have been done although the answer is lost: not all may be done twice.
+                retry=Retry(NoBackoff(), 0),
                 **({"password": password} if password else {}),
             )
         except OSError as error:
@@ -189,6 +204,8 @@ class RedisStore(Store):
             ) from error
         except (ValueError, TypeError, redis.RedisError) as error:
             raise ConfigError(f"{PATH}.buffer.url cannot be used: {error}") from error
+        # For chunks: once more over a new connection, but not after waiting for as long as anybody may.
+        self._twice = Retry(NoBackoff(), 1, (redis.ConnectionError,))
         self._client: Any = redis.Redis(connection_pool=pool)
         self._scripts = {name: self._client.register_script(_COMMON + text) for name, text in _SCRIPTS.items()}
 
@@ -197,16 +214,23 @@ class RedisStore(Store):
     def put(self, draft: str, part: int, offset: int, data: memoryview) -> None:
         """Set a chunk. See `Store.put`."""
         listed, chunk = f"{self._prefix}:k:{draft}", f"{part}:{offset}"
-        with _mapped():
+
+        def put() -> None:
             pipe = self._client.pipeline(transaction=False)
             pipe.set(f"{self._prefix}:c:{draft}:{chunk}", data, ex=_DRAFT_S)
             pipe.hset(listed, chunk, data.nbytes)
             pipe.expire(listed, _DRAFT_S)
             pipe.execute()
 
-    def publish(self, draft: str, name: str, manifest: bytes, *, replace: bool) -> bool:
+        with _mapped():
+            self._twice.call_with_retry(put, lambda _: None)
+
+    def publish(self, draft: str, name: str, manifest: bytes, *, nbytes: int, replace: bool) -> bool:
         """Name a draft. See `Store.publish`."""
-        return bool(self._run("publish", draft, name, manifest, int(replace), self._ttl_s))
+        done = self._run("publish", draft, name, manifest, nbytes, int(replace), self._ttl_s)
+        if done < 0:
+            raise BrokenError("the Redis server has lost chunks of the draft: it was restarted, or has no room")
+        return bool(done)
 
     def discard(self, draft: str) -> None:
         """Delete a draft's chunks. See `Store.discard`."""
@@ -216,9 +240,8 @@ class RedisStore(Store):
 
     def find(self, name: str) -> Found | None:
         """Read a manifest. See `Store.find`."""
-        with _mapped():
-            manifest, draft = self._client.hmget(f"{self._prefix}:e:{name}", "manifest", "draft")
-        return None if manifest is None else Found(manifest, draft.decode())
+        found = self._run("find", name)
+        return None if found is None else Found(found[0], found[1].decode())
 
     def take(self, name: str, grant: str, lease_s: float) -> Found | None:
         """Rename an entry, if it is still there. See `Store.take`."""
@@ -227,8 +250,9 @@ class RedisStore(Store):
 
     def get(self, place: str, part: int, offset: int, into: memoryview) -> None:
         """Get a chunk. See `Store.get`."""
+        name = f"{self._prefix}:c:{place}:{part}:{offset}"
         with _mapped():
-            chunk = self._client.get(f"{self._prefix}:c:{place}:{part}:{offset}")
+            chunk = self._twice.call_with_retry(lambda: self._client.get(name), lambda _: None)
         if chunk is None:
             raise LoadError("the entry is gone")
         if len(chunk) != into.nbytes:

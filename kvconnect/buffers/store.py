@@ -97,8 +97,8 @@ class Store(ABC):
         """Write one chunk, that begins at byte ``offset`` of a part. The memory is the caller's again afterwards."""
 
     @abstractmethod
-    def publish(self, draft: str, name: str, manifest: bytes, *, replace: bool) -> bool:
-        """Make a draft whose chunks are all there the entry ``name``.
+    def publish(self, draft: str, name: str, manifest: bytes, *, nbytes: int, replace: bool) -> bool:
+        """Make a draft the entry ``name``; raise `BrokenError` if its chunks, ``nbytes`` in all, are not all there.
 
         If one is offered under that name: with ``replace`` it is dropped, else the draft is and the answer is no.
         """

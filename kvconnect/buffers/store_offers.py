@@ -244,22 +244,25 @@ class Offers:
         blocks, chunk_bytes = number(offer.blocks), self._options.chunk_bytes
         manifest = Manifest(offer.key, blocks, chunk_bytes, parts, time.time(), offer.start)
         replace = self._options.mode == "take"
+        packed, nbytes = manifest.pack(), manifest.nbytes
         try:
-            why = "" if self._store.publish(offer.draft, offer.name, manifest.pack(), replace=replace) else "present"
+            stored = self._store.publish(offer.draft, offer.name, packed, nbytes=nbytes, replace=replace)
+            why = "" if stored else "present"
         except Exception as error:  # noqa: BLE001 - a third party's store may raise anything
             logger.warning("a prompt could not be stored: %s", error)
             why = "store_failed"
-        if why == "store_failed":
-            self._drop_draft(offer)
+            # Only the answer may have been lost; then its chunks are an entry's, which must not lose them.
+            if not isinstance(error, BrokenError):
+                self._drop_draft(offer)
         with self._lock:
             self._under_way -= offer.nbytes
             self._counts[f"not_stored_{why}" if why else "stored"] += 1
             outdated = offer.made < self._cleared  # its blocks were free already, so `clear` did not see it
-            if not why and not outdated:
+            if why != "present" and not outdated:
                 self._known[offer.name] = None
                 while len(self._known) > _MAX_KNOWN:
                     self._known.popitem(last=False)
-        if outdated and not why:
+        if outdated and why != "present":
             self._drop(offer.name)
 
     def _discard(self, offer: _Offer) -> None:

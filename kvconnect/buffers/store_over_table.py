@@ -62,8 +62,8 @@ class TableStore(Store):
         """Insert a chunk. See `Store.put`."""
         self._insert(_chunk(draft, part, offset), [_tensor(data)])
 
-    def publish(self, draft: str, name: str, manifest: bytes, *, replace: bool) -> bool:
-        """Insert a manifest. See `Store.publish`."""
+    def publish(self, draft: str, name: str, manifest: bytes, *, nbytes: int, replace: bool) -> bool:
+        """Insert a manifest; a chunk that the table has lost is found out when it is read. See `Store.publish`."""
         old, new = self._take_out(name), Found(manifest, draft)
         if old is not None and not replace:
             self._offer(name, old)

@@ -92,7 +92,7 @@ class StoreBuffer(ClaimingBuffer):
                 raise
             numbers = (tuple(range(1, len(ids) + 1)),)
             manifest = Manifest(key, numbers, self._options.chunk_bytes, (writer.part(),), time.time())
-            self._store.publish(draft, name, manifest.pack(), replace=True)
+            self._store.publish(draft, name, manifest.pack(), nbytes=manifest.nbytes, replace=True)
 
     def _present(self, key: LookupKey) -> bool:
         found = self._store.find(name_of(key))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -27,8 +28,13 @@ class RedisServer:
         command = [found, "--unixsocket", str(socket), "--save", "", "--appendonly", "no", "--dir", self._folder.name]
         if not any(option == "--port" for option in options):
             command += ["--port", "0"]
-        self.process = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL)
+        self._command = [*command, *options]
         self.client = redis.Redis.from_url(self.url, **client)
+        self.start()
+
+    def start(self) -> None:
+        """Start it, for the first time or again: it knows nothing of what it was told before."""
+        self.process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
         self._await(20.0)
 
     def _await(self, limit_s: float) -> None:
@@ -48,6 +54,14 @@ class RedisServer:
         """End it as a crash would."""
         self.process.kill()
         self.process.wait(10)
+
+    def stop(self) -> None:
+        """Have it hang until `go_on`."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """End `stop`."""
+        self.process.send_signal(signal.SIGCONT)
 
     def close(self) -> None:
         """End it."""

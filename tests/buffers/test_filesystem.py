@@ -10,7 +10,7 @@ import pytest
 
 from kvconnect.buffers.filesystem import FilesystemBuffer, FilesystemOptions, FilesystemStore
 from kvconnect.buffers.store_manifest import name_of
-from kvconnect.errors import BufferFullError, ConfigError, IntegrityError, LoadError
+from kvconnect.errors import BrokenError, BufferFullError, ConfigError, IntegrityError, LoadError
 from kvconnect.testing.buffer_laws import LAWS, ROOM_BYTES, Ends, key, tensor
 from kvconnect.testing.buffer_tests import BufferTests
 from tests.buffers.stores import SPAWN
@@ -106,6 +106,17 @@ def test_a_writer_that_is_killed_leaves_whole_entries_or_none(tmp_path, open_tab
         os.utime(tmp_path / "kv" / place, (old, old))
     buffer._store.mend()
     assert buffer._store._places() == [name_of(key(9))], "what the dead left is swept, and nothing else"
+
+
+def test_a_draft_that_has_lost_a_part_is_not_published(open_table):
+    store = open_table()._store
+    for part in (0, 1):
+        store.put("aa", part, 0, memoryview(b"half"))
+        if part == 0:
+            store.discard("aa")
+    with pytest.raises(BrokenError, match="deleted while it was written"):
+        store.publish("aa", "bb", b"manifest", nbytes=8, replace=True)
+    assert store.find("bb") is None
 
 
 def test_what_a_dead_taker_had_is_offered_again(open_table):

@@ -2,16 +2,19 @@
 
 import secrets
 import threading
+import time
 
 import pytest
 
 from kvconnect.buffers.redis import RedisBuffer, RedisOptions, RedisStore
+from kvconnect.buffers.store_manifest import name_of
 from kvconnect.errors import BrokenError, BufferFullError, ConfigError, LoadError
 from kvconnect.testing.buffer_laws import LAWS, ROOM_BYTES, Ends, key, tensor
 from kvconnect.testing.buffer_tests import BufferTests
 from tests.buffers.engines import eventually, is_miss
 from tests.buffers.redis_server import RedisServer
 from tests.buffers.stores import Stall, backend, pair
+from tests.buffers.wired_redis import WiredRedis
 
 OUTLIVES = "an_entry_that_is_gone_is_reported_never_halved"  # a server's entries outlive who has written them
 
@@ -86,11 +89,23 @@ def test_nothing_is_left_and_nothing_stays_for_ever(redis_server, open_table):
 def test_what_the_server_has_evicted_is_gone(redis_server, open_table):
     buffer = open_table()
     buffer.insert(key(1), [tensor(1, 200_000)])
+    grant = buffer.claim(key(1), "r")
     redis_server.client.delete(redis_server.client.keys(f"{buffer._options.prefix}:c:*")[0])
     with pytest.raises(LoadError, match="gone"):
-        buffer.drop_select(key(1))
+        grant.tensors()
+    grant.abandon()
+    assert buffer.drop_select(key(1)) is None, "half an entry was offered"
+    buffer.insert(key(1), [tensor(1)])
     redis_server.client.delete(*redis_server.client.keys(f"{buffer._options.prefix}:e:*"))
     assert buffer.drop_select(key(1)) is None
+    assert buffer._store.entries() == []
+
+
+def test_a_shared_entry_that_has_lost_a_chunk_makes_way_for_a_whole_one(redis_server, open_table):
+    buffer = open_table(mode="share")
+    buffer.insert(key(1), [tensor(1, 200_000)])
+    redis_server.client.delete(redis_server.client.keys(f"{buffer._options.prefix}:c:*")[0])
+    assert buffer._store.find(name_of(key(1))) is None
     assert buffer._store.entries() == []
 
 
@@ -162,7 +177,52 @@ def test_wrong_options_name_their_path_and_the_cure(options, said):
         RedisStore(RedisOptions(**options)).close()
 
 
-# -- death ------------------------------------------------------------------------------
+# -- failures ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server_of_its_own():
+    with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture
+def store_of(server_of_its_own):
+    with contextlib.closing(RedisStore(RedisOptions(url=server_of_its_own.url, timeout_s=1.0))) as store:
+        yield store
+
+
+def test_a_server_that_hangs_is_waited_for_once(server_of_its_own, store_of):
+    chunk = memoryview(bytearray(100))
+    store_of.put("d", 0, 0, chunk)
+    server_of_its_own.stop()
+    for ask in (lambda: store_of.put("d", 0, 0, chunk), lambda: store_of.get("d", 0, 0, chunk), store_of.entries):
+        start = time.monotonic()
+        with pytest.raises(BrokenError, match="Timeout"):
+            ask()
+        assert time.monotonic() - start < 1.9
+    server_of_its_own.go_on()
+    store_of.get("d", 0, 0, chunk)
+
+
+def test_connections_that_were_closed_while_idle_are_replaced_unseen(server_of_its_own, store_of):
+    store_of.mend()
+    server_of_its_own.kill()
+    server_of_its_own.start()
+    store_of.mend()
+
+
+def test_an_entry_whose_publishing_got_no_answer_is_whole():
+    with WiredRedis() as redis, contextlib.closing(RedisStore(RedisOptions(url=redis.url))) as store:
+        store.publish("d0", "e0", b"manifest", nbytes=0, replace=True)  # the server knows the script from here on
+        store.put("d1", 0, 0, memoryview(b"kv"))
+        redis.wire.after(1, "cut")
+        with pytest.raises(BrokenError):
+            store.publish("d1", "e1", b"manifest", nbytes=2, replace=True)
+        found, into = store.find("e1"), memoryview(bytearray(2))
+        assert found.manifest == b"manifest"
+        store.get(found.place, 0, 0, into)
+        assert into == b"kv"
 
 
 def test_a_server_that_dies_costs_a_failed_load_and_a_prompt_that_is_not_stored(monkeypatch):

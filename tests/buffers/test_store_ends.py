@@ -11,7 +11,7 @@ from kvconnect.buffers import store_parts
 from kvconnect.buffers.base import Claim, Miss, Want
 from kvconnect.buffers.store_manifest import Manifest, Part, name_of
 from kvconnect.control import ControlClient, wait_for
-from kvconnect.errors import ConfigError, DeadlineError, HandshakeError, IntegrityError, LoadError
+from kvconnect.errors import BrokenError, ConfigError, DeadlineError, HandshakeError, IntegrityError, LoadError
 from kvconnect.testing.layouts import separate_layers, shared_region
 from tests.buffers.engines import eventually, is_miss
 from tests.buffers.stores import LAYOUT, Stall, StoreEngine, key, pair
@@ -329,6 +329,22 @@ def test_a_store_that_fails_releases_the_blocks(store, store_class, monkeypatch)
         assert is_miss(d.find(), "unreachable")
 
 
+def test_a_prompt_whose_publishing_got_no_answer_is_whole_and_dropped_by_a_cache_reset(store, store_class, monkeypatch):
+    real = store_class.publish
+
+    def publish(*args, **how):
+        real(*args, **how)
+        raise BrokenError("the answer was lost")
+
+    monkeypatch.setattr(store_class, "publish", publish)
+    with pair(store) as (p, d):
+        for number in (1, 2):
+            assert not p.put(number)
+        d.reads(d.claim(1)).wait(8)
+        assert p.end.clear()
+        eventually(lambda: not [entry for entry in p.end._store.entries() if not entry.taken])
+
+
 def test_a_cache_reset_drops_what_the_engine_has_stored(store):
     with pair(store) as (p, d):
         p.put()
@@ -389,10 +405,10 @@ def test_a_byte_that_has_changed_is_never_decoded_from(store, store_class, monke
 def test_a_damaged_manifest_is_a_miss_and_dropped(store, store_class, monkeypatch, place):
     real = store_class.publish
 
-    def publish(self, draft, name, manifest, *, replace):
+    def publish(self, draft, name, manifest, **how):
         data = bytearray(manifest)
         data[place] ^= 4
-        return real(self, draft, name, bytes(data), replace=replace)
+        return real(self, draft, name, bytes(data), **how)
 
     monkeypatch.setattr(store_class, "publish", publish)
     with pair(store) as (p, d):

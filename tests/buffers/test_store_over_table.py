@@ -221,18 +221,18 @@ def write(table, draft):
 def test_what_is_offered_already_stays_if_it_is_not_to_be_replaced(table, file):
     for draft, said in ((DRAFT, True), (OTHER, False)):
         write(table, draft)
-        assert table.publish(draft, NAME, manifest(), replace=False) is said
+        assert table.publish(draft, NAME, manifest(), nbytes=0, replace=False) is said
     assert table.find(NAME).place == DRAFT
     assert len(rows(file)) == 3, "the other draft is left"
 
 
 def test_an_entry_that_is_given_back_makes_way_for_a_newer_one(table, file):
     write(table, DRAFT)
-    table.publish(DRAFT, NAME, manifest(), replace=True)
+    table.publish(DRAFT, NAME, manifest(), nbytes=0, replace=True)
     assert table.take(NAME, "g", 1.0)
     assert table.renew(NAME, "g", 1.0)
     write(table, OTHER)
-    table.publish(OTHER, NAME, manifest(), replace=True)
+    table.publish(OTHER, NAME, manifest(), nbytes=0, replace=True)
     table.give_back(NAME, "g")
     table.give_back(NAME, "g")
     assert not table.renew(NAME, "g", 1.0)
@@ -241,7 +241,7 @@ def test_an_entry_that_is_given_back_makes_way_for_a_newer_one(table, file):
 
 
 def test_a_damaged_manifest_can_be_dropped(table, file):
-    table.publish(DRAFT, NAME, manifest(), replace=True)
+    table.publish(DRAFT, NAME, manifest(), nbytes=0, replace=True)
     with closing(sqlite3.connect(file, timeout=30.0)) as rows_, rows_:
         rows_.execute("UPDATE entries SET stream = CAST(substr(stream, 1, length(stream) - 1) || x'00' AS BLOB)")
     assert table.drop(NAME)

@@ -112,20 +112,23 @@ class Wire:
 
 
 class DataWire(Wire):
-    """A wire for a pipe's bytes; faults count what the serving end sends."""
+    """A wire for bytes; faults count, and hold, what one end sends."""
 
     def __init__(self, here: str, there: str, port: int) -> None:
-        #: Bytes until the fault, and what it is.
-        self._left, self._fault = 0, ""
+        #: Bytes until the fault, what it is, and whether it meets the asking end's bytes.
+        self._left, self._fault, self._asks = 0, "", False
         self.struck = threading.Event()
         self._gate = threading.Event()
         self._gate.set()
         super().__init__(here, there, port)
 
-    def after(self, nbytes: int, fault: str) -> None:
-        """``"cut"``, ``"hold"`` (until `let_go`) or ``"corrupt"`` once, when ``nbytes`` more have passed."""
+    def after(self, nbytes: int, fault: str, *, asks: bool = False) -> None:
+        """``"cut"``, ``"hold"`` (until `let_go`) or ``"corrupt"`` once, when ``nbytes`` more have passed.
+
+        Of what the serving end sends; with ``asks``, of what it is sent.
+        """
         self.struck.clear()
-        self._left, self._fault = nbytes, fault
+        self._left, self._fault, self._asks = nbytes, fault, asks
 
     def let_go(self) -> None:
         """Let through what is held."""
@@ -141,8 +144,8 @@ class DataWire(Wire):
         super().close()
 
     def _pass(self, line: _Line, target: socket.socket, part: bytes, asks: bool) -> None:
-        if asks or not self._fault:
-            if not asks:
+        if asks != self._asks or not self._fault:
+            if asks == self._asks:
                 self._gate.wait()
             line.send(target, part)
             return
