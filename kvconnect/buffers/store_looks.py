@@ -18,7 +18,7 @@ from kvconnect.buffers.store import Found, Store, StoreOptions
 from kvconnect.buffers.store_manifest import Manifest, name_of
 from kvconnect.config import Config
 from kvconnect.control import ControlClient
-from kvconnect.errors import IntegrityError
+from kvconnect.errors import IntegrityError, named
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +184,7 @@ class Looks:
         try:
             answer = self._ask(look.want.key, name)
         except Exception as error:  # noqa: BLE001 - a third party's store may raise anything; the request must hear of it
-            logger.warning("the store cannot be asked: %s: %s", type(error).__name__, error)
+            logger.warning("the store cannot be asked: %s", named(error))
             answer = Miss("unreachable", str(error))
         late = self._client.clock.now() >= look.until
         if isinstance(answer, Miss) and answer.cause == "absent" and _is_coming(look.want) and not late:
@@ -208,7 +208,7 @@ class Looks:
         try:
             answer = self._judge(key, grant, found)
         except IntegrityError as error:
-            logger.warning("an entry of the store is dropped: %s", error)
+            logger.warning("an entry of the store is dropped: %s", named(error))
             answer = Miss("damaged", str(error))
         if isinstance(answer, Miss) and answer.cause != "mismatch":
             self._store.drop(name, held)

@@ -21,7 +21,7 @@ from kvconnect.buffers.store import Store, StoreOptions, make_room
 from kvconnect.buffers.store_manifest import Manifest, Part, name_of, number
 from kvconnect.buffers.ticket import pack_ids
 from kvconnect.control import ControlClient
-from kvconnect.errors import BrokenError, ClosedError, DeadlineError, KVConnectError
+from kvconnect.errors import BrokenError, ClosedError, DeadlineError, KVConnectError, named
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ class Offers:
             try:
                 self._store.drop(name)
             except Exception as error:  # noqa: BLE001 - a third party's store may raise anything; age ends the entry
-                logger.warning("an outdated entry could not be dropped: %s", error)
+                logger.warning("an outdated entry could not be dropped: %s", named(error))
 
         self._crew.submit(drop, lane=name)
 
@@ -205,7 +205,7 @@ class Offers:
         try:
             why = self._obstacle(offer)
         except Exception as error:  # noqa: BLE001 - a third party's store may raise anything
-            logger.warning("the store cannot be asked: %s", error)
+            logger.warning("the store cannot be asked: %s", named(error))
             why = "store_failed"
         if why:
             self._give_up(offer, why)
@@ -234,7 +234,7 @@ class Offers:
         try:
             why = "" if self._store.publish(offer.draft, offer.name, manifest.pack(), replace=replace) else "present"
         except Exception as error:  # noqa: BLE001 - a third party's store may raise anything
-            logger.warning("a prompt could not be stored: %s", error)
+            logger.warning("a prompt could not be stored: %s", named(error))
             why = "store_failed"
         if why == "store_failed":
             self._drop_draft(offer)
@@ -272,7 +272,7 @@ class Offers:
             part = _part(answer.result())
         except KVConnectError as error:
             if not offer.failed:
-                logger.warning("worker %d could not store a prompt: %s: %s", rank, type(error).__name__, error)
+                logger.warning("worker %d could not store a prompt: %s", rank, named(error))
             # The blocks are free when each of them has said that it has stopped, this one too.
             self._give_up(offer, "store_failed")
             return
@@ -291,7 +291,7 @@ class Offers:
             self._client.later(_PAUSE_S, lambda: self._stop(offer, rank, tries + 1))
         else:
             if error is not None and not isinstance(error, ClosedError):
-                logger.warning("worker %d is gone: %s", rank, error)
+                logger.warning("worker %d is gone: %s", rank, named(error))
             self._has_stopped(offer, rank)
 
     def _has_stopped(self, offer: _Offer, rank: int) -> None:
