@@ -22,7 +22,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from kvconnect import messages
 from kvconnect.clock import SYSTEM, Clock
-from kvconnect.errors import BrokenError, ClosedError, ConfigError, DeadlineError, HandshakeError, KVConnectError
+from kvconnect.errors import BrokenError, ClosedError, ConfigError, DeadlineError, HandshakeError, KVConnectError, named
 from kvconnect.keys import Keys
 from kvconnect.loop import Loop, Timer
 
@@ -168,7 +168,7 @@ class ControlServer:
             # Versions are the peers' choice: the log must not grow with them.
             if str(error) not in self._refused and len(self._refused) < _MOST_REFUSALS:
                 self._refused.add(str(error))
-                logger.warning("a peer is refused: %s", error)
+                logger.warning("a peer is refused: %s", named(error))
             raise
 
     def _reply(self, peer: bytes, number: int, answer: Reply | KVConnectError) -> None:

@@ -12,7 +12,19 @@ from collections.abc import Iterable
 
 
 class KVConnectError(Exception):
-    """Base of all errors raised on purpose."""
+    """Base of all errors raised on purpose. Tracebacks end with its `page`."""
+
+    def __init__(self, *args: object) -> None:
+        """Take the text."""
+        super().__init__(*args)
+        # A note, no part of the text: other errors quote texts, and peers send them.
+        self.add_note(f"see {self.page}")
+
+    @property
+    def page(self) -> str:
+        """Where the documentation explains the error; of a class from elsewhere, its nearest base here."""
+        here = next(cls for cls in type(self).__mro__ if cls.__module__ == __name__)
+        return f"docs/errors.md#{here.__name__.lower()}"
 
 
 class ConfigError(KVConnectError):
@@ -91,6 +103,12 @@ def as_ours(error: BaseException, what: str = "") -> KVConnectError:
     broken = BrokenError(f"{what}{type(error).__name__}: {error}")
     broken.__cause__ = error
     return broken
+
+
+def named(error: BaseException) -> str:
+    """Return an error as a line of a log has it: class, text and, if it is one of ours, where it is explained."""
+    text = f"{type(error).__name__}: {error}"
+    return f"{text} ({error.page})" if isinstance(error, KVConnectError) else text
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

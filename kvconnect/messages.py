@@ -74,6 +74,19 @@ def unpack(data: bytes) -> dict[str, Any]:
         MalformedError: anything else.
 
     """
+    message = decode(data)
+    if not isinstance(message, dict) or not _is_frame(message) or not _shallow(message):
+        raise MalformedError("not a message: the frame is wrong")
+    return message
+
+
+def decode(data: bytes) -> Any:
+    """Decode msgpack from anywhere, whatever its shape, within bounds of size and memory.
+
+    Raises:
+        MalformedError: it is no msgpack, or too much.
+
+    """
     left = _MAX_ITEMS
 
     def spend(container: Any) -> Any:
@@ -86,7 +99,7 @@ def unpack(data: bytes) -> dict[str, Any]:
     # Memory for a list is taken when its length is read: there cannot be more items than bytes.
     most = min(_MAX_ITEMS, len(data))
     try:
-        message = msgpack.unpackb(
+        return msgpack.unpackb(
             data,
             strict_map_key=True,
             ext_hook=_no_extension,
@@ -100,9 +113,6 @@ def unpack(data: bytes) -> dict[str, Any]:
         )
     except (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException) as error:
         raise MalformedError(f"not a message: {error}") from error
-    if not isinstance(message, dict) or not _is_frame(message) or not _shallow(message):
-        raise MalformedError("not a message: the frame is wrong")
-    return message
 
 
 def check_version(message: Mapping[str, Any]) -> None:

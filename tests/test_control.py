@@ -68,11 +68,11 @@ def test_errors_travel_by_class_and_text(server, client):
     server.handle("stale", stale)
     server.handle("unknown", unknown)
     server.handle("fails later", lambda _: failed(HandshakeError("no")))
-    with pytest.raises(StaleError, match=r"^too late$"):
+    with pytest.raises(StaleError, match=r"(?m)^too late$"):
         outcome(client.call(server.endpoint, "stale", {}, 5))
     with pytest.raises(ConfigError, match="did you mean 'tcp'"):
         outcome(client.call(server.endpoint, "unknown", {}, 5))
-    with pytest.raises(HandshakeError, match=r"^no$"):
+    with pytest.raises(HandshakeError, match=r"(?m)^no$"):
         outcome(client.call(server.endpoint, "fails later", {}, 5))
     with pytest.raises(KVConnectError, match="unknown operation"):
         outcome(client.call(server.endpoint, "nothing", {}, 5))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import re
 import secrets
@@ -22,19 +23,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Final
 
-from kvconnect.buffers.store import Found, Store, Stored, StoreOptions
+from kvconnect.buffers.store import MAX_MANIFEST_BYTES, Found, Store, Stored, StoreOptions
 from kvconnect.buffers.store_table import StoreBuffer
 from kvconnect.config import PATH
 from kvconnect.errors import BrokenError, BufferFullError, ConfigError, KVConnectError, LoadError
 
+logger = logging.getLogger(__name__)
+
 _OFFERED: Final = re.compile(r"[0-9a-f]{32}")
 _TAKEN: Final = re.compile(r"([0-9a-f]{32})\.[0-9a-f]+")
 _MANIFEST: Final = "manifest"
-_MAX_MANIFEST_BYTES: Final = 64 << 20
-_HERE: Final = os.O_CLOEXEC | os.O_NOFOLLOW
+#: Neither through a link nor waiting for whoever would open the other end of a pipe.
+_HERE: Final = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _THERE_IS_ONE: Final = (errno.ENOTEMPTY, errno.EEXIST)
-#: A file or a link in an entry's place is no entry.
-_THERE_IS_NONE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+#: A file or a link in an entry's place is no entry, a pipe in a file's is no file.
+_THERE_IS_NONE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
 _NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT)
 #: Drafts this old have been left behind; what is being deleted, too.
 _LEFT_BEHIND_S: Final = 900.0
@@ -79,6 +82,13 @@ class FilesystemStore(Store):
         if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
             self.close()
             raise ConfigError(f"{PATH}.buffer.path {path!r} cannot be used: this process may not write to it")
+        mode = os.fstat(self._open_root()).st_mode
+        if mode & (stat.S_IWGRP | stat.S_IWOTH):
+            logger.warning(
+                "%s.buffer.path %s is open to other users (mode %o): whoever writes there can put other KV in its "
+                "place; chmod 700 it",
+                *(PATH, path, mode & 0o777),
+            )
 
     # -- writing --------------------------------------------------------------------
 
@@ -210,6 +220,8 @@ class FilesystemStore(Store):
         finally:
             os.close(folder)
         try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise FileNotFoundError(errno.ENOENT, "it is no file", name)
             yield fd
         finally:
             os.close(fd)
@@ -249,7 +261,7 @@ class FilesystemStore(Store):
     def _read_manifest(self, place: str) -> Found | None:
         try:
             with _mapped(), self._file(place, _MANIFEST, os.O_RDONLY) as fd, open(fd, "rb", closefd=False) as file:
-                return Found(file.read(_MAX_MANIFEST_BYTES), place)
+                return Found(file.read(MAX_MANIFEST_BYTES + 1), place)
         except FileNotFoundError:
             return None
 

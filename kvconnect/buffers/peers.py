@@ -15,7 +15,7 @@ from kvconnect.buffers.base import Miss
 from kvconnect.buffers.hello import Hello, check_fit
 from kvconnect.buffers.recent import Recent
 from kvconnect.control import ControlClient
-from kvconnect.errors import ClosedError, HandshakeError, KVConnectError
+from kvconnect.errors import ClosedError, HandshakeError, KVConnectError, named
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +144,9 @@ class Peers:
         peer.retry_at = self._client.clock.now() + RETRY_S
         ours = isinstance(error, ClosedError)  # we are shutting down: no news of the peer
         if not ours and self._logged.add((peer.endpoint, cause)):
-            logger.warning("peer %s: %s; requests for its KV will be recomputed: %s", peer.endpoint, cause, error)
+            logger.warning(
+                "peer %s: %s; requests for its KV will be recomputed: %s", peer.endpoint, cause, named(error)
+            )
 
 
 def _tell(then: Callable[[Peer], None], peer: Peer) -> None:

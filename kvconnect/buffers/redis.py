@@ -164,8 +164,15 @@ class RedisOptions(StoreOptions):
     def __post_init__(self) -> None:
         """Check; raise `ConfigError`."""
         super().__post_init__()
-        if urlsplit(self.url).scheme not in ("redis", "rediss", "unix"):
-            # Not repeated: it may hold a password.
+        # Not repeated, nor chained: it may hold a password.
+        try:
+            parts = urlsplit(self.url)
+            _ = parts.port
+        except ValueError:
+            raise ConfigError(
+                f"{PATH}.buffer.url cannot be used: it is no address, or not quoted where needed"
+            ) from None
+        if parts.scheme not in ("redis", "rediss", "unix"):
             raise ConfigError(f"{PATH}.buffer.url must begin with redis://, rediss:// or unix://")
         if not self.prefix or self.timeout_s <= 0:
             raise ConfigError(f"{PATH}.buffer.prefix must not be empty, and timeout_s be greater than 0")

@@ -28,6 +28,8 @@ from kvconnect.errors import ConfigError
 
 #: Chunks larger than this are refused: each reading thread holds one.
 MAX_CHUNK_BYTES = 64 << 20
+#: Likewise manifests: a scheduler reads them, and what lies in a store is not believed.
+MAX_MANIFEST_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True)

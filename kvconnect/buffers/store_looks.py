@@ -19,7 +19,7 @@ from kvconnect.buffers.store_manifest import Manifest, name_of
 from kvconnect.buffers.store_segments import claim
 from kvconnect.config import Config
 from kvconnect.control import ControlClient
-from kvconnect.errors import IntegrityError
+from kvconnect.errors import IntegrityError, named
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ class Looks:
         try:
             miss = self._gather(look, grant)
         except Exception as error:  # noqa: BLE001 - a third party's store may raise anything; the request must hear of it
-            logger.warning("the store cannot be asked: %s: %s", type(error).__name__, error)
+            logger.warning("the store cannot be asked: %s", named(error))
             miss = Miss("unreachable", str(error))
         # What there is by then is had in time.
         late = self._client.clock.now() >= look.until - 2 * _MAX_PAUSE_S
@@ -235,7 +235,7 @@ class Looks:
         try:
             answer = self._judge(key, start, found)
         except IntegrityError as error:
-            logger.warning("an entry of the store is dropped: %s", error)
+            logger.warning("an entry of the store is dropped: %s", named(error))
             answer = Miss("damaged", str(error))
         if not isinstance(answer, Miss):
             return found, answer

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import msgpack
 import xxhash
 
+from kvconnect import messages
 from kvconnect.buffers import fields
 from kvconnect.buffers.base import LookupKey
 from kvconnect.buffers.ledger import Blocks
-from kvconnect.buffers.store import MAX_CHUNK_BYTES
+from kvconnect.buffers.store import MAX_CHUNK_BYTES, MAX_MANIFEST_BYTES
 from kvconnect.buffers.ticket import pack_ids, unpack_ids
-from kvconnect.errors import HandshakeError, IntegrityError
+from kvconnect.errors import BufferFullError, IntegrityError, KVConnectError
 from kvconnect.paging import PagedLayout
 
 #: The last byte is the format's version.
@@ -97,7 +98,7 @@ class Manifest:
         return sum(part.nbytes for part in self.parts)
 
     def pack(self) -> bytes:
-        """Return the bytes to store."""
+        """Return the bytes to store; raise `BufferFullError` if nobody would read that many."""
         body: bytes = msgpack.packb(
             {
                 **fields.write_key(self.key),
@@ -108,6 +109,8 @@ class Manifest:
                 "start": self.start,
             }
         )
+        if len(body) > MAX_MANIFEST_BYTES - len(_MARK) - _SUM_BYTES:
+            raise BufferFullError(f"a manifest of {len(body)} bytes is too long: chunk_bytes is too small")
         return _MARK + sum_of(body) + body
 
     @classmethod
@@ -115,16 +118,18 @@ class Manifest:
         """Read `pack`'s bytes.
 
         Raises:
-            IntegrityError: they are damaged, or of another version.
+            IntegrityError: they are damaged, too many, or of another version.
 
         """
         head, body = data[: len(_MARK)], data[len(_MARK) + _SUM_BYTES :]
         if head != _MARK:
             raise IntegrityError(f"not an entry of this version: it begins with {head!r}, not {_MARK!r}")
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise IntegrityError(f"the entry's manifest is longer than {MAX_MANIFEST_BYTES} bytes")
         if data[len(_MARK) : len(_MARK) + _SUM_BYTES] != sum_of(body):
             raise IntegrityError("the entry's manifest is damaged")
         try:
-            read = msgpack.unpackb(body)
+            read = messages.decode(body)
             chunk_bytes = fields.number(read, "chunk_bytes", MAX_CHUNK_BYTES + 1, 1)
             return cls(
                 fields.read_key(read),
@@ -134,7 +139,7 @@ class Manifest:
                 float(read["made"]),
                 fields.number(read, "start", _MAX_TOKENS),
             )
-        except (HandshakeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (KVConnectError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise IntegrityError(f"the entry's manifest is malformed: {error}") from error
 
 

@@ -22,7 +22,7 @@ from kvconnect.buffers.store_manifest import Manifest, Part, name_of, number
 from kvconnect.buffers.store_room import Occupancy
 from kvconnect.buffers.ticket import pack_ids
 from kvconnect.control import ControlClient
-from kvconnect.errors import BrokenError, ClosedError, DeadlineError, KVConnectError
+from kvconnect.errors import BrokenError, ClosedError, DeadlineError, KVConnectError, named
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ class Offers:
             try:
                 self._store.drop(name)
             except Exception as error:  # noqa: BLE001 - a third party's store may raise anything; age ends the entry
-                logger.warning("an outdated entry could not be dropped: %s", error)
+                logger.warning("an outdated entry could not be dropped: %s", named(error))
 
         self._crew.submit(drop, lane=name)
 
@@ -217,7 +217,7 @@ class Offers:
         try:
             why = self._obstacle(offer)
         except Exception as error:  # noqa: BLE001 - a third party's store may raise anything
-            logger.warning("the store cannot be asked: %s", error)
+            logger.warning("the store cannot be asked: %s", named(error))
             why = "store_failed"
         if why:
             self._give_up(offer, why)
@@ -249,7 +249,7 @@ class Offers:
             stored = self._store.publish(offer.draft, offer.name, packed, nbytes=nbytes, replace=replace)
             why = "" if stored else "present"
         except Exception as error:  # noqa: BLE001 - a third party's store may raise anything
-            logger.warning("a prompt could not be stored: %s", error)
+            logger.warning("a prompt could not be stored: %s", named(error))
             why = "store_failed"
             # Only the answer may have been lost; then its chunks are an entry's, which must not lose them.
             if not isinstance(error, BrokenError):
@@ -288,7 +288,7 @@ class Offers:
             part = _part(answer.result())
         except KVConnectError as error:
             if not offer.failed:
-                logger.warning("worker %d could not store a prompt: %s: %s", rank, type(error).__name__, error)
+                logger.warning("worker %d could not store a prompt: %s", rank, named(error))
             # The blocks are free when each of them has said that it has stopped, this one too.
             self._give_up(offer, "store_failed")
             return
@@ -307,7 +307,7 @@ class Offers:
             self._client.later(_PAUSE_S, lambda: self._stop(offer, rank, tries + 1))
         else:
             if error is not None and not isinstance(error, ClosedError):
-                logger.warning("worker %d is gone: %s", rank, error)
+                logger.warning("worker %d is gone: %s", rank, named(error))
             self._has_stopped(offer, rank)
 
     def _has_stopped(self, offer: _Offer, rank: int) -> None:

@@ -29,7 +29,7 @@ from kvconnect.buffers.ticket import Ticket
 from kvconnect.clock import Clock
 from kvconnect.config import Config
 from kvconnect.control import ControlClient
-from kvconnect.errors import BrokenError, DeadlineError, HandshakeError, KVConnectError
+from kvconnect.errors import BrokenError, DeadlineError, HandshakeError, KVConnectError, named
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ class Taker:
                 self._counts["bad_tickets"] += 1
                 first, self._bad_tickets_logged = not self._bad_tickets_logged, True
             if first:
-                logger.warning("a ticket cannot be read, its request will be looked up by content: %s", error)
+                logger.warning("a ticket cannot be read, its request will be looked up by content: %s", named(error))
             return None
 
     def _answer(self, look: Look, answer: Claim | Miss, *, instead: bool = False) -> bool:

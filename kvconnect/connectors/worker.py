@@ -19,7 +19,7 @@ from kvconnect.connectors import compat, geometry, timeline
 from kvconnect.connectors.fence import Fence
 from kvconnect.connectors.plan import Load, Plan, WorkerNews
 from kvconnect.connectors.timeline import Times
-from kvconnect.errors import KVConnectError
+from kvconnect.errors import KVConnectError, named
 
 if TYPE_CHECKING:
     import torch
@@ -128,7 +128,7 @@ class WorkerHalf:
     def _finish(self, result: _Result) -> None:
         load, error = result.load, result.error
         if error is not None:
-            log.warning("could not load the KV of %s: %s: %s", load.request_id, type(error).__name__, error)
+            log.warning("could not load the KV of %s: %s", load.request_id, named(error))
         with self._changed:
             self._running -= 1
             self._over.append(result)

@@ -1,6 +1,7 @@
 """A directory as a lookup buffer: its laws, what crashes leave, and what damage does."""
 
 import itertools
+import logging
 import os
 import stat
 import threading
@@ -216,6 +217,34 @@ def test_links_are_not_followed(tmp_path, open_table):
     with pytest.raises(LoadError):
         buffer.drop_select(key(2))
     assert (outside / "manifest").read_bytes() == b"secret"
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_in_a_files_place_is_not_waited_for(tmp_path, open_table, make):
+    buffer = open_table()
+    for number, file in ((1, "manifest"), (2, "0")):
+        buffer.insert(key(number), [tensor(number)])
+        planted = only(tmp_path, f"kv/{name_of(key(number))}/{file}")
+        planted.unlink()
+        make(planted)
+    assert buffer.drop_select(key(1)) is None
+    with pytest.raises(LoadError, match="gone"):
+        buffer.drop_select(key(2))
+    draft = tmp_path / "kv" / "draft.ab"
+    draft.mkdir()
+    make(draft / "0")
+    with pytest.raises(BrokenError):
+        buffer._store.put("ab", 0, 0, memoryview(b"x"))
+
+
+@pytest.mark.parametrize(("mode", "warned"), [(0o700, 0), (0o755, 0), (0o770, 1), (0o777, 1)])
+def test_a_directory_that_others_may_write_to_is_warned_of(tmp_path, caplog, mode, warned):
+    (tmp_path / "kv").mkdir()
+    (tmp_path / "kv").chmod(mode)
+    with caplog.at_level(logging.WARNING, "kvconnect"):
+        FilesystemStore(str(tmp_path / "kv")).close()
+    assert len(caplog.records) == warned
+    assert all("chmod 700" in record.getMessage() for record in caplog.records)
 
 
 def test_a_path_is_needed_and_must_be_a_directory(tmp_path):

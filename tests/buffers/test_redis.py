@@ -1,8 +1,12 @@
 """A Redis server as a lookup buffer: its laws, access, memory, and its death."""
 
+import contextlib
+import re
 import secrets
 import threading
 import time
+import traceback
+from pathlib import Path
 
 import pytest
 
@@ -144,6 +148,10 @@ def test_tls_is_an_address_and_an_authority(tmp_path, unused_port):
         with pytest.raises(BrokenError, match="CERTIFICATE_VERIFY_FAILED"):
             stranger.match([key(1)])
         stranger.close()
+        misled = table(server.url.replace("127.0.0.1", "localhost"), "t")
+        with pytest.raises(BrokenError, match=r"(?i)hostname mismatch"):
+            misled.match([key(1)])
+        misled.close()
 
 
 @pytest.fixture
@@ -167,6 +175,7 @@ def test_a_server_without_room_is_a_full_buffer():
     ("options", "said"),
     [
         ({"url": "http://x"}, r"buffer\.url must begin with redis://"),
+        ({"url": "redis://host/0?db=x"}, r"buffer\.url cannot be used"),
         ({"url": "redis://host:port"}, r"buffer\.url cannot be used"),
         ({"prefix": ""}, r"buffer\.prefix must not be empty"),
         ({"password_file": "/nowhere"}, r"buffer\.password_file '/nowhere' cannot be read"),
@@ -175,6 +184,58 @@ def test_a_server_without_room_is_a_full_buffer():
 def test_wrong_options_name_their_path_and_the_cure(options, said):
     with pytest.raises(ConfigError, match=said):
         RedisStore(RedisOptions(**options)).close()
+
+
+def everything(store):
+    """Whatever engines ask of a store, once."""
+    name, data, room = "0" * 32, memoryview(b"8 bytes."), bytearray(8)
+    for draft, replace in (("a1", False), ("a2", True), ("a3", False)):
+        store.put(draft, 0, 0, data)
+        assert store.publish(draft, name, b"manifest", nbytes=8, replace=replace) == (draft != "a3")
+    store.put("a4", 0, 0, data)
+    store.discard("a4")
+    store.get(store.find(name).place, 0, 0, memoryview(room))
+    assert room == data
+    store.touch(name)
+    assert store.take(name, "c1", 30) is not None
+    assert store.renew(name, "c1", 30)
+    assert [entry.taken for entry in store.entries()] == [True]
+    store.give_back(name, "c1")
+    assert store.take(name, "c2", -1) is not None
+    store.mend()
+    assert store.drop(name)
+    assert store.entries() == []
+
+
+def test_the_user_on_the_page_may_do_what_engines_do_and_no_more(tmp_path):
+    page = Path(__file__).parents[2].joinpath("docs", "security.md").read_text("utf-8")
+    (line,) = re.findall(r"^ACL SETUSER .*$", page, re.MULTILINE)
+    granted = {word[1:] for word in line.split() if word.startswith("+")}
+    (tmp_path / "password").write_text("PASSWORD")
+    with RedisServer(url="unix://{socket}") as server:
+        server.client.execute_command(*line.split())
+        server.client.config_resetstat()
+
+        def user(prefix):
+            url = server.url.replace("unix://", "unix://kvconnect@")
+            options = RedisOptions(url=url, password_file=str(tmp_path / "password"), prefix=prefix)
+            return contextlib.closing(RedisStore(options))
+
+        with user("kvconnect") as store:
+            everything(store)
+        used = {name.removeprefix("cmdstat_") for name in server.client.info("commandstats")}
+        assert used - {"hello", "auth", "select", "config|resetstat", "client|setinfo"} == granted
+        with user("others") as store, pytest.raises(BrokenError, match="NoPermission"):
+            everything(store)
+
+
+@pytest.mark.parametrize("url", ["redis://:s3/same@host", "redis://:s3same\u2100@host", "http://:s3same@host"])
+def test_a_password_in_an_address_that_is_none_stays_out_of_the_error(url):
+    with pytest.raises(ConfigError) as caught:
+        RedisOptions(url=url)
+    assert "s3" not in "".join(traceback.format_exception_only(caught.value))
+    assert caught.value.__cause__ is None
+    assert caught.value.__context__ is None or caught.value.__suppress_context__
 
 
 # -- failures ---------------------------------------------------------------------------

@@ -4,14 +4,25 @@ import dataclasses
 import secrets
 import threading
 import time
+import tracemalloc
 
+import msgpack
 import pytest
 
 from kvconnect.buffers import store_parts
 from kvconnect.buffers.base import Claim, Miss, Want
-from kvconnect.buffers.store_manifest import Manifest, Part, name_of
+from kvconnect.buffers.store import MAX_MANIFEST_BYTES
+from kvconnect.buffers.store_manifest import Manifest, Part, name_of, sum_of
 from kvconnect.control import ControlClient, wait_for
-from kvconnect.errors import BrokenError, ConfigError, DeadlineError, HandshakeError, IntegrityError, LoadError
+from kvconnect.errors import (
+    BrokenError,
+    BufferFullError,
+    ConfigError,
+    DeadlineError,
+    HandshakeError,
+    IntegrityError,
+    LoadError,
+)
 from kvconnect.testing.layouts import separate_layers, shared_region
 from tests.buffers.engines import eventually, is_miss
 from tests.buffers.stores import LAYOUT, Stall, StoreEngine, key, pair
@@ -434,6 +445,20 @@ def test_manifests_of_any_length_are_read_or_refused():
     for length in range(len(packed)):
         with pytest.raises(IntegrityError):
             Manifest.unpack(packed[:length])
+
+
+def test_a_manifest_that_would_fill_the_readers_memory_is_refused():
+    empty = msgpack.packb([[{}] * 4000] * 1000)  # 4 MB, a hundred times as much in memory
+    for body in (empty, b"\0" * MAX_MANIFEST_BYTES):
+        tracemalloc.start()
+        with pytest.raises(IntegrityError):
+            Manifest.unpack(b"kvconnect store\x01" + sum_of(body) + body)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 50 << 20
+    part = Part(MAX_MANIFEST_BYTES, "shape", bytes(MAX_MANIFEST_BYTES))
+    with pytest.raises(BufferFullError, match="chunk_bytes is too small"):
+        Manifest(key(1), ((1,),), 8, (part,), 1.0).pack()
 
 
 def test_wrong_options_name_their_path_and_the_cure(store):

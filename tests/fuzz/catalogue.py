@@ -12,7 +12,7 @@ and the command line are not searched: they talk to clients and to vLLM.)
 ======================  =====================  ==============================================================
 target                  module                 functions
 ======================  =====================  ==============================================================
-control_message         messages               unpack error_of _is_frame
+control_message         messages               decode error_of _is_frame
 control_server          control                ControlServer._receive ControlServer._answer ControlServer._call
 control_client          control                _Peer._take
 control_endpoint        control                split
