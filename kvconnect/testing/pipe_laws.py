@@ -203,21 +203,16 @@ def a_closed_end_says_so(pair: PipePair) -> None:
 
 def all_that_was_sent_before_a_close_arrives_then_the_end(pair: PipePair) -> None:
     """Clause 5: `close` flushes, and the end is not mistaken for a failure."""
-    sent = [torch.ones(3), None, torch.arange(BIG_BYTES // 8), torch.zeros(5)]
-    sent = [None if message is None else message.to(pair.device) for message in sent]
+    _expect_all_then_the_end(pair)
 
-    def send() -> None:
-        pair.here.send_tensors(sent)
-        pair.here.close()
 
-    sending = spawn(send)
+def a_close_with_messages_unread_loses_none_that_were_sent(pair: PipePair) -> None:
+    """Clause 5: the same where the end that closes never received what was sent to it."""
+    unread = spawn(lambda: pair.there.send_tensor(torch.ones(1, device=pair.peer_device)))
     threading.Event().wait(SETTLE_S)
-    for expected in sent:
-        same(expected, _receive(pair.there))
-    for _ in range(2):
-        error = _error(pair.there.recv_tensor)
-        assert isinstance(error, EndOfPipe), f"after the last message: got {error!r}"
-    sending.result(LIMIT_S)
+    _expect_all_then_the_end(pair)
+    error = unread.exception(LIMIT_S)
+    assert error is None or isinstance(error, KVConnectError), f"a send that nobody received: got {error!r}"
 
 
 def abort_never_blocks_and_ends_the_other_side(pair: PipePair) -> None:
@@ -310,6 +305,7 @@ LAWS: tuple[Callable[[PipePair], None], ...] = (
     abort_wakes_a_blocked_sender,
     a_closed_end_says_so,
     all_that_was_sent_before_a_close_arrives_then_the_end,
+    a_close_with_messages_unread_loses_none_that_were_sent,
     abort_never_blocks_and_ends_the_other_side,
     after_a_broken_wire_only_closing_remains,
     sends_to_a_closed_peer_fail,
@@ -352,6 +348,25 @@ def _carry(sender: Pipe, receiver: Pipe, messages: Sequence[Tensor | None]) -> l
     got = [_receive(receiver) for _ in messages]
     sending.result(LIMIT_S)
     return got
+
+
+def _expect_all_then_the_end(pair: PipePair) -> None:
+    """Send from `here`, close it, and receive everything `there`."""
+    sent = [torch.ones(3), None, torch.arange(BIG_BYTES // 8), torch.zeros(5)]
+    sent = [None if message is None else message.to(pair.device) for message in sent]
+
+    def send() -> None:
+        pair.here.send_tensors(sent)
+        pair.here.close()
+
+    sending = spawn(send)
+    threading.Event().wait(SETTLE_S)
+    for expected in sent:
+        same(expected, _receive(pair.there))
+    for _ in range(2):
+        error = _error(pair.there.recv_tensor)
+        assert isinstance(error, EndOfPipe), f"after the last message: got {error!r}"
+    sending.result(LIMIT_S)
 
 
 def _receive(pipe: Pipe) -> Tensor | None:

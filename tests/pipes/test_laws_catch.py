@@ -150,6 +150,15 @@ class ClosesWithoutFlushing(InprocPipe):
         self.abort()
 
 
+class ForgetsWhatItSentIfItHasNotReadAll(InprocPipe):
+    """As a socket does that resets."""
+
+    def close(self) -> None:
+        if self._link.waiting[self._side]:
+            self.abort()
+        super().close()
+
+
 class AbortsPolitely(InprocPipe):
     """Waits until the other end has received all."""
 
@@ -217,6 +226,7 @@ CAUGHT: list[tuple[type[Pipe], Law]] = [
     (SleepsThroughItsAbort, pipe_laws.abort_wakes_a_blocked_sender),
     (SendsAfterItsClose, pipe_laws.a_closed_end_says_so),
     (ClosesWithoutFlushing, pipe_laws.all_that_was_sent_before_a_close_arrives_then_the_end),
+    (ForgetsWhatItSentIfItHasNotReadAll, pipe_laws.a_close_with_messages_unread_loses_none_that_were_sent),
     (AbortsPolitely, pipe_laws.abort_never_blocks_and_ends_the_other_side),
     (RecoversFromABrokenWire, pipe_laws.after_a_broken_wire_only_closing_remains),
     (SendsIntoTheVoid, pipe_laws.sends_to_a_closed_peer_fail),

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
+from concurrent.futures import wait
 from dataclasses import replace
 
 import pytest
 
-from kvconnect.errors import BrokenError, BusyError, EndOfPipe, KVConnectError
+from kvconnect.errors import BrokenError, BusyError, DeadlineError, EndOfPipe, KVConnectError
 from kvconnect.pipes.base import Pipe, Reach, Traits, Transfer
 from kvconnect.pipes.shm import ShmPipe
 from kvconnect.pipes.tcp import TcpPipe
 from kvconnect.testing import process_laws
+from kvconnect.testing.peers import spawn
 from kvconnect.testing.processes import ProcessPeer
 
 pytestmark = pytest.mark.slow  # two minutes: each law waits for a process to start, and some for deadlines
@@ -56,6 +59,28 @@ class IsReadOrReads(TcpPipe):
 class WaitsForEver(TcpPipe):
     def __init__(self, spec):
         super().__init__(replace(spec, timeout_s=1e6))
+
+
+class GoesOnAfterADeadline(WaitsForEver):
+    """Delivers in the end a message that stopped in the middle and was given up."""
+
+    receiving = None
+
+    def recv_tensor(self):
+        self.receiving = self.receiving or spawn(super().recv_tensor)
+        if not wait([self.receiving], 1.0).done:
+            raise DeadlineError("nothing came for a second")
+        received, self.receiving = self.receiving, None
+        return received.result()
+
+
+class IsSlowToBegin(TcpPipe):
+    """Breaks no law."""
+
+    def send_tensor(self, tensor):
+        if tensor is not None and tensor.nbytes > 32 << 20:
+            threading.Event().wait(0.6)
+        super().send_tensor(tensor)
 
 
 class TakesDeathForTheEnd(TcpPipe):
@@ -108,6 +133,7 @@ CAUGHT: list[tuple[type[Pipe], Law]] = [
     (SaysTooSoonThatItHasWritten, process_laws.blocks_are_written_to_another_process),
     (IsReadOrReads, process_laws.both_processes_read_at_once),
     (WaitsForEver, process_laws.a_receive_that_stops_in_the_middle_ends_at_its_deadline),
+    (GoesOnAfterADeadline, process_laws.a_receive_that_stops_in_the_middle_ends_at_its_deadline),
     (WaitsForEver, process_laws.a_send_to_a_frozen_peer_ends_at_its_deadline),
     (TakesDeathForTheEnd, process_laws.a_killed_peer_breaks_a_blocked_receive),
     (SendsToTheDead, process_laws.a_killed_peer_breaks_a_blocked_send),
@@ -128,6 +154,14 @@ def test_a_law_catches_the_pipe_that_breaks_it(broken: type[Pipe], law: Law, mon
         monkeypatch.setattr(process_laws, "LIMIT_S", 8.0)
         with pytest.raises((AssertionError, KVConnectError, TimeoutError)):
             law(peer)
+    finally:
+        peer.close()
+
+
+def test_a_peer_that_is_frozen_before_its_first_byte_is_given_longer() -> None:
+    peer = ProcessPeer(IsSlowToBegin, {})
+    try:
+        process_laws.a_receive_that_stops_in_the_middle_ends_at_its_deadline(peer)
     finally:
         peer.close()
 
