@@ -30,7 +30,7 @@ def make_room(
         now: the time, of ``time.time``.
         evict: drop entries that are not too old, too.
         name: of the entry to come, which replaces what is offered under it.
-        slack: bytes to free beyond those, if something is evicted at all.
+        slack: bytes to free beyond those, at most, if something is evicted at all.
 
     Returns:
         The bytes that are too many still, 0 or less if it fits.
@@ -39,11 +39,11 @@ def make_room(
     kept = (entry for entry in store.entries() if entry.taken or entry.name != name)
     entries = sorted(kept, key=lambda entry: max(entry.made, entry.used))
     over = sum(entry.nbytes for entry in entries) + nbytes - options.capacity_bytes
-    target = -slack if over > 0 else 0
+    evicts = evict and over > 0 and nbytes <= options.capacity_bytes
     for entry in entries:
         too_old = entry.made + options.max_age_s <= now
-        must_go = too_old or (evict and over > target and nbytes <= options.capacity_bytes)
-        if must_go and not entry.taken and store.drop(entry.name):
+        evicts = evicts and (over > 0 or over - entry.nbytes >= -slack)
+        if (too_old or evicts) and not entry.taken and store.drop(entry.name):
             over -= entry.nbytes
     return over
 

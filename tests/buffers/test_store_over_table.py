@@ -301,7 +301,7 @@ def test_a_constructors_own_arguments_come_before_the_stores(monkeypatch):
     monkeypatch.setattr(registry, "buffer", lambda _: TakesAnything)
     engine = StoreEngine(Backend("mine", {"capacity_bytes": 7, "chunk_bytes": 4096, "host": "h"}))
     assert Picky.made == {"capacity_bytes": 7, "host": "h"}
-    assert engine.end._options == StoreOptions(chunk_bytes=4096)
+    assert engine.end._occupancy._options == StoreOptions(chunk_bytes=4096)
     engine.close()
 
 
