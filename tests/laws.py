@@ -55,6 +55,16 @@ def others(row: Row) -> str:
     return ", ".join(caught) or "none"
 
 
+def table(everything: bool = False) -> Iterator[str]:
+    """Yield the lines of the table, in Markdown."""
+    yield "| of | law | caught |" + (" also by |" if everything else "")
+    yield "|---|---|---|" + ("---|" if everything else "")
+    for row in rows():
+        kind, law, broken = row
+        also = f" {others(row)} |" if everything else ""
+        yield f"| {kind} | {law.__name__} | {broken.__name__} |{also}"
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m tests.laws", description=__doc__)
@@ -63,12 +73,8 @@ def main() -> None:
     if everything:
         pipes.hurry(pytest.MonkeyPatch())
         buffers.hurry(pytest.MonkeyPatch())
-    print("| of | law | caught |" + (" also by |" if everything else ""))
-    print("|---|---|---|" + ("---|" if everything else ""))
-    for row in rows():
-        kind, law, broken = row
-        also = f" {others(row)} |" if everything else ""
-        print(f"| {kind} | {law.__name__} | {broken.__name__} |{also}")
+    for line in table(everything):
+        print(line)
         sys.stdout.flush()
 
 

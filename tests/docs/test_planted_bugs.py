@@ -1,0 +1,16 @@
+"""The page of planted bugs is what the suite plants."""
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm", reason="connectors are in the table, too")
+
+from tests import laws
+
+PAGE = Path(__file__).parents[2] / "docs" / "planted-bugs.md"
+
+
+def test_the_page_has_every_bug_with_the_law_that_catches_it():
+    shown = [line for line in PAGE.read_text("utf-8").splitlines() if line.startswith("|")]
+    assert shown == list(laws.table()), "write it anew: python -m tests.laws"
