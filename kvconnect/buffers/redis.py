@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from kvconnect.buffers.store import Found, Store, Stored, StoreOptions
 from kvconnect.buffers.store_table import StoreBuffer
 from kvconnect.config import PATH
-from kvconnect.errors import BrokenError, BufferFullError, ConfigError, LoadError
+from kvconnect.errors import BrokenError, BufferFullError, ClosedError, ConfigError, LoadError
 from kvconnect.pipes.base import YES, Verdict
 
 #: How long drafts live; and how much longer entries do than they are handed out, for who reads one at its end.
@@ -336,3 +336,5 @@ def _mapped() -> Iterator[None]:
         raise BufferFullError(f"the Redis server has no room: {error}") from error
     except redis.RedisError as error:
         raise BrokenError(f"the Redis server failed: {type(error).__name__}: {error}") from error
+    except ValueError as error:  # what redis-py reads from a connection that `RedisStore.close` has closed meanwhile
+        raise ClosedError("the store was closed") from error
