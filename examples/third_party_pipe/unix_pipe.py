@@ -23,7 +23,10 @@ class UnixPipe(Pipe):
         with tempfile.TemporaryDirectory() as folder, self._moving():  # a folder for this user only
             self._socket.settimeout(spec.timeout_s)
             if spec.side == "serves":
-                self._socket.connect(spec.exchange({})["path"])
+                path = spec.exchange({}).get("path")
+                if not isinstance(path, str):
+                    raise errors.BrokenError(f"the other end is no unix pipe: its path is {path!r}")
+                self._socket.connect(path)  # somebody listens already, so that this does not wait
             else:
                 with self._socket as listener:
                     listener.bind(f"{folder}/pipe")

@@ -123,9 +123,9 @@ class PipeSpec:
     a memory handle) with the other end, once, and blocks for at most ``timeout_s``.
     The ``"asks"`` end goes first: its `exchange` carries its message to the
     ``"serves"`` end, whose `exchange` returns at once and sends the answer back.
-    So the serving end binds or listens *before* it exchanges, and the asking end
-    connects *after*. The serving end may not wait for the other inside
-    ``open`` once it has exchanged; it waits in its first send or receive.
+    Once it has exchanged, the serving end may not wait for the other inside ``open``.
+    So the asking end listens *before* it exchanges and accepts *after*, when the serving
+    end connects; or the serving end listens before, and accepts in its first send or receive.
 
     ``check("host:port")`` raises a `KVConnectError` if the other end, that nobody vouches for,
     may not send this one there: to be called before an address from its message is contacted.

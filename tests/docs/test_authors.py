@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -12,7 +13,7 @@ from bench.report import ROOT
 from tests.docs import pages
 
 PIPE, BUFFER = ROOT / "docs" / "write-a-pipe.md", ROOT / "docs" / "write-a-buffer.md"
-REGISTER = "[kvconnect.pipes]\nunix = unix_pipe:UnixPipe\n[kvconnect.buffers]\ndict = dict_buffer:DictBuffer\n"
+EXAMPLE = ROOT / "examples" / "third_party_pipe"
 
 
 @pytest.fixture
@@ -23,11 +24,17 @@ def installed(tmp_path):
     info = tmp_path / "shown-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: shown\nVersion: 1.0\n", "utf-8")
-    entries = [block.text for page in (PIPE, BUFFER) for block in pages.blocks(page) if block.language == "toml"]
-    lines = "".join(entries).replace('[project.entry-points."', "[").replace('"]', "]").replace('"', "")
-    assert lines == REGISTER
-    (info / "entry_points.txt").write_text(lines, "utf-8")
+    for text in (metadata(PIPE), metadata(BUFFER)):
+        ((group, entries),) = tomllib.loads(text)["project"]["entry-points"].items()
+        with (info / "entry_points.txt").open("a", encoding="utf-8") as file:
+            file.writelines([f"[{group}]\n", *(f"{name} = {target}\n" for name, target in entries.items())])
     return tmp_path
+
+
+def metadata(page):
+    """Return the `pyproject.toml` that a page shows, or the part of it."""
+    (text,) = (block.text for block in pages.blocks(page) if block.language == "toml")
+    return text
 
 
 def run(folder, *arguments):
@@ -48,6 +55,12 @@ def suite(folder, file, *options):
     done = run(folder, "pytest", *quiet, *options, file)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def test_the_pipes_page_shows_the_example():
+    named = "# unix_pipe.py\n" + (EXAMPLE / "unix_pipe.py").read_text("utf-8")
+    assert pages.modules(PIPE)["unix_pipe.py"] == named
+    assert metadata(PIPE) == (EXAMPLE / "pyproject.toml").read_text("utf-8")
 
 
 def test_both_are_listed_once_they_are_installed(installed):
