@@ -41,6 +41,8 @@ own                     buffers.store_parts    Rooms.take
 own                     buffers.store_scheduler StoreScheduler.offer
 store_manifest          buffers.store_looks    Looks._judge
 store_manifest          buffers.store_table    StoreBuffer._present StoreBuffer.claim
+store_manifest          buffers.store_over_table TableStore._drop_chunks
+own                     buffers.store_over_table TableStore.publish _tensor
 plain                   buffers.store_looks    _is_coming
 store_worker            buffers.store_worker   StoreWorker._asked StoreWorker._write
 own                     buffers.store_offers   _part

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from kvconnect.blocks import heap_memory
 from kvconnect.buffers import store_manifest
-from kvconnect.buffers.base import EndSettings, LookupKey
+from kvconnect.buffers.base import EndSettings, LookupBuffer, LookupKey
 from kvconnect.buffers.filesystem import FilesystemStore
+from kvconnect.buffers.store import Found, StoreOptions
 from kvconnect.buffers.store_manifest import Manifest, Part
+from kvconnect.buffers.store_over_table import TableStore
 from kvconnect.buffers.store_parts import PartReader, Rooms
 from kvconnect.buffers.store_worker import StoreWorker
 from kvconnect.buffers.ticket import pack_ids
@@ -31,6 +33,17 @@ _BODY = msgpack.unpackb(_WHOLE[_HEAD:])
 _ASKED = {"secret": "secret", "draft": "ab12", "blocks": [pack_ids((1, 0, 2))], "chunk_bytes": 100}
 
 
+class _Empty(LookupBuffer):
+    def insert(self, key, kv):
+        raise NotImplementedError
+
+    def drop_select(self, key):
+        return None
+
+    def close(self):
+        pass
+
+
 @functools.cache
 def memory():
     return heap_memory(LAYOUT)
@@ -40,6 +53,7 @@ def run_manifest(data):
     if not isinstance(data, bytes):
         body = msgpack.packb(data)
         data = _WHOLE[: _HEAD - 8] + store_manifest.sum_of(body) + body
+    TableStore(_Empty(), StoreOptions(), 1)._drop_chunks(Found(data, "ab"))
     try:
         found = Manifest.unpack(data)
     except IntegrityError:
