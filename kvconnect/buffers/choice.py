@@ -17,6 +17,8 @@ from kvconnect.pipes.base import Pipe, Verdict
 logger = logging.getLogger(__name__)
 
 _MAX_REASON = 400
+#: Pipes of a peer; nobody has as many.
+_MAX_PIPES = 256
 _LIST = "choose another pipe: python -m kvconnect list"
 
 
@@ -126,9 +128,9 @@ def choose_pipe(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[lis
         HandshakeError: there is none; says why for each.
 
     """
-    mine, other = fields.mapping(ours, "pipes"), fields.mapping(theirs, "pipes")
+    mine, other = _by_pipe(ours, "pipes"), _by_pipe(theirs, "pipes")
     shared = mine.keys() & other.keys()
-    passed = dict.fromkeys({*mine, *other} - shared, "only one side has it")
+    passed = {fields.shown(name): "only one side has it" for name in {*mine, *other} - shared}
     passed |= _refused(theirs, "the peer") | _refused(ours, "this engine")
     found = []
     for candidate in sorted((Candidate(name, registry.pipe(name)) for name in shared), key=_nearness):
@@ -137,15 +139,25 @@ def choose_pipe(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[lis
         if verdict:
             found.append(candidate)
         else:
-            passed[name] = _told(verdict)
+            passed[name] = fields.shown(_told(verdict), _MAX_REASON)
     if not found:
         raise HandshakeError(f"no pipe joins the two engines ({told(passed) or 'neither has any'})")
     return found, passed
 
 
 def _refused(worker: Mapping[str, Any], who: str) -> dict[str, str]:
-    refused = fields.mapping(worker, "refused") if "refused" in worker else {}
-    return {str(name): f"{who} cannot use it, {str(reason)[:_MAX_REASON]}" for name, reason in refused.items()}
+    refused = _by_pipe(worker, "refused") if "refused" in worker else {}
+    return {
+        fields.shown(name): f"{who} cannot use it, {fields.shown(reason, _MAX_REASON)}"
+        for name, reason in refused.items()
+    }
+
+
+def _by_pipe(worker: Mapping[str, Any], name: str) -> dict[str, Any]:
+    found = fields.mapping(worker, name)
+    if len(found) > _MAX_PIPES:
+        raise HandshakeError(f"field {name!r} has {len(found)} pipes, more than {_MAX_PIPES}")
+    return found
 
 
 def told(passed: Mapping[str, str]) -> str:

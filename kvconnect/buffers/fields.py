@@ -19,6 +19,12 @@ def text(data: Mapping[str, Any], name: str) -> str:
     return value
 
 
+def shown(value: object, limit: int = 80) -> str:
+    """Return what a peer sent as text for a log or a report: short, printable, on one line."""
+    cut = str(value)[:limit]
+    return cut if cut.isprintable() else ascii(cut)[1:-1]
+
+
 def number(data: Mapping[str, Any], name: str, limit: int, least: int = 0) -> int:
     """Return the whole number ``name`` in ``least <= n < limit``."""
     value = data.get(name)

@@ -102,7 +102,7 @@ def misfit(ours: Hello, theirs: Hello) -> str:
         mine, other = ours.fingerprint.get(name, "(absent)"), theirs.fingerprint.get(name, "(absent)")
         if mine != other:
             return (
-                f"{name:.80} differs: ours {mine!r:.200}, theirs {other!r:.200} (engine {theirs.engine}); "
+                f"{fields.shown(name)} differs: ours {mine!r:.200}, theirs {other!r:.200} (engine {theirs.engine}); "
                 "start both engines alike"
             )
     if ours.num_parts != theirs.num_parts:

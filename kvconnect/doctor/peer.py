@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +19,13 @@ from kvconnect.control import wait_for
 from kvconnect.doctor.counterpart import MARK, Case, settings
 from kvconnect.doctor.findings import Finding
 from kvconnect.doctor.intent import Intent
-from kvconnect.errors import HandshakeError, KVConnectError
+from kvconnect.errors import ConfigError, HandshakeError, KVConnectError
 from kvconnect.paging import PagedLayout
 from kvconnect.pipes.peer_memory import PeerMemory
 
 _VERSIONS = ("kvconnect", "vllm", "torch")
+#: Of what a peer has; an engine's fingerprint has fewer fields.
+_MOST_NAMED = 32
 #: Namespaces of processes of one host, which pipe needs them to be shared, what for, and how they are.
 _NAMESPACES = {
     "netns": ("shm", "meets over the network namespace's sockets", "give the containers one network (--network=host)"),
@@ -67,9 +71,14 @@ def meet(intent: Intent, address: str) -> Met:
     timeout_s = intent.config.connect_timeout_s
     client = Access(intent.config).client("kvconnect-doctor-client")
     try:
-        hello = Hello.from_wire(wait_for(client.call(address, "hello", me.to_wire(), timeout_s), timeout_s + 1))
+        return read(wait_for(client.call(address, "hello", me.to_wire(), timeout_s), timeout_s + 1))
     finally:
         client.close()
+
+
+def read(answer: Mapping[str, Any]) -> Met:
+    """Read the hello that a peer has answered with; raise `HandshakeError` naming the malformed field."""
+    hello = Hello.from_wire(answer)
     worker = worker_of(hello, 0)
     pipes = fields.mapping(worker, "pipes")
     identity = next((fields.mapping(pipes, name) for name in sorted(pipes)), {})
@@ -118,7 +127,7 @@ def _versions(met: Met, ours: Mapping[str, Any]) -> Iterator[Finding]:
         if theirs == ours[name]:
             yield Finding(f"peer.version.{name}", "ok", f"{theirs or 'not installed'} at both ends")
         else:
-            what = f"{name}: ours {ours[name] or 'none'}, theirs {str(theirs)[:80] or 'none'}"
+            what = f"{name}: ours {ours[name] or 'none'}, theirs {fields.shown(theirs) or 'none'}"
             yield Finding(
                 f"peer.version.{name}", "note", f"{what}; fields decide whether they fit", "install one version"
             )
@@ -134,14 +143,14 @@ def _fields(met: Met, marks: Mapping[str, str | int]) -> Iterator[Finding]:
         else:
             what = f"{name} differs: ours {value!r}, theirs {theirs[name]!r:.200}: every hand-over will be recomputed"
             yield Finding(f"peer.field.{name}", "bad", what, "start both engines alike")
-    unknown = [f"{name} {theirs[name]!r:.80}" for name in theirs if name not in marks]
+    unknown = [f"{fields.shown(name)} {theirs[name]!r:.80}" for name in theirs if name not in marks]
     if unknown:
-        what = f"the peer's {', '.join(unknown)}; {met.hello.num_parts} workers: not compared"
+        what = f"the peer's {_some(unknown)}; {met.hello.num_parts} workers: not compared"
         yield Finding("peer.fields", "note", what, "say what this end will have: --field NAME=VALUE")
 
 
 def _pipe(intent: Intent, met: Met) -> Iterator[Finding]:
-    ours, theirs = intent.pipe.name, str(met.facts.get("pipe", "auto"))[:80]
+    ours, theirs = intent.pipe.name, fields.shown(met.facts.get("pipe", "auto"))
     if "auto" not in (ours, theirs) and ours != theirs:
         what = f"pipe differs: ours {ours!r}, theirs {theirs!r}"
         yield Finding("peer.pipe", "bad", what, "configure the same pipe, or 'auto', at both ends")
@@ -152,7 +161,7 @@ def _place(intent: Intent, met: Met, ours: Mapping[str, Any]) -> Iterator[Findin
         yield Finding("peer.host", "ok", "on this host")
         yield from _same_host(intent, met, ours)
         return
-    yield Finding("peer.host", "ok", f"on another host, {str(met.facts.get('name', met.hello.engine))[:80]}")
+    yield Finding("peer.host", "ok", f"on another host, {fields.shown(met.facts.get('name', met.hello.engine))}")
     if is_loopback(intent.config.bind_host) and intent.config.advertise_host is None:
         what = f"this end listens on {intent.config.bind_host}, which the peer's host cannot reach"
         yield Finding(
@@ -211,13 +220,19 @@ def case_of(met: Met, wanted: Case | None) -> tuple[Case | None, list[Finding]]:
             ("piece_bytes", [wanted.piece_bytes], sizes),
         ):
             if ours != theirs:
-                what = f"{name} differs: ours {ours[0]}, theirs {', '.join(map(str, theirs))}"
+                what = f"{name} differs: ours {ours[0]}, theirs {_some(map(str, theirs))}"
                 cure = "start both engines with one model, KV dtype, block size and parallel shape"
                 findings.append(Finding(f"peer.layout.{name}", "bad", what, cure))
     if not met.facts:
         return None, findings
     pool = met.layout.num_blocks[0] if layers else 0
-    case = Case(len(layers), sizes[0] if sizes else 0, max(1, pool // 2) * len(layers) * (sizes[0] if sizes else 0))
-    if case.layout().shape() != met.layout.shape() or case.pool > pool:
-        raise HandshakeError("the peer's memory is laid out as no doctor's is: install the same kvconnect at both ends")
-    return case, findings
+    with contextlib.suppress(ConfigError):
+        case = Case(len(layers), sizes[0] if sizes else 0, max(1, pool // 2) * len(layers) * (sizes[0] if sizes else 0))
+        if case.layout().shape() == met.layout.shape() and case.pool <= pool:
+            return case, findings
+    raise HandshakeError("the peer's memory is laid out as no doctor's is: install the same kvconnect at both ends")
+
+
+def _some(what: Iterable[str]) -> str:
+    """Return the first few of what a peer has, as one text."""
+    return ", ".join(itertools.islice(what, _MOST_NAMED))

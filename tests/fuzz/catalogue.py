@@ -18,9 +18,9 @@ control_client          control                _Peer._take
 control_endpoint        control                split
 own                     control                _Peer._notice
 control_door            keys                   _Door._answer
-hello                   buffers.hello          Hello.from_wire check_shapes
+hello                   buffers.hello          Hello.from_wire check_shapes misfit
 hello                   buffers.peers          Peers._heard worker_of
-hello                   buffers.choice         choose_pipe _refused
+hello                   buffers.choice         choose_pipe _refused _by_pipe
 hello                   buffers.fields         binary
 layout                  paging                 PagedLayout.from_wire
 ticket                  buffers.ticket         Ticket.from_wire unpack_ids
@@ -110,6 +110,10 @@ pipe_cards              pipes.cuda_ipc         CudaIpcPipe.can_reach
 pipe_cards              pipes.shm              ShmPipe.can_reach
 pipe_cards              pipes.inproc           InprocPipe._meet
 own                     pipes.landing          Landing.empty
+doctor                  doctor.peer            read is_here _versions _fields _pipe _place _same_host _unreadable
+own                     doctor.report          Report.from_json Report.to_text
+own                     doctor.intent          load examine _intent
+own                     doctor.host            _pipe_ports
 ======================  =====================  ==============================================================
 
 Operations: ``hello match claim renew release abandon`` (lender), ``pipe.*`` (worker_pipes), ``blocks.*``
@@ -119,9 +123,11 @@ Operations: ``hello match claim renew release abandon`` (lender), ``pipe.*`` (wo
 
 from __future__ import annotations
 
-from tests.fuzz import of_blocks, of_bytes, of_control, of_pipes, of_stores
+from tests.fuzz import of_blocks, of_bytes, of_control, of_doctor, of_pipes, of_stores
 from tests.fuzz.harness import Target
 
 TARGETS: dict[str, Target] = {
-    target.name: target for room in (of_control, of_bytes, of_blocks, of_pipes, of_stores) for target in room.TARGETS
+    target.name: target
+    for room in (of_control, of_bytes, of_blocks, of_pipes, of_stores, of_doctor)
+    for target in room.TARGETS
 }

@@ -15,7 +15,6 @@ ELSEWHERE = {
     "testing",
     "bench",
     "demo",
-    "doctor",
     "proxy",
     "connectors",
     "cli.py",

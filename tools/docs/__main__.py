@@ -1,13 +1,17 @@
-"""``python -m tools.docs``: rewrite the generated parts of ``docs/config.md`` and ``docs/contracts.md``."""
+"""``python -m tools.docs``: rewrite the generated parts of ``docs/``."""
 
 from __future__ import annotations
 
 from bench.report import ROOT, between
-from tools.docs import contracts, options
+from tools.docs import contracts, examples, options
 
 BEGIN = "<!-- begin: written by python -m tools.docs -->"
 END = "<!-- end: written by python -m tools.docs -->"
-PAGES = {ROOT / "docs" / "config.md": options.render, ROOT / "docs" / "contracts.md": contracts.render}
+PAGES = {
+    ROOT / "docs" / "config.md": options.render,
+    ROOT / "docs" / "contracts.md": contracts.render,
+    ROOT / "docs" / "write-a-pipe.md": examples.render,
+}
 
 
 def main() -> None:
