@@ -39,6 +39,8 @@ class CheckedEngine(Engine):
         self.outcomes: dict[str, str] = {}
         #: Requests whose load is not over.
         self.loading: set[str] = set()
+        #: Requests whose load is over, but whose turn in the scheduler's queue has not come: they still wait for it.
+        self._over: set[str] = set()
         self._told: Counter[tuple[int, str]] = Counter()
         self._prompts: dict[str, list[int]] = {}
         self._failed: set[str] = set()
@@ -95,7 +97,9 @@ class CheckedEngine(Engine):
 
     def started(self, planned: Any) -> set[str]:
         """Return the requests whose loads a step starts; by default those that have begun to wait for one."""
-        return {name for name in self.scheduler.requests if self.loads(name)} - self.loading
+        waiting = {name for name in self.scheduler.requests if self.loads(name)}
+        self._over &= waiting
+        return waiting - self.loading - self._over
 
     def _hear(self, planned: Any, moved: Any) -> None:
         started = self.started(planned)
@@ -106,6 +110,7 @@ class CheckedEngine(Engine):
         if unknown := over - self.loading:
             self.wrong.append(f"completion of what does not load: {unknown}")
         self.loading -= over
+        self._over |= over
         for told in [told for told in self._told if told[1] in over]:
             del self._told[told]
         self._failed |= set(moved.failed_recving or ()) if moved else set()

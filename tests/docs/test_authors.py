@@ -69,6 +69,7 @@ def test_both_are_listed_once_they_are_installed(installed):
         assert any(line.split()[1:5] == [name, "yes", "shown", "1.0"] for line in listed.splitlines()), listed
 
 
+@pytest.mark.slow  # as the example's package, it is held to them in tests/test_third_parties.py
 @pytest.mark.timeout(450)
 def test_the_pipe_keeps_every_law_between_two_ends_of_one_process(installed):
     assert "failed" not in suite(installed, "test_unix_pipe.py", "-k", "not process_law")
