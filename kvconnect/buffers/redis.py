@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 from urllib.parse import urlsplit
 
+from kvconnect.buffers.redis_reply import read_into
 from kvconnect.buffers.store import Found, Store, Stored, StoreOptions
 from kvconnect.buffers.store_table import StoreBuffer
 from kvconnect.config import PATH
@@ -259,6 +260,8 @@ class RedisStore(Store):
         """Get a chunk. See `Store.get`."""
         name = f"{self._prefix}:c:{place}:{part}:{offset}"
         with _mapped():
+            if read_into(self._client.connection_pool, name, into):
+                return
             chunk = self._twice.call_with_retry(lambda: self._client.get(name), lambda _: None)
         if chunk is None:
             raise LoadError("the entry is gone")

@@ -303,3 +303,15 @@ def test_a_server_that_dies_costs_a_failed_load_and_a_prompt_that_is_not_stored(
         assert not p.put(3)
         assert p.count("not_stored_store_failed") == 1
         assert eventually(lambda: p.end.lent_blocks() == 0)
+
+
+def test_what_is_no_chunk_of_that_length_leaves_connections_usable(store_of):
+    store_of.put("d", 0, 0, memoryview(b"8 bytes."))
+    for _ in range(20):
+        with pytest.raises(LoadError, match="8 bytes, not 9"):
+            store_of.get("d", 0, 0, memoryview(bytearray(9)))
+        with pytest.raises(LoadError, match="gone"):
+            store_of.get("d", 1, 0, memoryview(bytearray(8)))
+    into = bytearray(8)
+    store_of.get("d", 0, 0, memoryview(into))
+    assert into == b"8 bytes."
