@@ -197,7 +197,7 @@ class Looks:
             logger.warning("the store cannot be asked: %s", named(error))
             miss = Miss("unreachable", str(error))
         # What there is by then is had in time.
-        late = self._client.clock.now() >= look.until - 2 * _MAX_PAUSE_S
+        late = self._client.clock.now() >= look.until - 2 * look.pause_s
         if miss is not None and miss.cause == "absent" and _is_coming(look.want) and not late:
             # A store does not tell when something arrives: it is asked again, after pauses that grow.
             look.pause_s = min(2 * look.pause_s, _MAX_PAUSE_S)
@@ -223,6 +223,8 @@ class Looks:
             answer = self._ask(keys[len(look.have)], start, grant)
             if isinstance(answer, Miss):
                 return answer
+            if look.have and len(answer[1].blocks) != len(look.have[0][1].blocks):
+                return Miss("mismatch", "the segments of the prompt have different numbers of groups")
             look.have.append(answer)
         return None
 

@@ -152,6 +152,24 @@ def test_the_oldest_make_room_for_what_comes(store):
         assert p.count("not_stored_no_room") == 1
 
 
+def test_segments_that_do_not_belong_together_are_not_joined(store):
+    two = separate_layers(3, 32, 2, 700, groups=2)
+    share = dataclasses.replace(store, options={**store.options, "mode": "share"})
+    first, whole = key(1, 16), key(2, 32)
+    with pair(share) as (p, d):
+        p.end.offer(first, ((1,),), label=None, asked=True)
+        eventually(lambda: p.count("stored"))
+        other = StoreEngine(share, layouts=[two], consumes=False)
+        # As of nobody but who writes to the store by hand: a second segment with one group more.
+        other.end.offer(whole, ((2,), (3,)), label=None, asked=True, before=[(first, ((1,), (4,)))])
+        eventually(lambda: other.count("stored"))
+        d.end._looks._shapes = ()
+        d.end.look("r", Want(whole, prefixes=(first,)))
+        found = eventually(lambda: d.end.found("r"))
+        assert (found.key, len(found.blocks)) == (first, 1)
+        other.close()
+
+
 def test_what_was_of_use_is_kept_longest(store):
     three = 3 * LAYOUT.nbytes([(1, 2, 3)]) + 2000
     options = {**store.options, "mode": "share", "capacity_bytes": three}
