@@ -67,7 +67,7 @@ demo: venv
 test: test-unit test-faults test-vllm
 
 test-unit: venv
-	$(BIN)/python -m pytest -m "not vllm and not gpu and not slow" --ignore=tests/faults $(PYTEST)
+	$(BIN)/python -m pytest --durations=30 -m "not vllm and not gpu and not slow" --ignore=tests/faults $(PYTEST)
 
 # The table of what was struck goes to build/faults.json, too.
 test-faults: venv

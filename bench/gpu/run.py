@@ -247,6 +247,6 @@ def select(only: str | None) -> tuple[list[Case], bool]:
 
 
 def last_line(text: str) -> str:
-    """Return the last line of a traceback: the error itself."""
-    lines = [line for line in text.strip().splitlines() if line.strip()]
+    """Return the last line of a traceback that is no note: the error itself."""
+    lines = [line for line in text.strip().splitlines() if line.strip() and not line.startswith("see docs/")]
     return lines[-1].strip() if lines else ""

@@ -193,6 +193,7 @@ class RedisStore(Store):
         from redis.backoff import NoBackoff
         from redis.retry import Retry
 
+        self._closed = False
         self._prefix, self._ttl_s = options.prefix, int(options.max_age_s) + _DRAFT_S
         try:
             password = Path(options.password_file).read_text("utf-8").strip() if options.password_file else None
@@ -262,6 +263,8 @@ class RedisStore(Store):
         with _mapped():
             if read_into(self._client.connection_pool, name, into):
                 return
+            if self._closed:
+                raise ClosedError("the store was closed")
             chunk = self._twice.call_with_retry(lambda: self._client.get(name), lambda _: None)
         if chunk is None:
             raise LoadError("the entry is gone")
@@ -300,6 +303,7 @@ class RedisStore(Store):
 
     def close(self) -> None:
         """Close the connections."""
+        self._closed = True
         self._client.close()
         self._client.connection_pool.disconnect()
 

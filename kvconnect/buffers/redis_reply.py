@@ -26,7 +26,8 @@ def read_into(pool: Any, name: str, into: memoryview) -> bool:
     whole = False
     try:
         connection.send_command("GET", name)
-        whole = _bulk(connection._sock, into)  # noqa: SLF001 - redis-py has no other way to the bytes themselves
+        sock = connection._sock  # noqa: SLF001 - redis-py has no other way to the bytes themselves
+        whole = sock is not None and _bulk(sock, into)
     except TimeoutError as error:
         raise redis.TimeoutError("Timeout reading a chunk") from error
     except (OSError, redis.ConnectionError):

@@ -44,7 +44,9 @@ class _Look:
     """One request's. Its fields change under the lock of `Looks`."""
 
     want: Want
+    #: When it has to be answered, and when what has been found by then is enough.
     until: float
+    enough: float
     answer: Claim | Miss | None = None
     hold: _Hold | None = None
     committed: bool = False
@@ -75,7 +77,8 @@ class Looks:
 
     def look(self, request_id: str, want: Want) -> None:
         """Start to look."""
-        look = _Look(want, self._client.clock.now() + self._config.lookup_timeout_s)
+        now, limit_s = self._client.clock.now(), self._config.lookup_timeout_s
+        look = _Look(want, now + limit_s, now + 0.9 * limit_s)
         with self._lock:
             if request_id in self._looks:
                 return
@@ -196,21 +199,20 @@ class Looks:
         except Exception as error:  # noqa: BLE001 - a third party's store may raise anything; the request must hear of it
             logger.warning("the store cannot be asked: %s", named(error))
             miss = Miss("unreachable", str(error))
-        # What there is by then is had in time.
-        late = self._client.clock.now() >= look.until - 2 * look.pause_s
+        late = self._client.clock.now() >= look.enough
         if miss is not None and miss.cause == "absent" and _is_coming(look.want) and not late:
             # A store does not tell when something arrives: it is asked again, after pauses that grow.
             look.pause_s = min(2 * look.pause_s, _MAX_PAUSE_S)
             self._client.later(look.pause_s, lambda: self._queue(look))
             return
         if miss is None or (look.have and miss.cause != "unreachable"):
-            found = claim(grant, _keys(look.want)[len(look.have) - 1], look.have)
+            found = claim(grant, _keys(look.want)[len(look.have) - 1], look.have, offered=not self._takes)
             with self._lock:
                 if self._takes:
                     # Nobody else has: looks for one entry follow each other.
                     hold = self._holds[name] = _Hold(name, found)
                 self._answer(look, found, hold)
-            if not self._takes:
+            if not self._takes and not look.over:
                 self._crew.submit(partial(self._touch, look))
         else:
             self._miss(look, miss)
@@ -219,6 +221,8 @@ class Looks:
         """Find the segments that are missing yet; return why one of them still is."""
         keys = _keys(look.want)
         while len(look.have) < len(keys):
+            if look.over or (look.have and self._client.clock.now() >= look.enough):
+                return Miss("absent", "there was no time to look for more")
             start = keys[len(look.have) - 1].length if look.have else 0
             answer = self._ask(keys[len(look.have)], start, grant)
             if isinstance(answer, Miss):

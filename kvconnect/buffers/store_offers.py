@@ -51,6 +51,9 @@ class _Offer:
     parts: dict[int, Part] = field(default_factory=dict)
     #: Workers that may be reading the blocks.
     reading: set[int] = field(default_factory=set)
+    #: Bytes that count as on their way, and whether anything of it may be at the store.
+    charged: int = 0
+    began: bool = False
     #: Why it comes to nothing.
     failed: str = ""
     over: bool = False
@@ -79,6 +82,7 @@ class Offers:
         """Ask workers on ``client``, the store on ``crew``; a part must be written within ``limit_s``."""
         self._store, self._options, self._occupancy = store, options, occupancy
         self._client, self._crew, self._limit_s = client, crew, limit_s
+        self._shares = options.mode == "share"
         self._lock = threading.Lock()
         self._workers: Sequence[Mapping[str, Any]] = ()
         self._open: dict[str, _Offer] = {}
@@ -172,14 +176,27 @@ class Offers:
         offer.nbytes = sum(
             size * sum(map(bool, ids)) for each in sizes for ids, size in zip(offer.blocks, each, strict=False)
         )
-        if self._under_way + offer.nbytes > self._options.writing_bytes:
+        # What is shared may be there already, and is on no way then: that is seen to first.
+        if not self._shares and not self._charge(offer):
             offer.failed = "busy"
             self._end(offer)
-            return
-        self._under_way += offer.nbytes
-        if not self._crew.submit(partial(self._prepare, offer)):
+        elif not self._crew.submit(partial(self._prepare, offer)):
             offer.failed = "closed"
+            self._discharge(offer)
             self._end(offer)
+
+    def _charge(self, offer: _Offer) -> bool:
+        """Under the lock: count an entry as on its way, if that is not too much."""
+        if self._under_way + offer.nbytes > self._options.writing_bytes:
+            return False
+        offer.charged = offer.nbytes
+        self._under_way += offer.charged
+        return True
+
+    def _discharge(self, offer: _Offer) -> None:
+        """Under the lock: it is on its way no more."""
+        self._under_way -= offer.charged
+        offer.charged = 0
 
     def _end(self, offer: _Offer) -> None:
         """Under the lock: the blocks are the engine's again."""
@@ -207,8 +224,8 @@ class Offers:
         """Under the lock: no worker reads the blocks any more."""
         self._end(offer)
         job = self._discard if offer.failed else self._publish
-        if not self._crew.submit(partial(job, offer)):
-            self._under_way -= offer.nbytes
+        if not offer.began or not self._crew.submit(partial(job, offer)):
+            self._discharge(offer)
 
     # -- the store's threads --------------------------------------------------------------
 
@@ -219,6 +236,9 @@ class Offers:
         except Exception as error:  # noqa: BLE001 - a third party's store may raise anything
             logger.warning("the store cannot be asked: %s", named(error))
             why = "store_failed"
+        with self._lock:
+            if self._shares and not why and not offer.failed and not self._charge(offer):
+                why = "busy"
         if why:
             self._give_up(offer, why)
             return
@@ -227,6 +247,7 @@ class Offers:
         with self._lock:
             if offer.failed:
                 return
+            offer.began = True
             offer.reading = set(range(len(self._workers)))
             # Sent before anybody can ask them to stop: calls arrive in order.
             answers = [self._ask(offer, rank, "store.write", body) for rank in range(len(self._workers))]
@@ -234,7 +255,7 @@ class Offers:
             answer.add_done_callback(partial(self._written, offer, rank))
 
     def _obstacle(self, offer: _Offer) -> str:
-        if self._options.mode == "share" and self._store.find(offer.name) is not None:
+        if self._shares and self._store.find(offer.name) is not None:
             self._store.touch(offer.name)
             return "present"
         return "" if self._occupancy.admit(offer.nbytes, offer.name) else "no_room"
@@ -243,10 +264,9 @@ class Offers:
         parts = tuple(offer.parts[rank] for rank in range(len(self._workers)))
         blocks, chunk_bytes = number(offer.blocks), self._options.chunk_bytes
         manifest = Manifest(offer.key, blocks, chunk_bytes, parts, time.time(), offer.start)
-        replace = self._options.mode == "take"
-        packed, nbytes = manifest.pack(), manifest.nbytes
         try:
-            stored = self._store.publish(offer.draft, offer.name, packed, nbytes=nbytes, replace=replace)
+            packed, nbytes = manifest.pack(), manifest.nbytes
+            stored = self._store.publish(offer.draft, offer.name, packed, nbytes=nbytes, replace=not self._shares)
             why = "" if stored else "present"
         except Exception as error:  # noqa: BLE001 - a third party's store may raise anything
             logger.warning("a prompt could not be stored: %s", named(error))
@@ -255,11 +275,12 @@ class Offers:
             if not isinstance(error, BrokenError):
                 self._drop_draft(offer)
         with self._lock:
-            self._under_way -= offer.nbytes
+            self._discharge(offer)
             self._counts[f"not_stored_{why}" if why else "stored"] += 1
             outdated = offer.made < self._cleared  # its blocks were free already, so `clear` did not see it
             if why != "present" and not outdated:
                 self._known[offer.name] = None
+                self._known.move_to_end(offer.name)
                 while len(self._known) > _MAX_KNOWN:
                     self._known.popitem(last=False)
         if outdated and why != "present":
@@ -268,7 +289,7 @@ class Offers:
     def _discard(self, offer: _Offer) -> None:
         self._drop_draft(offer)
         with self._lock:
-            self._under_way -= offer.nbytes
+            self._discharge(offer)
 
     def _drop_draft(self, offer: _Offer) -> None:
         try:

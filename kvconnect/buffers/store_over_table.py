@@ -31,7 +31,7 @@ from kvconnect.buffers.store_parts import ABREAST
 from kvconnect.buffers.store_scheduler import StoreScheduler
 from kvconnect.buffers.store_worker import StoreWorker
 from kvconnect.config import PATH, parse_options
-from kvconnect.errors import BrokenError, ConfigError, IntegrityError, LoadError, as_ours
+from kvconnect.errors import BrokenError, ConfigError, IntegrityError, KVConnectError, LoadError, as_ours
 from kvconnect.paging import PagedMemory
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,14 @@ class TableStore(Store):
             self._offer(name, old)
             self.discard(draft)
             return False
-        self._offer(name, new)
+        try:
+            self._offer(name, new)
+        except Exception:
+            # No row says where its chunks are, and a table may keep them for ever.
+            with contextlib.suppress(KVConnectError):
+                self._take_out(name)
+                self.discard(draft)
+            raise
         with self._lock:
             self._published[name] = Stored(name, Manifest.unpack(manifest).nbytes, time.time(), taken=False)
         if old is not None:

@@ -192,9 +192,17 @@ class _Landing:
 class PartReader:
     """Reads some blocks of one part of an entry out of a store into paged memory."""
 
-    def __init__(self, memory: PagedMemory, store: Store, rooms: Rooms, part: Part, chunk_bytes: int) -> None:
-        """Read from ``part``, as the entry's manifest describes it."""
-        self._memory, self._store, self._rooms = memory, store, rooms
+    def __init__(
+        self,
+        memory: PagedMemory,
+        store: Store,
+        rooms: Rooms,
+        part: Part,
+        chunk_bytes: int,
+        spoilt: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Read from ``part``, as the entry's manifest describes it; call ``spoilt`` if it is not so."""
+        self._memory, self._store, self._rooms, self._spoilt = memory, store, rooms, spoilt
         self._part, self._chunk_bytes = part, chunk_bytes
         if part.shape != shape_of(memory.layout):
             raise LoadError("the entry was written by an engine whose memory has other layers or another order")
@@ -234,9 +242,13 @@ class PartReader:
         """Make one step; raise `IntegrityError` if the chunk is not what was written. Nothing of it is used then."""
         room = self._rooms.take(step.stop - step.start)
         data = _bytes(room)
-        self._store.get(place, rank, step.start, data)
-        if sum_of(data) != self._part.sum(step.start // self._chunk_bytes):
-            raise IntegrityError(f"bytes {step.start} to {step.stop} of the entry's part {rank} are damaged")
+        try:
+            self._store.get(place, rank, step.start, data)
+            if sum_of(data) != self._part.sum(step.start // self._chunk_bytes):
+                raise IntegrityError(f"bytes {step.start} to {step.stop} of the entry's part {rank} are damaged")
+        except (IntegrityError, LoadError):
+            self._spoilt()
+            raise
         with guard:
             for run in step.runs:
                 first, last = max(step.start, run.start), min(step.stop, run.start + run.pieces.nbytes)

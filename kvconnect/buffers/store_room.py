@@ -43,18 +43,23 @@ def make_room(
     for entry in entries:
         too_old = entry.made + options.max_age_s <= now
         evicts = evicts and (over > 0 or over - entry.nbytes >= -slack)
-        if (too_old or evicts) and not entry.taken and store.drop(entry.name):
+        if (too_old or evicts) and not entry.taken:
+            store.drop(entry.name)  # or somebody else has: it is gone in any case
             over -= entry.nbytes
     return over
 
 
 class Occupancy:
-    """How full a store is, as one engine knows: from a list made now and then, and what it has written since."""
+    """How full a store is, as one engine knows: from a list made now and then, and what it has admitted since.
+
+    What others write between two lists, and what was admitted but is not published when the next one is
+    made, comes on top: the bound holds but for what is on its way.
+    """
 
     def __init__(self, store: Store, options: StoreOptions) -> None:
         self._store, self._options = store, options
-        self._lock = threading.Lock()
-        #: At most; takers and others' evictions make it less. ``None``: never listed.
+        self._lock, self._listing = threading.Lock(), threading.Lock()
+        #: Takers and others' evictions make it less. ``None``: never listed.
         self._nbytes: int | None = None
 
     def admit(self, nbytes: int, name: str) -> bool:
@@ -64,11 +69,13 @@ class Occupancy:
             if known is not None and known + nbytes <= self._options.capacity_bytes:
                 self._nbytes = known + nbytes
                 return True
-        return self._list(nbytes, name) <= 0
+        with self._listing:  # two that evict at a time would each make room for both
+            return self._list(nbytes, name) <= 0
 
     def refresh(self) -> None:
         """Look what is there, drop what is too old or too much. Asks the store."""
-        self._list(0)
+        with self._listing:
+            self._list(0)
 
     def _list(self, nbytes: int, name: str = "") -> int:
         capacity = self._options.capacity_bytes

@@ -10,7 +10,7 @@ import numpy as np
 
 from kvconnect.buffers.base import Claim, LookupKey
 from kvconnect.buffers.store import Found
-from kvconnect.buffers.store_manifest import Manifest
+from kvconnect.buffers.store_manifest import Manifest, name_of
 from kvconnect.errors import LoadError
 from kvconnect.paging import BlockIds
 
@@ -23,6 +23,8 @@ class Segment(NamedTuple):
     #: Blocks that it has in each group; null blocks are not there.
     counts: tuple[int, ...]
     parts: tuple[tuple[int, str, bytes], ...]
+    #: Under which it is offered to others, too; empty if it was taken.
+    name: str
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,11 @@ class Wanted:
     local: BlockIds
 
 
-def claim(grant: str, key: LookupKey, entries: Sequence[tuple[Found, Manifest]]) -> Claim:
-    """Join the entries of a prompt, in its order. Blocks are numbered on, from 1, through all of them."""
+def claim(grant: str, key: LookupKey, entries: Sequence[tuple[Found, Manifest]], *, offered: bool) -> Claim:
+    """Join the entries of a prompt, in its order, ``offered`` to others or taken.
+
+    Blocks are numbered on, from 1, through all of them.
+    """
     blocks: list[list[int]] = [[] for _ in entries[0][1].blocks]
     before = [0] * len(blocks)
     segments = []
@@ -45,7 +50,8 @@ def claim(grant: str, key: LookupKey, entries: Sequence[tuple[Found, Manifest]])
             blocks[group] += [number and before[group] + number for number in ids]
             before[group] += counts[group]
         parts = tuple((part.nbytes, part.shape, part.sums) for part in manifest.parts)
-        segments.append(tuple(Segment(found.place, manifest.chunk_bytes, counts, parts)))
+        name = name_of(manifest.key, manifest.start) if offered else ""
+        segments.append(tuple(Segment(found.place, manifest.chunk_bytes, counts, parts, name)))
     return Claim(grant, key, tuple(map(tuple, blocks)), {"segments": segments})
 
 

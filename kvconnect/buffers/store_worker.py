@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import hmac
+import logging
 import re
 import secrets
 import threading
@@ -23,10 +24,12 @@ from kvconnect.buffers.store_parts import ChunkRun, Guard, PartReader, PartWrite
 from kvconnect.buffers.store_segments import wanted
 from kvconnect.buffers.ticket import unpack_ids
 from kvconnect.control import ControlServer
-from kvconnect.errors import ClosedError, DeadlineError, HandshakeError, KVConnectError, LoadError, as_ours
+from kvconnect.errors import ClosedError, DeadlineError, HandshakeError, KVConnectError, LoadError, as_ours, named
 from kvconnect.loop import Loop, Timer
 from kvconnect.paging import BlockIds, PagedMemory
 from kvconnect.pipes.base import Message, Transfer
+
+logger = logging.getLogger(__name__)
 
 #: Threads that move chunks, of all transfers together; each holds one chunk.
 _THREADS = 4
@@ -100,13 +103,22 @@ class StoreWorker(WorkerEnd):
         """Return the steps of a load: one for each chunk of each segment that is needed."""
         steps: list[Callable[[Guard], None]] = []
         for each in wanted(claim, remote, local):
-            place, chunk_bytes, counts, parts = each.segment
+            place, chunk_bytes, counts, parts, name = each.segment
             if self._rank >= len(parts):
                 raise LoadError(f"the entry has {len(parts)} parts, this is worker {self._rank}")
-            reader = PartReader(self._memory, self._store, self._rooms, Part(*parts[self._rank]), chunk_bytes)
+            part, spoilt = Part(*parts[self._rank]), functools.partial(self._drop, name)
+            reader = PartReader(self._memory, self._store, self._rooms, part, chunk_bytes, spoilt)
             landings = reader.plan(counts, each.numbers, each.local)
             steps += [functools.partial(reader.read, place, self._rank, landing) for landing in landings]
         return steps
+
+    def _drop(self, name: str) -> None:
+        """Drop an entry that others would find, too, and fail with; until it is gone nobody stores it anew."""
+        if name:
+            try:
+                self._store.drop(name)
+            except Exception as error:  # noqa: BLE001 - a third party's store may raise anything; its age ends the entry
+                logger.warning("a damaged entry could not be dropped: %s", named(error))
 
     def stats(self) -> dict[str, int]:
         """Counters since the start."""

@@ -30,7 +30,9 @@ class Stranger:
     def send(self, op, body):
         """Ask; return the question's number."""
         number = next(self._numbers)
-        self.socket.send(msgpack.packb({"p": [1, 1], "id": number, "op": op, "body": body}))
+        # Whom a handshake has turned away has nobody to send to, and would wait for ever.
+        with contextlib.suppress(zmq.Again):
+            self.socket.send(msgpack.packb({"p": [1, 1], "id": number, "op": op, "body": body}), zmq.NOBLOCK)
         return number
 
     def hear(self, limit_s=5.0):

@@ -13,6 +13,7 @@ from kvconnect.buffers.memory import MemoryBuffer
 from kvconnect.buffers.store import StoreOptions
 from kvconnect.buffers.store_manifest import Manifest, Part, sum_of
 from kvconnect.buffers.store_over_table import TableStore
+from kvconnect.buffers.store_parts import ABREAST
 from kvconnect.config import Backend
 from kvconnect.errors import BrokenError, ConfigError, LoadError
 from kvconnect.testing.layouts import separate_layers
@@ -80,7 +81,8 @@ def rows(file):
 def test_nothing_is_left_of_what_was_read_in_part(store, file):
     with pair(store) as (p, d):
         p.put()
-        assert rows(file) == [("kvconnect chunks", at) for at in (0, 5000, 10000)] + [("kvconnect entries", 0)]
+        # Two are written at a time, whichever is the first.
+        assert sorted(rows(file)) == [("kvconnect chunks", at) for at in (0, 5000, 10000)] + [("kvconnect entries", 0)]
         claim = d.claim()
         d.reads(claim, ((3,),), ((10,),)).wait(8)  # our own cache has the rest
         assert 0 < len(rows(file)) < 3
@@ -99,7 +101,9 @@ def test_nothing_is_left_of_an_entry_that_was_replaced(store, file):
         eventually(lambda: not rows(file))
 
 
-def test_a_table_that_fails_in_the_middle_of_a_prompt_keeps_nothing_of_it(store, sqlite, file, monkeypatch):
+def test_a_table_that_fails_in_the_middle_of_a_prompt_keeps_nothing_but_what_was_just_being_written(
+    store, sqlite, file, monkeypatch
+):
     real, left = sqlite.insert, iter(range(4))
 
     def insert(self, key, kv):
@@ -112,7 +116,7 @@ def test_a_table_that_fails_in_the_middle_of_a_prompt_keeps_nothing_of_it(store,
         monkeypatch.setattr(sqlite, "insert", insert)
         assert not p.put(1, (tuple(range(1, 20)),))
         assert p.count("not_stored_store_failed") == 1
-        eventually(lambda: not rows(file))
+        eventually(lambda: len(rows(file)) <= ABREAST)
         monkeypatch.setattr(sqlite, "insert", real)
         assert p.put(2)
         assert isinstance(d.find(2), Claim)
