@@ -122,6 +122,21 @@ def test_a_table_that_fails_in_the_middle_of_a_prompt_keeps_nothing_but_what_was
         assert isinstance(d.find(2), Claim)
 
 
+def test_chunks_whose_manifest_the_table_does_not_take_are_taken_out(store, sqlite, file, monkeypatch):
+    real = sqlite.insert
+
+    def insert(self, key, kv):
+        if key.namespace == "kvconnect entries":
+            raise OSError("database is locked")
+        real(self, key, kv)
+
+    with pair(store) as (p, _):
+        monkeypatch.setattr(sqlite, "insert", insert)
+        assert not p.put()
+        assert p.count("not_stored_store_failed") == 1
+        assert rows(file) == []
+
+
 def test_what_this_engine_has_stored_goes_in_time_although_a_table_cannot_be_listed(store, file):
     store = dataclasses.replace(store, options={**store.options, "max_age_s": 0.3})
     p = StoreEngine(store, consumes=False, lease_s=0.3)
