@@ -67,6 +67,27 @@ class _Offer:
         return sum(map(len, self.blocks))
 
 
+class _Budget:
+    """Bytes that are on their way to the store, of so many at most. Used under the lock of `Offers`."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.nbytes = 0
+
+    def take(self, offer: _Offer) -> bool:
+        """Count an entry, if that is not too much."""
+        if self.nbytes + offer.nbytes > self._limit:
+            return False
+        offer.charged = offer.nbytes
+        self.nbytes += offer.charged
+        return True
+
+    def give(self, offer: _Offer) -> None:
+        """It is on its way no more."""
+        self.nbytes -= offer.charged
+        offer.charged = 0
+
+
 class Offers:
     """Has workers write finished prompts to a store, and knows whose blocks are still being read."""
 
@@ -87,7 +108,7 @@ class Offers:
         self._workers: Sequence[Mapping[str, Any]] = ()
         self._open: dict[str, _Offer] = {}
         self._ended: list[Blocks] = []
-        self._under_way, self._cleared = 0, float("-inf")
+        self._under_way, self._cleared = _Budget(options.writing_bytes), float("-inf")
         self._known: collections.OrderedDict[str, None] = collections.OrderedDict()
         self._counts: collections.Counter[str] = collections.Counter()
 
@@ -177,26 +198,13 @@ class Offers:
             size * sum(map(bool, ids)) for each in sizes for ids, size in zip(offer.blocks, each, strict=False)
         )
         # What is shared may be there already, and is on no way then: that is seen to first.
-        if not self._shares and not self._charge(offer):
+        if not self._shares and not self._under_way.take(offer):
             offer.failed = "busy"
             self._end(offer)
         elif not self._crew.submit(partial(self._prepare, offer)):
             offer.failed = "closed"
-            self._discharge(offer)
+            self._under_way.give(offer)
             self._end(offer)
-
-    def _charge(self, offer: _Offer) -> bool:
-        """Under the lock: count an entry as on its way, if that is not too much."""
-        if self._under_way + offer.nbytes > self._options.writing_bytes:
-            return False
-        offer.charged = offer.nbytes
-        self._under_way += offer.charged
-        return True
-
-    def _discharge(self, offer: _Offer) -> None:
-        """Under the lock: it is on its way no more."""
-        self._under_way -= offer.charged
-        offer.charged = 0
 
     def _end(self, offer: _Offer) -> None:
         """Under the lock: the blocks are the engine's again."""
@@ -225,7 +233,7 @@ class Offers:
         self._end(offer)
         job = self._discard if offer.failed else self._publish
         if not offer.began or not self._crew.submit(partial(job, offer)):
-            self._discharge(offer)
+            self._under_way.give(offer)
 
     # -- the store's threads --------------------------------------------------------------
 
@@ -237,7 +245,7 @@ class Offers:
             logger.warning("the store cannot be asked: %s", named(error))
             why = "store_failed"
         with self._lock:
-            if self._shares and not why and not offer.failed and not self._charge(offer):
+            if self._shares and not why and not offer.failed and not self._under_way.take(offer):
                 why = "busy"
         if why:
             self._give_up(offer, why)
@@ -275,7 +283,7 @@ class Offers:
             if not isinstance(error, BrokenError):
                 self._drop_draft(offer)
         with self._lock:
-            self._discharge(offer)
+            self._under_way.give(offer)
             self._counts[f"not_stored_{why}" if why else "stored"] += 1
             outdated = offer.made < self._cleared  # its blocks were free already, so `clear` did not see it
             if why != "present" and not outdated:
@@ -289,7 +297,7 @@ class Offers:
     def _discard(self, offer: _Offer) -> None:
         self._drop_draft(offer)
         with self._lock:
-            self._discharge(offer)
+            self._under_way.give(offer)
 
     def _drop_draft(self, offer: _Offer) -> None:
         try:

@@ -41,7 +41,7 @@ class StoreEngine:
         before = self.count("stored")
         self.end.offer(key(number), blocks, label=None, asked=asked)
         assert self.freed() == [blocks]
-        eventually(lambda: self.end._offers._under_way == 0)
+        eventually(lambda: self.end._offers._under_way.nbytes == 0)
         return self.count("stored") > before
 
     def freed(self):

@@ -27,7 +27,9 @@ def offer(p, prompt=PROMPT):
     """Offer a prompt, and wait until nothing of it is on its way; return how many segments were stored."""
     before, (*first, (last, blocks)) = p.count("stored"), prompt
     p.end.offer(last, blocks, label=None, asked=True, before=first)
-    eventually(lambda: p.end.lent_blocks() == 0 and p.end._offers._under_way == 0 and _decided(p) % len(prompt) == 0)
+    eventually(
+        lambda: p.end.lent_blocks() == 0 and p.end._offers._under_way.nbytes == 0 and _decided(p) % len(prompt) == 0
+    )
     return p.count("stored") - before
 
 

@@ -101,9 +101,14 @@ def test_a_process_with_an_idle_pipe_takes_no_processor_time(pair):
     ends.here.read_blocks([[1]], [[2]]).wait(LIMIT_S)
     pair.here.send_tensor(torch.ones(1000))
     pair.there.recv_tensor()
+    # What a test before left running may end just now; who polls does it in every second.
+    assert min(_used_in_a_second() for _ in range(5)) < 0.2
+
+
+def _used_in_a_second():
     used = time.process_time()
     threading.Event().wait(1.0)
-    assert time.process_time() - used < 0.2
+    return time.process_time() - used
 
 
 def test_a_child_forked_from_a_process_with_an_agent_says_that_it_cannot_have_one(pair):
