@@ -213,8 +213,9 @@ class RedisStore(Store):
             ) from error
         except (ValueError, TypeError, redis.RedisError) as error:
             raise ConfigError(f"{PATH}.buffer.url cannot be used: {error}") from error
-        # For chunks: once more over a new connection, but not after waiting for as long as anybody may.
-        self._twice = Retry(NoBackoff(), 1, (redis.ConnectionError,))
+        # For chunks: over another connection as long as there may be one that died with the first, but not after
+        # waiting for as long as anybody may.
+        self._again = Retry(NoBackoff(), _CONNECTIONS, (redis.ConnectionError,))
         self._client: Any = redis.Redis(connection_pool=pool)
         self._scripts = {name: self._client.register_script(_COMMON + text) for name, text in _SCRIPTS.items()}
 
@@ -232,7 +233,7 @@ class RedisStore(Store):
             pipe.execute()
 
         with _mapped():
-            self._twice.call_with_retry(put, lambda _: None)
+            self._again.call_with_retry(put, lambda _: None)
 
     def publish(self, draft: str, name: str, manifest: bytes, *, nbytes: int, replace: bool) -> bool:
         """Name a draft. See `Store.publish`."""
@@ -265,7 +266,7 @@ class RedisStore(Store):
                 return
             if self._closed:
                 raise ClosedError("the store was closed")
-            chunk = self._twice.call_with_retry(lambda: self._client.get(name), lambda _: None)
+            chunk = self._again.call_with_retry(lambda: self._client.get(name), lambda _: None)
         if chunk is None:
             raise LoadError("the entry is gone")
         if len(chunk) != into.nbytes:
