@@ -49,17 +49,14 @@ def _bulk(sock: Any, into: memoryview) -> bool:
         head += byte
     if head != b"$%d\r\n" % into.nbytes:
         return False
-    rest: memoryview = into
-    while rest:
-        count = sock.recv_into(rest)
+    tail = bytearray(2)
+    return _fill(sock, into) and _fill(sock, memoryview(tail)) and tail == b"\r\n"
+
+
+def _fill(sock: Any, into: memoryview) -> bool:
+    while into:
+        count = sock.recv_into(into)
         if not count:
             return False
-        rest = rest[count:]
-    return _exactly(sock, 2) == b"\r\n"
-
-
-def _exactly(sock: Any, count: int) -> bytes:
-    data = b""
-    while len(data) < count and (more := sock.recv(count - len(data))):
-        data += more
-    return data
+        into = into[count:]
+    return True

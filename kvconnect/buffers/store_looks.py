@@ -206,7 +206,7 @@ class Looks:
             self._client.later(look.pause_s, lambda: self._queue(look))
             return
         if miss is None or (look.have and miss.cause != "unreachable"):
-            found = claim(grant, _keys(look.want)[len(look.have) - 1], look.have, offered=not self._takes)
+            found = claim(grant, look.have, offered=not self._takes)
             with self._lock:
                 if self._takes:
                     # Nobody else has: looks for one entry follow each other.
@@ -219,11 +219,11 @@ class Looks:
 
     def _gather(self, look: _Look, grant: str) -> Miss | None:
         """Find the segments that are missing yet; return why one of them still is."""
-        keys = _keys(look.want)
+        keys = (*look.want.prefixes, look.want.key)
         while len(look.have) < len(keys):
             if look.over or (look.have and self._client.clock.now() >= look.enough):
                 return Miss("absent", "there was no time to look for more")
-            start = keys[len(look.have) - 1].length if look.have else 0
+            start = look.have[-1][1].key.length if look.have else 0
             answer = self._ask(keys[len(look.have)], start, grant)
             if isinstance(answer, Miss):
                 return answer
@@ -264,17 +264,12 @@ class Looks:
 
     def _touch(self, look: _Look) -> None:
         """Have what was found kept longest: a segment is of no use without those before it, so the first comes last."""
-        starts = [manifest.start for _, manifest in look.have]
-        for key, start in reversed([*zip(_keys(look.want), starts, strict=False)]):
+        for _, manifest in reversed(look.have):
             try:
-                self._store.touch(name_of(key, start))
+                self._store.touch(manifest.name)
             except Exception as error:  # noqa: BLE001 - a third party's store may raise anything
                 logger.debug("a use could not be noted: %s", error)
                 return
-
-
-def _keys(want: Want) -> tuple[LookupKey, ...]:
-    return (*want.prefixes, want.key)
 
 
 def _is_coming(want: Want) -> bool:

@@ -93,6 +93,11 @@ class Manifest:
     start: int = 0
 
     @property
+    def name(self) -> str:
+        """The entry's name in a store."""
+        return name_of(self.key, self.start)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all parts."""
         return sum(part.nbytes for part in self.parts)

@@ -71,7 +71,7 @@ class TableStore(Store):
             return False
         try:
             self._offer(name, new)
-        except Exception:
+        except Exception:  # whatever it was, it goes on
             # No row says where its chunks are, and a table may keep them for ever.
             with contextlib.suppress(KVConnectError):
                 self._take_out(name)
@@ -187,7 +187,7 @@ class TableStore(Store):
     def _insert(self, key: LookupKey, kv: Sequence[Tensor]) -> None:
         try:
             self._table.insert(key, kv)
-        except Exception as error:
+        except Exception as error:  # whatever a third party's code raises
             raise as_ours(error, "insert of the buffer failed: ") from error
 
     def _drop_select(self, key: LookupKey, count: int) -> list[Tensor] | None:
@@ -198,7 +198,7 @@ class TableStore(Store):
                 return None
             if len(kv) == count and all(isinstance(t, Tensor) and t.dtype == torch.uint8 and t.ndim == 1 for t in kv):
                 return [tensor.detach().cpu().contiguous() for tensor in kv]
-        except Exception as error:
+        except Exception as error:  # likewise
             raise as_ours(error, "drop_select of the buffer failed: ") from error
         raise BrokenError(f"drop_select of the buffer returned {kv!r:.80}, not the {count} tensors that were inserted")
 

@@ -69,18 +69,17 @@ class Occupancy:
             if known is not None and known + nbytes <= self._options.capacity_bytes:
                 self._nbytes = known + nbytes
                 return True
-        with self._listing:  # two that evict at a time would each make room for both
-            return self._list(nbytes, name) <= 0
+        return self._list(nbytes, name) <= 0
 
     def refresh(self) -> None:
         """Look what is there, drop what is too old or too much. Asks the store."""
-        with self._listing:
-            self._list(0)
+        self._list(0)
 
     def _list(self, nbytes: int, name: str = "") -> int:
         capacity = self._options.capacity_bytes
         slack = int(capacity * _SLACK)
-        over = make_room(self._store, self._options, nbytes, time.time(), name=name, slack=slack)
-        with self._lock:
-            self._nbytes = capacity + over - (nbytes if over > 0 else 0)
+        with self._listing:  # two that evict at a time would each make room for both
+            over = make_room(self._store, self._options, nbytes, time.time(), name=name, slack=slack)
+            with self._lock:
+                self._nbytes = capacity + over - (nbytes if over > 0 else 0)
         return over

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvconnect.buffers.base import Claim, LookupKey
+from kvconnect.buffers.base import Claim
 from kvconnect.buffers.store import Found
-from kvconnect.buffers.store_manifest import Manifest, name_of
+from kvconnect.buffers.store_manifest import Manifest
 from kvconnect.errors import LoadError
 from kvconnect.paging import BlockIds
 
@@ -36,7 +36,7 @@ class Wanted:
     local: BlockIds
 
 
-def claim(grant: str, key: LookupKey, entries: Sequence[tuple[Found, Manifest]], *, offered: bool) -> Claim:
+def claim(grant: str, entries: Sequence[tuple[Found, Manifest]], *, offered: bool) -> Claim:
     """Join the entries of a prompt, in its order, ``offered`` to others or taken.
 
     Blocks are numbered on, from 1, through all of them.
@@ -50,9 +50,9 @@ def claim(grant: str, key: LookupKey, entries: Sequence[tuple[Found, Manifest]],
             blocks[group] += [number and before[group] + number for number in ids]
             before[group] += counts[group]
         parts = tuple((part.nbytes, part.shape, part.sums) for part in manifest.parts)
-        name = name_of(manifest.key, manifest.start) if offered else ""
+        name = manifest.name if offered else ""
         segments.append(tuple(Segment(found.place, manifest.chunk_bytes, counts, parts, name)))
-    return Claim(grant, key, tuple(map(tuple, blocks)), {"segments": segments})
+    return Claim(grant, entries[-1][1].key, tuple(map(tuple, blocks)), {"segments": segments})
 
 
 def wanted(claimed: Claim, remote: BlockIds, local: BlockIds) -> Iterator[Wanted]:

@@ -57,6 +57,12 @@ def prefill(producer: Engine, name: str = "p", prompt: Sequence[int] = PROMPT) -
     raise AssertionError(f"{BLOCKS - 1 - producer.free_blocks()} blocks did not return")
 
 
+def copied(consumer: Engine, producer: Engine) -> int:
+    """Return how many of the consumer's blocks are the producer's, too."""
+    there = [producer.block(number) for number in range(1, BLOCKS)]
+    return sum(any(consumer.block(number).equal(other) for other in there) for number in range(1, BLOCKS))
+
+
 def count(engine: Engine, name: str) -> int:
     found: int = engine.scheduler.connector._scheduler._end.stats().get(name, 0)
     return found
@@ -68,9 +74,7 @@ def test_the_consumer_computes_one_token_and_has_every_block(make: Make, shape: 
     prefill(producer)
     _, computed = consumer.ask("d", PROMPT)
     assert computed == 1
-    here = [consumer.block(number) for number in range(1, BLOCKS)]
-    there = [producer.block(number) for number in range(1, BLOCKS)]
-    assert sum(any(one.equal(other) for other in there) for one in here) == FULL
+    assert copied(consumer, producer) == FULL
     assert consumer.free_blocks() == BLOCKS - 1
 
 
@@ -113,18 +117,14 @@ def test_prompts_share_the_segments_that_they_begin_with(make: Make) -> None:
         assert consumer.ask(f"{common} in common", like(common))[1] == 120 - found
         assert consumer.free_blocks() == BLOCKS - 1
     assert count(consumer, "miss_absent") == 1
-    there = [producer.block(number) for number in range(1, BLOCKS)]
-    here = [consumer.block(number) for number in range(1, BLOCKS)]
-    assert sum(any(one.equal(other) for other in there) for one in here) == 2 * STEP // BLOCK
+    assert copied(consumer, producer) == 2 * STEP // BLOCK
 
 
 def test_a_whole_prompt_in_segments_is_handed_over_to_its_last_token(make: Make) -> None:
     producer, consumer = make("kv_producer", 1, **SHARE), make("kv_consumer", 2, **SHARE)
     prefill(producer)
     assert consumer.ask("d", PROMPT)[1] == 1
-    here = [consumer.block(number) for number in range(1, BLOCKS)]
-    there = [producer.block(number) for number in range(1, BLOCKS)]
-    assert sum(any(one.equal(other) for other in there) for one in here) == FULL
+    assert copied(consumer, producer) == FULL
 
 
 def test_what_prompts_have_in_common_is_stored_once(make: Make, tmp_path: Path) -> None:

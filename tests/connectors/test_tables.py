@@ -18,7 +18,7 @@ from kvconnect.errors import ConfigError
 from kvconnect.testing.engine import BLOCK, BLOCKS, LIMIT_S, SHAPES, Engine
 from tests.buffers.engines import eventually
 from tests.buffers.stores import install_sqlite
-from tests.connectors.test_stores import FULL, PROMPT, count, prefill
+from tests.connectors.test_stores import FULL, PROMPT, copied, count, prefill
 
 Make = Callable[..., Engine]
 
@@ -74,9 +74,7 @@ def test_the_consumer_computes_one_token_and_has_every_block(make: Make) -> None
     prefill(producer)
     _, computed = consumer.ask("d", PROMPT)
     assert computed == 1
-    here = [consumer.block(number) for number in range(1, BLOCKS)]
-    there = [producer.block(number) for number in range(1, BLOCKS)]
-    assert sum(any(one.equal(other) for other in there) for one in here) == FULL
+    assert copied(consumer, producer) == FULL
     assert consumer.free_blocks() == BLOCKS - 1
 
 
