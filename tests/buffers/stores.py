@@ -23,11 +23,11 @@ def key(number, length=32, namespace="ns"):
 class StoreEngine:
     """One engine over ``store``, a `Backend`; ``options`` are `Config`'s."""
 
-    def __init__(self, store, *, layouts=(LAYOUT,), produces=True, consumes=True, **options):
+    def __init__(self, store, *, layouts=(LAYOUT,), device="cpu", produces=True, consumes=True, **options):
         config = Config(**{"transfer_timeout_s": 10.0, "lookup_timeout_s": 5.0, "buffer": store, **options})
         settings = EndSettings("e", {"model": "m"}, len(layouts), produces, consumes, config)
-        make = noisy_memory if produces else lambda layout, _: blank_memory(layout)
-        self.memories = [make(layout, rank + 1) for rank, layout in enumerate(layouts)]
+        make = noisy_memory if produces else lambda layout, _, device: blank_memory(layout, device)
+        self.memories = [make(layout, rank + 1, device) for rank, layout in enumerate(layouts)]
         buffer = registry.buffer(store.name)
         self.end = buffer.scheduler_end(settings)
         self.workers = [buffer.worker_end(settings, rank, memory) for rank, memory in enumerate(self.memories)]
