@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import resource
 import socket
 from collections.abc import Iterator, Mapping
@@ -170,7 +171,8 @@ def _gpus(device: str) -> Iterator[Finding]:
     count = len(list(Path("/dev").glob("nvidia[0-9]*")))
     if not count:
         return
-    driver = _DRIVER.read_text(encoding="utf-8").splitlines()[0] if _DRIVER.exists() else "driver unknown"
+    found = re.search(r"\d+\.\d+(\.\d+)?", _DRIVER.read_text(encoding="utf-8") if _DRIVER.exists() else "")
+    driver = f"driver {found[0] if found else 'unknown'}"
     cupy = [name for name in ("cupy-cuda12x", "cupy-cuda13x") if version(name)]
     built = torch.version.cuda
     yield Finding(

@@ -31,8 +31,9 @@ from kvconnect.testing.layouts import (
 )
 from kvconnect.testing.peers import LIMIT_S, PipePair, open_pair
 
-#: A transfer that another one must not wait for, in bytes: long enough on its device.
-LARGE_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
+#: A transfer that another one must not wait for, in bytes: long enough on its device. Within one GPU
+#: a gibibyte may be there before anybody asks for more; pipes between hosts need long for four.
+LARGE_BYTES = {"cpu": (128 << 20,), "cuda": (1 << 30, 4 << 30)}
 LARGE_BLOCKS = 2048
 #: One that is cut short.
 CUT_BYTES = {"cpu": 24 << 20, "cuda": 1 << 30}
@@ -109,14 +110,15 @@ def a_small_transfer_does_not_wait_behind_a_large_one(pair: PipePair) -> None:
     The best of a few attempts counts, since the request itself may be held up on a
     busy machine; behind a pipe that serves one after the other no attempt is good.
     """
-    block = _sized(pair, LARGE_BYTES) // LARGE_BLOCKS
-    small = max(1, _SMALL_BYTES // block)
-    ends = _attached(pair, separate_layers(1, LARGE_BLOCKS + small, 1, block))
     share = 1.0
-    for _ in range(3):
-        share = min(share, _moved_meanwhile(ends, block) / LARGE_BLOCKS)
-        if share <= LARGE_SHARE:
-            return
+    for nbytes in LARGE_BYTES[torch.device(pair.device).type]:
+        block = _sized(pair, nbytes) // LARGE_BLOCKS
+        small = max(1, _SMALL_BYTES // block)
+        ends = _attached(pair.another(), separate_layers(1, LARGE_BLOCKS + small, 1, block))
+        for _ in range(3):
+            share = min(share, _moved_meanwhile(ends, block) / LARGE_BLOCKS)
+            if share <= LARGE_SHARE:
+                return
     raise AssertionError(f"{share:.0%} of the large transfer moved before the small one was done")
 
 
@@ -257,17 +259,17 @@ def _noisy(pair: PipePair, groups: int = 1, blocks: int = 64, piece: int = 1000)
 
 
 def _large(pair: PipePair) -> Attached:
-    return _attached(pair, separate_layers(1, _sized(pair, CUT_BYTES) // _BLOCK, 1, _BLOCK))
+    nbytes = CUT_BYTES[torch.device(pair.device).type]
+    return _attached(pair, separate_layers(1, _sized(pair, nbytes) // _BLOCK, 1, _BLOCK))
 
 
 def _attached(pair: PipePair, layout: PagedLayout) -> Attached:
     return attach(pair, noisy_memory(layout, 1, pair.device), noisy_memory(layout, 2, pair.peer_device))
 
 
-def _sized(pair: PipePair, nbytes: Mapping[str, int]) -> int:
-    """Return the bytes of a transfer on these devices, fewer where they have no room for as many."""
-    wanted = nbytes[torch.device(pair.device).type]
-    return min(fitting(device, wanted) for device in (pair.device, pair.peer_device))
+def _sized(pair: PipePair, nbytes: int) -> int:
+    """Return ``nbytes``, or fewer where these devices have no room for as many."""
+    return min(fitting(device, nbytes) for device in (pair.device, pair.peer_device))
 
 
 def _verify(ends: Attached, kind: str, remote: BlockIds, local: BlockIds) -> None:
