@@ -17,6 +17,7 @@ from kvconnect.buffers.crew import Crew
 from kvconnect.buffers.store import Found, Store, StoreOptions
 from kvconnect.buffers.store_manifest import Manifest, name_of
 from kvconnect.buffers.store_segments import claim
+from kvconnect.buffers.store_silence import Silence
 from kvconnect.config import Config
 from kvconnect.control import ControlClient
 from kvconnect.errors import IntegrityError, named
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 #: Looks that wait for the store; beyond them requests are computed at once.
 _MAX_WAITING: Final = 1024
 _MAX_PAUSE_S: Final = 0.1
+#: Of the time that a look may take: a failure that took longer is not one that everybody can be left to find.
+_SLOW: Final = 0.1
 
 
 @dataclass(eq=False)
@@ -51,6 +54,8 @@ class _Look:
     hold: _Hold | None = None
     committed: bool = False
     over: bool = False
+    #: Whether a question of this look is at the store.
+    asks: bool = False
     pause_s: float = 0.002
     #: The segments found so far, from the prompt's first on.
     have: list[tuple[Found, Manifest]] = field(default_factory=list)
@@ -72,6 +77,8 @@ class Looks:
         self._holds: dict[str, _Hold] = {}
         self._waiting = 0
         self._counts: collections.Counter[str] = collections.Counter()
+        # Nobody has an entry of this name; looking for it takes nothing.
+        self._silence = Silence(partial(self._find, "0" * 32, "0" * 16), crew, client)
 
     # -- the scheduling thread ----------------------------------------------------------
 
@@ -83,7 +90,10 @@ class Looks:
             if request_id in self._looks:
                 return
             self._looks[request_id] = look
-        self._queue(look)
+        if self._silence.lasts:
+            self._miss(look, Miss("unreachable", "the store does not answer"))
+        else:
+            self._queue(look)
 
     def _queue(self, look: _Look) -> None:
         with self._lock:
@@ -100,6 +110,8 @@ class Looks:
         if look is None:
             return Miss("absent", "nobody looked for this request")
         if look.answer is None and self._client.clock.now() >= look.until:
+            if look.asks:
+                self._silence.begin()
             self._miss(look, Miss("timeout", "the store did not answer in time"))
         return look.answer
 
@@ -193,12 +205,17 @@ class Looks:
                 else:
                     self._answer(look, hold.claim, hold)
                 return
-        grant = secrets.token_hex(8)
+        grant, begun = secrets.token_hex(8), self._client.clock.now()
+        look.asks = True
         try:
             miss = self._gather(look, grant)
         except Exception as error:  # noqa: BLE001 - a third party's store may raise anything; the request must hear of it
             logger.warning("the store cannot be asked: %s", named(error))
             miss = Miss("unreachable", str(error))
+            if self._client.clock.now() - begun > _SLOW * self._config.lookup_timeout_s:
+                self._silence.begin()
+        finally:
+            look.asks = False
         late = self._client.clock.now() >= look.enough
         if miss is not None and miss.cause == "absent" and _is_coming(look.want) and not late:
             # A store does not tell when something arrives: it is asked again, after pauses that grow.
@@ -234,7 +251,8 @@ class Looks:
 
     def _ask(self, key: LookupKey, start: int, grant: str) -> tuple[Found, Manifest] | Miss:
         name = name_of(key, start)
-        found = self._store.take(name, grant, self._config.lease_s) if self._takes else self._store.find(name)
+        found = self._find(name, grant)
+        self._silence.end()
         if found is None:
             return Miss("absent")
         held = grant if self._takes else None
@@ -250,6 +268,9 @@ class Looks:
         elif held is not None:
             self._store.give_back(name, held)
         return answer
+
+    def _find(self, name: str, grant: str) -> Found | None:
+        return self._store.take(name, grant, self._config.lease_s) if self._takes else self._store.find(name)
 
     def _judge(self, key: LookupKey, start: int, found: Found) -> Manifest | Miss:
         manifest = Manifest.unpack(found.manifest)

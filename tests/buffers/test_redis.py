@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from kvconnect.buffers.base import Claim
 from kvconnect.buffers.redis import RedisBuffer, RedisOptions, RedisStore
 from kvconnect.buffers.store_manifest import name_of
 from kvconnect.errors import BrokenError, BufferFullError, ConfigError, LoadError
@@ -264,6 +265,19 @@ def test_a_server_that_hangs_is_waited_for_once(server_of_its_own, store_of):
         assert time.monotonic() - start < 1.9
     server_of_its_own.go_on()
     store_of.get("d", 0, 0, chunk)
+
+
+@pytest.mark.parametrize("timeout_s", [0.2, 30.0], ids=["who asks gives up", "who asks waits on"])
+def test_requests_do_not_wait_for_a_server_that_is_known_to_hang(server_of_its_own, timeout_s):
+    with pair(backend("redis", url=server_of_its_own.url, timeout_s=timeout_s), lookup_timeout_s=0.5) as (p, d):
+        p.put()
+        server_of_its_own.stop()
+        assert is_miss(d.find(request="first"), "unreachable" if timeout_s < 0.5 else "timeout")
+        begun = time.monotonic()
+        assert all(is_miss(d.find(request=f"next {n}"), "unreachable") for n in range(20))
+        assert time.monotonic() - begun < 0.4
+        server_of_its_own.go_on()
+        eventually(lambda: isinstance(d.find(request=secrets.token_hex(4)), Claim))
 
 
 def test_connections_that_were_closed_while_idle_are_replaced_unseen(server_of_its_own, store_of):

@@ -259,6 +259,18 @@ def test_blocks_return_at_once_when_the_engine_needs_them_although_the_store_han
         assert not p.end.awaits_takers()
 
 
+def test_a_store_that_hangs_is_waited_for_once_until_it_answers(store, stall):
+    with pair(store, lookup_timeout_s=0.5) as (p, d):
+        p.put()
+        hang = stall("take")
+        assert is_miss(d.find(request="first"), "timeout")
+        begun = time.monotonic()
+        assert all(is_miss(d.find(request=f"next {n}"), "unreachable") for n in range(20))
+        assert time.monotonic() - begun < 0.4, "somebody waited for a store that is known to hang"
+        hang.gate.set()
+        eventually(lambda: isinstance(d.find(request=secrets.token_hex(4)), Claim))
+
+
 def test_blocks_stay_the_stores_while_a_worker_reads_them(store, monkeypatch):
     entered, gate, real = threading.Event(), threading.Event(), store_parts._lift
 

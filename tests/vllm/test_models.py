@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from kvconnect.buffers.ticket import Ticket
+from kvconnect.connectors import compat
 from kvconnect.demo.client import Prompt
 from tests.vllm.conftest import running
 from tests.vllm.fleet import CHUNK, Fleet, Plan
@@ -25,9 +27,16 @@ PLANS = {
 @pytest.fixture(scope="module", params=sorted(PLANS))
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """One fleet a model kind."""
+    if request.param == "mla" and "CPU_MLA" not in AttentionBackendEnum.__members__:
+        pytest.skip("this vLLM has no MLA on CPUs")
     with running(PLANS[request.param], tmp_path_factory.mktemp(f"model-{request.param}")) as fleet:
         yield fleet
         assert fleet.settle() == []
+
+
+def several_groups_are_refused(models: Fleet) -> bool:
+    """Whether this vLLM would stop at a load that failed, so that consumers of such models compute by themselves."""
+    return models.plan.variant == "sliding" and not compat.reports_failed_requests()
 
 
 @pytest.mark.parametrize("tokens", [33, 100, CHUNK + 200])
@@ -38,7 +47,10 @@ def test_hand_over_equals_one_engine(models: Fleet, tokens: int) -> None:
     lent = models.digests(models.producers[0])
     consumer = models.consumers[0]
     answer, fetched = models.fetched(consumer, lambda: models.ask(consumer, prompt, kv_transfer_params=params))
-    assert fetched >= tokens - 1
+    if several_groups_are_refused(models):
+        assert fetched == 0
+    else:
+        assert fetched >= tokens - 1
     if models.plan.variant == "mla":
         # vLLM's CPU kernels for MLA disagree among themselves: one engine alone continues a
         # prompt differently when its last token went through the decode kernel, as it does
@@ -63,6 +75,8 @@ def test_after_the_producer_went_on_generating(models: Fleet) -> None:
 def test_a_peer_whose_blocks_differ_recomputes_and_says_so_once(models: Fleet) -> None:
     if not models.strangers:
         pytest.skip("this fleet has no engine with another block size")
+    if several_groups_are_refused(models):
+        pytest.skip("this vLLM cannot take back a load that failed where there are several groups: nobody asks")
     stranger = models.strangers[0]
     for seed in (2, 3):
         prompt: Prompt = models.prompt(150, seed)
