@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from kvconnect import __version__, messages, registry
+from kvconnect.buffers.address import listen_address
 from kvconnect.buffers.choice import AutoOptions
 from kvconnect.buffers.directory import Directory
 from kvconnect.clock import SYSTEM
@@ -72,7 +73,7 @@ def examine(intent: Intent, device: str) -> list[Finding]:
         *_load(),
         *_limits(),
         *_memory(),
-        *_pipe_ports(AutoOptions.of(intent.pipe).options, "pipe"),
+        *_pipe_ports(AutoOptions.of(intent.pipe).options, "pipe", listen_address(intent.config)[0]),
         *_group(intent),
         *_gpus(device),
     ]
@@ -144,12 +145,12 @@ def _memory() -> Iterator[Finding]:
         yield Finding("host.huge_pages", "note", what, f"echo madvise > {_THP}")
 
 
-def _pipe_ports(options: Mapping[str, Any], path: str) -> Iterator[Finding]:
-    """Try the fixed ports among the options of pipes, at any depth."""
+def _pipe_ports(options: Mapping[str, Any], path: str, host: str) -> Iterator[Finding]:
+    """Try the fixed ports among the options of pipes, at any depth; on ``host`` unless they name another."""
     for name, value in options.items():
         if isinstance(value, Mapping):
-            yield from _pipe_ports(value, f"{path}.{name}")
-    port, at = options.get("port"), str(options.get("bind_host") or "127.0.0.1")
+            yield from _pipe_ports(value, f"{path}.{name}", host)
+    port, at = options.get("port"), str(options.get("bind_host") or host)
     if isinstance(port, int) and 0 < port < 65536:
         try:
             socket.create_server((at, port), family=socket.AF_INET6 if ":" in at else socket.AF_INET).close()

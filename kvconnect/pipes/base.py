@@ -129,6 +129,9 @@ class PipeSpec:
 
     ``check("host:port")`` raises a `KVConnectError` if the other end, that nobody vouches for,
     may not send this one there: to be called before an address from its message is contacted.
+
+    ``bind_host`` and ``advertise_host`` are the engine's: where a serving end listens, and what
+    the asking end is told, unless the pipe's own options say otherwise (`address`).
     """
 
     side: Literal["asks", "serves"]
@@ -137,6 +140,14 @@ class PipeSpec:
     timeout_s: float = 30.0
     options: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[str], None] = _anywhere
+    bind_host: str = "127.0.0.1"
+    advertise_host: str | None = None
+
+    def address(self, bind_host: str | None = None, advertise_host: str | None = None) -> tuple[str, str]:
+        """Return the host to listen on and the one to tell, from a pipe's own options if they are set."""
+        if bind_host is not None:
+            return bind_host, advertise_host or bind_host
+        return self.bind_host, advertise_host or self.advertise_host or self.bind_host
 
 
 class Transfer:

@@ -33,11 +33,12 @@ class LegacyOptions:
     """Options of adopted pipes.
 
     Args:
-        bind_host: where the end that serves listens, and where the other one connects.
+        bind_host: where the end that serves listens, and where the other one connects, if that is another
+            address than the engine's.
 
     """
 
-    bind_host: str = "127.0.0.1"
+    bind_host: str | None = None
 
 
 def adopt(legacy: Callable[..., Any], name: str, traits: Traits) -> type[Pipe]:
@@ -65,7 +66,8 @@ class _AdoptedPipe(Pipe):
         self._sending, self._receiving = Alone("send"), Alone("receive")
         self._limit_s, self._closed, self._ending = spec.timeout_s, False, threading.Lock()
         if spec.side == "serves":
-            with socket.create_server((parse_options(LegacyOptions, spec.options, "pipe").bind_host, 0)) as free:
+            at, _ = spec.address(parse_options(LegacyOptions, spec.options, "pipe").bind_host)
+            with socket.create_server((at, 0)) as free:
                 host, port = free.getsockname()[:2]
             spec.exchange({"host": host, "port": port})
         else:

@@ -45,9 +45,9 @@ class TcpOptions:
     """Options of the TCP pipe.
 
     Args:
-        bind_host: address that the serving end listens on.
+        bind_host: address that the serving end listens on, if it is another one than the engine's.
         port: port that it listens on; 0 takes a free one. All pipes of a process share it.
-        advertise_host: address that the asking end is told, if it differs (NAT).
+        advertise_host: address that the asking end is told, if it differs from that (NAT).
         chunk_bytes: most bytes of one block transfer before another has its turn.
         max_message_bytes: largest tensor that is sent, or accepted from the peer.
         checksum: send sums of all that is sent, and compare them with what has landed before it
@@ -60,7 +60,7 @@ class TcpOptions:
 
     """
 
-    bind_host: str = "127.0.0.1"
+    bind_host: str | None = None
     port: int = 0
     advertise_host: str | None = None
     chunk_bytes: int = 1 << 20
@@ -129,7 +129,8 @@ class Serving:
         self._blocks: BlockConnection | None = None
         self._parked: tuple[socket.socket, Met] | None = None
         self._arrived = self._ended = self._released = False
-        self._listener = tcp_listener.acquire(loop, options.bind_host, options.port)
+        host, told = spec.address(options.bind_host, options.advertise_host)
+        self._listener = tcp_listener.acquire(loop, host, options.port)
         self._tokens = self._listener.expect(self._arrive), self._listener.expect(self._arrive_blocks)
         try:
             theirs = spec.exchange(
@@ -138,7 +139,7 @@ class Serving:
                     "checksum": options.wants_checksum,
                     "tls": context is not None,
                     "secret": secret,
-                    "host": options.advertise_host or options.bind_host,
+                    "host": told,
                     "port": self._listener.port,
                     "token": self._tokens[0],
                     "blocks": self._tokens[1],
