@@ -68,6 +68,9 @@ class Config:
         checksum: compare the sum of the blocks that have arrived with that of the owner's blocks, whatever
             the pipe, before they are used; where they differ, the request is recomputed. (The pipe ``tcp``
             has checksums of what is on the wire besides; they are on unless it has TLS or is told otherwise.)
+        router_discovery: ``"host:port"`` of a vllm-router's ``--vllm-discovery-address``: this engine registers
+            there by itself, again and again.
+        http_address: with it, ``"host:port"`` of this engine's API server as the router reaches it.
         kv_ip, kv_port, kv_rank, kv_parallel_size: vLLM's older fields. With a ``kv_ip`` that
             is not loopback, the engine of rank r listens on ``kv_ip`` at ``kv_port + r``, and
             consumers look at the other ranks there.
@@ -98,6 +101,8 @@ class Config:
     content_lookup: bool = True
     log_transfers: bool = False
     checksum: bool = False
+    router_discovery: str | None = None
+    http_address: str | None = None
     kv_ip: str | None = None
     kv_port: int | None = None
     kv_rank: int | None = None
@@ -125,10 +130,14 @@ class Config:
             port = getattr(self, name)
             if port is not None and not 0 <= port <= 65535:
                 raise ConfigError(f"{path}.{name} must be a TCP port (0 to 65535), got {port}")
-        for i, peer in enumerate(self.peers):
-            host, _, number = peer.rpartition(":")
+        addresses = {f"peers[{i}]": peer for i, peer in enumerate(self.peers)}
+        addresses |= {name: getattr(self, name) for name in ("router_discovery", "http_address")}
+        for name, address in addresses.items():
+            host, _, number = (address or "default:1").rpartition(":")
             if not host or not number.isdecimal():
-                raise ConfigError(f"{path}.peers[{i}] must look like 'host:port', got {peer!r}")
+                raise ConfigError(f"{path}.{name} must look like 'host:port', got {address!r}")
+        if (self.router_discovery is None) != (self.http_address is None):
+            raise ConfigError(f"{path}.router_discovery and {path}.http_address belong together: set both or none")
         self._check_capacities()
         self._check_keys()
         if self.kv_rank is not None and self.kv_parallel_size is not None and self.kv_rank >= self.kv_parallel_size:

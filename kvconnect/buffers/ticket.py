@@ -63,12 +63,14 @@ class Ticket:
 
     @classmethod
     def from_wire(cls, data: Mapping[str, Any]) -> Ticket:
-        """Read a ticket that came through a router; unknown keys are ignored.
+        """Read a ticket that came through a router; unknown keys are ignored, and numbers may have become fractions.
 
         Raises:
             HandshakeError: a field is missing or malformed; names it.
 
         """
+        # A router that keeps tickets in a Struct of protobuf's has no other numbers.
+        data = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in data.items()}
         version = fields.number(data, "v", 1 << 16)
         if version != VERSION:
             raise HandshakeError(f"ticket field 'v': ours {VERSION}, theirs {version}; upgrade the older kvconnect")

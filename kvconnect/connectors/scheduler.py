@@ -13,6 +13,7 @@ from kvconnect.connectors import compat
 from kvconnect.connectors.fetching import Fetching
 from kvconnect.connectors.lending import Lending, Limits
 from kvconnect.connectors.plan import Load, Plan, WorkerNews
+from kvconnect.connectors.registration import Registration
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
@@ -43,6 +44,9 @@ class SchedulerHalf:
         self._fetching: Fetching | None = None
         self._workers: dict[int, Any] = {}
         self._asked = 0
+        # Data-parallel ranks have one API server.
+        registers = engine.config.router_discovery is not None and engine.leads
+        self._registration = Registration(engine.settings) if registers else None
         if engine.refusal:
             log.warning("kvconnect hands over no KV: %s; every request is computed locally", engine.refusal)
             return
@@ -153,5 +157,7 @@ class SchedulerHalf:
 
     def close(self) -> None:
         """``shutdown``."""
+        if self._registration is not None:
+            self._registration.close()
         if self._end is not None:
             self._end.close()

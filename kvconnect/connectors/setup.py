@@ -39,6 +39,7 @@ class Engine:
         recomputes: whether vLLM computes a request whose load failed itself, rather than fail it.
         steps_alone: whether nobody waits for this engine's empty steps: no later pipeline stage, no
             other data-parallel rank.
+        leads: whether it is the first of its data-parallel ranks.
 
     """
 
@@ -54,6 +55,7 @@ class Engine:
     refusal: str | None
     recomputes: bool
     steps_alone: bool
+    leads: bool
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that a sequence of ``tokens`` tokens takes, all groups together."""
@@ -115,6 +117,7 @@ def engine(
         refusal=refusal,
         recomputes=transfer.kv_load_failure_policy == "recompute",
         steps_alone=parallel.pipeline_parallel_size == parallel.data_parallel_size == 1,
+        leads=parallel.data_parallel_index == 0,
     )
 
 

@@ -273,7 +273,7 @@ class EngineOptions:
     extra: tuple[str, ...] = ()
 
 
-def engine(
+def engine(  # noqa: PLR0913 - each is a line of the command
     name: str,
     options: EngineOptions,
     log_folder: Path,
@@ -282,9 +282,10 @@ def engine(
     device: int | None = None,
     env: Mapping[str, str] | None = None,
     extra: Sequence[str] = (),
+    port: int | None = None,
 ) -> Server:
     """Describe one vLLM server; ``device`` is a CUDA device, None the CPU."""
-    port = free_port()
+    port = port or free_port()
     arguments = [
         *("--model", options.model, "--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port)),
         *("--max-model-len", str(options.max_model_len), "--max-num-seqs", str(options.max_num_seqs)),

@@ -49,7 +49,7 @@ def test_a_missing_field_is_named(name):
         ("at", 5),
         ("at", "x" * 5000),
         ("generation", -1),
-        ("generation", 1.0),
+        ("generation", 1.5),
         ("length", 1 << 50),
         ("digest", "zz"),
         ("blocks", "AA=="),

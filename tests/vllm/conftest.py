@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kvconnect.demo.engines import free_port
 from tests.vllm.fleet import Fleet, Plan
 
 #: Connector name by pipe.
@@ -23,7 +24,7 @@ def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     Session-scoped and parametrized: pytest runs all cases of one pipe, stops its
     fleet, and starts the next.
     """
-    plan = Plan(connector=CONNECTORS[request.param])
+    plan = Plan(connector=CONNECTORS[request.param], router=f"127.0.0.1:{free_port()}")
     with running(plan, tmp_path_factory.mktemp(f"fleet-{request.param}")) as fleet:
         yield fleet
         # After all cases: every engine idle, every block free.

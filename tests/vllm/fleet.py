@@ -43,7 +43,8 @@ class Plan:
     preempts. ``failure_policy`` is vLLM's ``kv_load_failure_policy``. Engines of several workers
     are to be ``patient`` where cores are few, see `tests/vllm/patient`. Producers have the first of
     ``roles`` and run on the first of ``devices``, all others on the second: CUDA devices, one for each
-    worker, or none for the CPU. ``model`` is a folder, if it is not the demo's ``variant``.
+    worker, or none for the CPU. ``model`` is a folder, if it is not the demo's ``variant``. All register at
+    ``router``, an address ``"host:port"``, if there is one.
     """
 
     connector: str
@@ -60,6 +61,7 @@ class Plan:
     devices: tuple[Sequence[int], Sequence[int]] = ((), ())
     roles: tuple[str, str] = ("kv_producer", "kv_consumer")
     model: str = ""
+    router: str = ""
     env: Mapping[str, str] = field(default_factory=dict)
     lease_s: float = 8.0
     failure_policy: str = "recompute"
@@ -236,7 +238,10 @@ class Fleet:
         return env | dict(self.plan.env)
 
     def _engine(self, name: str, options: EngineOptions, role: str | None, more: Sequence[str] = ()) -> Server:
+        port = engines.free_port()
         extra = {"group": self._folder.name, "lease_s": self.plan.lease_s, "log_transfers": True}
+        if self.plan.router:
+            extra |= {"router_discovery": self.plan.router, "http_address": f"127.0.0.1:{port}"}
         transfer = {
             "kv_connector": self.plan.connector,
             "kv_role": role,
@@ -255,6 +260,7 @@ class Fleet:
             device=devices[0] if devices else None,
             env=self._env(devices),
             extra=("--worker-extension-cls", "kvconnect.demo.probe.KVProbe", *more),
+            port=port,
         )
 
 
