@@ -30,7 +30,6 @@ def rows() -> Iterator[Row]:
         ("pipe: two processes", processes.CAUGHT),
     ):
         yield from ((kind, law, broken) for broken, law in caught)
-    yield "pipe: blocks", block_laws.many_pipes_are_served_by_a_fixed_set_of_threads, pipes.LeavesAThread
     yield from (("buffer", getattr(buffer_laws, name), broken) for broken, name in buffers.BROKEN)
     yield from (("buffer: processes", law, broken) for broken, law in shared.CAUGHT)
     try:
@@ -47,8 +46,8 @@ def others(row: Row) -> str:
         absent = [law for trait, law in buffer_laws.ABSENT.items() if not getattr(broken.traits, trait)]
         laws = [*(law for law in buffer_laws.LAWS if not buffer_laws.lacks(law, broken.traits)), *absent]
         catches = buffers.catches
-    elif kind in {"pipe: tensors", "pipe: blocks"} and broken is not pipes.LeavesAThread:
-        laws, catches = [*pipe_laws.LAWS, *block_laws.LAWS], pipes.catches
+    elif kind in {"pipe: tensors", "pipe: blocks"}:
+        laws, catches = [*pipe_laws.LAWS, *block_laws.LAWS, pipes.many_pipes], pipes.catches
     else:
         return "not tried"
     caught = [law.__name__ for law in laws if law is not own and catches(law, broken)]

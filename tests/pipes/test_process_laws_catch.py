@@ -123,6 +123,27 @@ class DoesNotSayThatItIsOneSided(ShmPipe):
     traits = Traits(reach=Reach.HOST)
 
 
+class Waits:
+    def read_blocks(self, remote, local):
+        transfer = super().read_blocks(remote, local)
+        wait([spawn(transfer.wait)], 10)
+        return transfer
+
+
+class WaitsForItsPeer(Waits, TcpPipe):
+    traits = Traits(immediate=True)
+
+
+class CopiesBeforeItReturns(Waits, ShmPipe):
+    traits = Traits(reach=Reach.HOST, one_sided=True, immediate=True)
+
+
+class OnlyEnqueues(ShmPipe):
+    """Breaks no law."""
+
+    traits = Traits(reach=Reach.HOST, one_sided=True, immediate=True)
+
+
 class DoesNotSayHowFarItReaches(TcpPipe):
     traits = Traits(reach=Reach.PROCESS)
 
@@ -141,6 +162,8 @@ CAUGHT: list[tuple[type[Pipe], Law]] = [
     (LeavesFiles, process_laws.a_killed_peer_leaves_nothing_behind),
     (SaysThatItIsOneSided, process_laws.reads_are_one_sided_exactly_if_declared),
     (DoesNotSayThatItIsOneSided, process_laws.reads_are_one_sided_exactly_if_declared),
+    (WaitsForItsPeer, process_laws.starts_of_transfers_are_immediate_if_declared),
+    (CopiesBeforeItReturns, process_laws.starts_of_transfers_are_immediate_if_declared),
     (DoesNotSayHowFarItReaches, process_laws.a_pipe_of_one_process_does_not_leave_it),
 ]
 
@@ -152,6 +175,7 @@ def test_a_law_catches_the_pipe_that_breaks_it(broken: type[Pipe], law: Law, mon
     peer = ProcessPeer(broken, {})
     try:
         monkeypatch.setattr(process_laws, "LIMIT_S", 8.0)
+        monkeypatch.setattr(process_laws, "PROMPT_S", 2.0)
         with pytest.raises((AssertionError, KVConnectError, TimeoutError)):
             law(peer)
     finally:
@@ -162,6 +186,14 @@ def test_a_peer_that_is_frozen_before_its_first_byte_is_given_longer() -> None:
     peer = ProcessPeer(IsSlowToBegin, {})
     try:
         process_laws.a_receive_that_stops_in_the_middle_ends_at_its_deadline(peer)
+    finally:
+        peer.close()
+
+
+def test_a_pipe_that_only_enqueues_is_immediate() -> None:
+    peer = ProcessPeer(OnlyEnqueues, {})
+    try:
+        process_laws.starts_of_transfers_are_immediate_if_declared(peer)
     finally:
         peer.close()
 
@@ -177,6 +209,7 @@ def test_a_pipe_that_another_process_cannot_import_is_told_so() -> None:
 def test_every_law_between_processes_has_a_pipe_that_it_catches() -> None:
     traits = {
         process_laws.reads_are_one_sided_exactly_if_declared,
+        process_laws.starts_of_transfers_are_immediate_if_declared,
         process_laws.a_pipe_of_one_process_does_not_leave_it,
     }
     assert {law for _, law in CAUGHT} == {*process_laws.LAWS} | traits
