@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from kvconnect.testing import block_laws, buffer_laws, pipe_laws
+from kvconnect.pipes.base import Reach
+from kvconnect.testing import block_laws, buffer_laws, pipe_laws, process_laws
 from tests.buffers import test_laws_catch as buffers
 from tests.buffers import test_shared_laws_catch as shared
 from tests.pipes import test_laws_catch as pipes
@@ -48,6 +49,13 @@ def others(row: Row) -> str:
         catches = buffers.catches
     elif kind in {"pipe: tensors", "pipe: blocks"}:
         laws, catches = [*pipe_laws.LAWS, *block_laws.LAWS, pipes.many_pipes], pipes.catches
+    elif kind == "pipe: two processes" and broken.traits.reach is not Reach.PROCESS:
+        laws = [*process_laws.LAWS, *processes.OF_TRAITS, *pipe_laws.LAWS, *block_laws.LAWS, pipes.many_pipes]
+        between = {*process_laws.LAWS, *processes.OF_TRAITS}
+
+        def catches(law: Callable[..., object], broken: Any) -> bool:
+            return (processes if law in between else pipes).catches(law, broken)
+
     else:
         return "not tried"
     caught = [law.__name__ for law in laws if law is not own and catches(law, broken)]
@@ -71,6 +79,7 @@ def main() -> None:
     everything = parser.parse_args().all
     if everything:
         pipes.hurry(pytest.MonkeyPatch())
+        processes.hurry(pytest.MonkeyPatch())
         buffers.hurry(pytest.MonkeyPatch())
     for line in table(everything):
         print(line)

@@ -226,7 +226,7 @@ class ReplacesPieceByPiece(MemoryBuffer):
     def insert(self, key, kv):
         with self._changed:
             held = [self._held[entry.id] for entry in self._ledger.offered_under(key)]
-        if not held:
+        if not held or len(held[0]) != len(kv):
             super().insert(key, kv)
             return
         for at, piece in enumerate(kv):
