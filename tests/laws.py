@@ -1,7 +1,7 @@
 """``python -m tests.laws``: every law of `kvconnect.testing`, and what breaks it on purpose and is caught.
 
-With ``--all``, each broken pipe and buffer of one process is tried with every law, which takes minutes:
-laws besides its own that catch it, too, are in the last column.
+With ``--all``, each broken pipe and buffer is tried with every law, which takes an hour or so, most of it for
+pipes between two processes: laws besides its own that catch it, too, are in the last column.
 """
 
 from __future__ import annotations

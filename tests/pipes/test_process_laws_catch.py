@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from kvconnect.errors import BrokenError, BusyError, DeadlineError, EndOfPipe, KVConnectError
+from kvconnect.pipes.alone import Alone
 from kvconnect.pipes.base import Pipe, Reach, Traits, Transfer
 from kvconnect.pipes.shm import ShmPipe
 from kvconnect.pipes.tcp import TcpPipe
@@ -82,15 +83,16 @@ class GoesOnAfterADeadline(FarPipe):
     receiving = None
 
     def __init__(self, spec):
-        self.patience_s = spec.timeout_s
+        self.patience_s, self.alone = spec.timeout_s, Alone("receive")
         super().__init__(replace(spec, timeout_s=20.0))
 
     def recv_tensor(self):
-        self.receiving = self.receiving or spawn(super().recv_tensor)
-        if not wait([self.receiving], self.patience_s).done:
-            raise DeadlineError("nothing came")
-        received, self.receiving = self.receiving, None
-        return received.result()
+        with self.alone:
+            self.receiving = self.receiving or spawn(super().recv_tensor)
+            if not wait([self.receiving], self.patience_s).done:
+                raise DeadlineError("nothing came")
+            received, self.receiving = self.receiving, None
+            return received.result()
 
     def send_tensor(self, tensor):
         sending = spawn(partial(super().send_tensor, tensor))
