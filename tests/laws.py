@@ -1,7 +1,7 @@
 """``python -m tests.laws``: every law of `kvconnect.testing`, and what breaks it on purpose and is caught.
 
-With ``--all``, each broken pipe and buffer of one process is tried with every law, which takes minutes:
-laws besides its own that catch it, too, are in the last column.
+With ``--all``, each broken pipe and buffer is tried with every law, which takes an hour or so, most of it for
+pipes between two processes: laws besides its own that catch it, too, are in the last column.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from kvconnect.testing import block_laws, buffer_laws, pipe_laws
+from kvconnect.pipes.base import Reach
+from kvconnect.testing import block_laws, buffer_laws, pipe_laws, process_laws
 from tests.buffers import test_laws_catch as buffers
 from tests.buffers import test_shared_laws_catch as shared
 from tests.pipes import test_laws_catch as pipes
@@ -30,7 +31,6 @@ def rows() -> Iterator[Row]:
         ("pipe: two processes", processes.CAUGHT),
     ):
         yield from ((kind, law, broken) for broken, law in caught)
-    yield "pipe: blocks", block_laws.many_pipes_are_served_by_a_fixed_set_of_threads, pipes.LeavesAThread
     yield from (("buffer", getattr(buffer_laws, name), broken) for broken, name in buffers.BROKEN)
     yield from (("buffer: processes", law, broken) for broken, law in shared.CAUGHT)
     try:
@@ -47,8 +47,15 @@ def others(row: Row) -> str:
         absent = [law for trait, law in buffer_laws.ABSENT.items() if not getattr(broken.traits, trait)]
         laws = [*(law for law in buffer_laws.LAWS if not buffer_laws.lacks(law, broken.traits)), *absent]
         catches = buffers.catches
-    elif kind in {"pipe: tensors", "pipe: blocks"} and broken is not pipes.LeavesAThread:
-        laws, catches = [*pipe_laws.LAWS, *block_laws.LAWS], pipes.catches
+    elif kind in {"pipe: tensors", "pipe: blocks"}:
+        laws, catches = [*pipe_laws.LAWS, *block_laws.LAWS, pipes.many_pipes], pipes.catches
+    elif kind == "pipe: two processes" and broken.traits.reach is not Reach.PROCESS:
+        laws = [*process_laws.LAWS, *processes.OF_TRAITS, *pipe_laws.LAWS, *block_laws.LAWS, pipes.many_pipes]
+        between = {*process_laws.LAWS, *processes.OF_TRAITS}
+
+        def catches(law: Callable[..., object], broken: Any) -> bool:
+            return (processes if law in between else pipes).catches(law, broken)
+
     else:
         return "not tried"
     caught = [law.__name__ for law in laws if law is not own and catches(law, broken)]
@@ -72,6 +79,7 @@ def main() -> None:
     everything = parser.parse_args().all
     if everything:
         pipes.hurry(pytest.MonkeyPatch())
+        processes.hurry(pytest.MonkeyPatch())
         buffers.hurry(pytest.MonkeyPatch())
     for line in table(everything):
         print(line)

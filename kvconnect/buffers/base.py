@@ -101,7 +101,10 @@ class Grant(ABC):
 
 @dataclass(frozen=True)
 class BufferTraits:
-    """What a buffer class can do beyond `insert`, `drop_select` and `close`; tests take their skips from here."""
+    """What a buffer class can do beyond `insert`, `drop_select` and `close`; tests take their skips from here.
+
+    Laws hold each both ways: what is declared works, and what is not does not.
+    """
 
     #: It holds a number of bytes at most, by a policy (clause 5).
     bounded: bool = False

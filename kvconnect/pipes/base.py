@@ -65,18 +65,26 @@ class Reach(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Traits:
-    """What a pipe class can do, as data; tests take their skips from here and nowhere else."""
+    """What a pipe class can do, as data; tests take their skips from here and nowhere else.
+
+    Laws hold `devices`, `one_sided` and a `reach` of one process both ways: what is declared works, and what is not
+    does not. They hold `immediate` where it is declared. Without it, starts may take as long as they like, and
+    those that happen to be quick break no promise. How far beyond its host a pipe reaches, one host cannot tell.
+    `zero_copy` and `likes_long_runs` only advise a choice among pipes and layouts that all work: no law holds them.
+    """
 
     devices: frozenset[str] = frozenset({"cpu"})
     reach: Reach = Reach.NETWORK
     #: `Pipe.read_blocks` needs no thread of the peer while it runs, unless options say otherwise;
     #: ``None`` where that is up to what lies below.
     one_sided: bool | None = False
-    #: The block path moves bytes straight between the two paged memories.
+    #: A hint: the block path moves bytes straight between the two paged memories. Of pipes that
+    #: reach equally far, ``"auto"`` takes such a one first.
     zero_copy: bool = False
     #: `Pipe.read_blocks` and `Pipe.write_blocks` only enqueue: a thread that serves other peers may call them.
     immediate: bool = False
-    #: Blocks move faster where all layers of one lie together in memory, as in block-outermost layouts.
+    #: A hint: blocks move faster where all layers of one lie together in memory, as in block-outermost layouts;
+    #: an engine is asked for such a one.
     likes_long_runs: bool = False
 
 

@@ -222,7 +222,7 @@ def a_full_buffer_waits_for_takers_if_told_to(open_: Open) -> None:
 def waiting_for_room_has_an_end(open_: Open) -> None:
     """Nobody takes: `BufferFullError` after ``wait_s``."""
     ends = open_(policy="wait", wait_s=0.2)
-    _fill(ends.put)
+    spawn(lambda: _fill(ends.put)).result(LIMIT_S)
 
 
 def what_never_fits_is_refused_at_once(open_: Open) -> None:

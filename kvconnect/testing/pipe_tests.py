@@ -114,6 +114,12 @@ class PipeTests:
             pytest.skip(f"{self.pipe_class.__name__}.traits leave it open")
         process_laws.reads_are_one_sided_exactly_if_declared(peer, declared=declared)
 
+    def test_starts_of_transfers_are_immediate_if_declared(self, peer: ProcessPeer) -> None:
+        """No law holds of pipes that do not declare it: nothing else is skipped for it."""
+        if not self.pipe_class.traits.immediate:
+            pytest.skip(f"{self.pipe_class.__name__}.traits do not declare immediate")
+        process_laws.starts_of_transfers_are_immediate_if_declared(peer)
+
     def test_a_reach_that_is_not_declared_is_absent(self, peers: list[ProcessPeer]) -> None:
         """What works between processes must be declared, or its laws would be skipped for no reason."""
         if self.pipe_class.traits.reach is not Reach.PROCESS:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import wait
 
 import torch
 
 from kvconnect.errors import BrokenError, DeadlineError, KVConnectError
 from kvconnect.pipes.base import Transfer
+from kvconnect.testing.block_laws import CUT_BYTES
 from kvconnect.testing.ends import End, checksum
 from kvconnect.testing.layouts import (
     clone,
@@ -25,7 +27,7 @@ from kvconnect.testing.layouts import (
 )
 from kvconnect.testing.leaks import Holdings, assert_nothing_left
 from kvconnect.testing.peers import LIMIT_S, spawn
-from kvconnect.testing.pipe_laws import MANY
+from kvconnect.testing.pipe_laws import MANY, PROMPT_S
 from kvconnect.testing.processes import ProcessPeer
 from kvconnect.testing.samples import fidelity_samples, same
 
@@ -216,6 +218,40 @@ def reads_are_one_sided_exactly_if_declared(peer: ProcessPeer, *, declared: bool
     finally:
         peer.thaw()
         end.pipe.abort()
+
+
+def starts_of_transfers_are_immediate_if_declared(peer: ProcessPeer) -> None:
+    """`Traits.immediate`: starts return at once while the other process stands still, the very first ones, too.
+
+    And they leave the copying to others: a large transfer is not over when its start returns (counted by the
+    best of a few attempts, since on a busy machine whoever starts one may be held up until it is).
+    """
+    if not peer.pipe_class.traits.immediate:
+        return
+    end = peer.open()
+    layout = separate_layers(1, CUT_BYTES[torch.device(end.device).type] // _BLOCK, 1, _BLOCK)
+    end.attach(noisy_memory(layout, 1, end.device), layout, 2)
+    everything = [range(layout.layers[0].num_blocks)]
+    running = {end.pipe.read_blocks: False, end.pipe.write_blocks: False}
+
+    def start() -> list[Transfer]:
+        started = []
+        for move in running:
+            started.append(move(everything, everything))
+            running[move] |= not started[-1].done
+        return started
+
+    for _ in range(5):
+        peer.freeze()
+        starting = spawn(start)
+        wait([starting], PROMPT_S)
+        returned = starting.done()
+        peer.thaw()
+        assert returned, "traits.immediate is declared, and a start waits for the other process"
+        for transfer in starting.result():
+            _ended(transfer)
+    end.pipe.abort()
+    assert all(running.values()), "traits.immediate is declared, and a transfer is over before its start returns"
 
 
 #: Every law between two processes; those that kill come last.

@@ -47,13 +47,18 @@ class FolderBuffer(LookupBuffer):
 
 
 class ReadsAndThenDrops(FolderBuffer):
+    """With a lock for this process alone."""
+
+    lock = threading.Lock()
+
     def drop_select(self, key):
-        try:
-            stream = bytearray(self._file(key).read_bytes())
-        except FileNotFoundError:
-            return None
-        threading.Event().wait(0.02)
-        self._file(key).unlink(missing_ok=True)
+        with self.lock:
+            try:
+                stream = bytearray(self._file(key).read_bytes())
+            except FileNotFoundError:
+                return None
+            threading.Event().wait(0.02)
+            self._file(key).unlink(missing_ok=True)
         return decode(torch.frombuffer(stream, dtype=torch.uint8))
 
 
