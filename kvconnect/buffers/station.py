@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kvconnect.buffers.address import listen_address
 from kvconnect.buffers.base import EndSettings
 from kvconnect.buffers.channels import Channels, Side
 from kvconnect.buffers.choice import AutoOptions
@@ -40,8 +41,17 @@ class Station:
     def open(self, cls: type[Pipe], name: str, side: Side, exchange: Callable[[Message], Message]) -> Pipe:
         """Open one end, with the options that the configuration has for it."""
         options = AutoOptions.of(self.settings.pipe).options.get(name, {})
-        limit_s = self.settings.options.transfer_timeout_s
-        spec = PipeSpec(side, exchange, self.memory.device, limit_s, options, self.client.check)
+        config = self.settings.options
+        spec = PipeSpec(
+            side,
+            exchange,
+            self.memory.device,
+            config.transfer_timeout_s,
+            options,
+            self.client.check,
+            bind_host=listen_address(config)[0],
+            advertise_host=config.advertise_host,
+        )
         pipe = cls.open(spec)
         if "timeout_s" not in vars(pipe) and cls.timeout_s is Pipe.timeout_s:
             # Its author may have thought of the three methods only.

@@ -129,6 +129,9 @@ class PipeSpec:
 
     ``check("host:port")`` raises a `KVConnectError` if the other end, that nobody vouches for,
     may not send this one there: to be called before an address from its message is contacted.
+
+    ``bind_host`` is where an end that listens does so, and ``advertise_host`` what it tells the other
+    end if that differs (NAT), unless its ``options`` say otherwise: the engine's own addresses.
     """
 
     side: Literal["asks", "serves"]
@@ -137,6 +140,8 @@ class PipeSpec:
     timeout_s: float = 30.0
     options: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[str], None] = _anywhere
+    bind_host: str = "127.0.0.1"
+    advertise_host: str | None = None
 
 
 class Transfer:

@@ -12,6 +12,7 @@ first one, in the asking end's order, that either end can reach the other by.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -136,7 +137,7 @@ class _Opening:
 
         auto = self._wanted.name == "auto"
         options = self._wanted.options if not auto or name == _TAKES_OPTIONS else {}
-        spec = PipeSpec(self._spec.side, exchange, "cpu", self._spec.timeout_s, options, self._spec.check)
+        spec = dataclasses.replace(self._spec, exchange=exchange, device="cpu", options=options)
         try:
             self._pipes[name, number] = self._classes[name].open(spec)
         except _NotChosenError:

@@ -45,9 +45,9 @@ class TcpOptions:
     """Options of the TCP pipe.
 
     Args:
-        bind_host: address that the serving end listens on.
+        bind_host: address that the serving end listens on, if it is not the engine's.
         port: port that it listens on; 0 takes a free one. All pipes of a process share it.
-        advertise_host: address that the asking end is told, if it differs (NAT).
+        advertise_host: address that the asking end is told, if it is not that (NAT).
         chunk_bytes: most bytes of one block transfer before another has its turn.
         max_message_bytes: largest tensor that is sent, or accepted from the peer.
         checksum: send sums of all that is sent, and compare them with what has landed before it
@@ -60,7 +60,7 @@ class TcpOptions:
 
     """
 
-    bind_host: str = "127.0.0.1"
+    bind_host: str | None = None
     port: int = 0
     advertise_host: str | None = None
     chunk_bytes: int = 1 << 20
@@ -81,6 +81,12 @@ class TcpOptions:
         if parsed.bind_host in _WILDCARDS and not parsed.advertise_host:
             raise ConfigError(f"pipe.advertise_host is needed when pipe.bind_host is {parsed.bind_host!r}")
         return parsed
+
+    def addresses(self, spec: PipeSpec) -> tuple[str, str]:
+        """Return where to listen, and what to tell the other end."""
+        if self.bind_host is not None:
+            return self.bind_host, self.advertise_host or self.bind_host
+        return spec.bind_host, self.advertise_host or spec.advertise_host or spec.bind_host
 
     @property
     def wants_checksum(self) -> bool:
@@ -129,7 +135,8 @@ class Serving:
         self._blocks: BlockConnection | None = None
         self._parked: tuple[socket.socket, Met] | None = None
         self._arrived = self._ended = self._released = False
-        self._listener = tcp_listener.acquire(loop, options.bind_host, options.port)
+        host, told = options.addresses(spec)
+        self._listener = tcp_listener.acquire(loop, host, options.port)
         self._tokens = self._listener.expect(self._arrive), self._listener.expect(self._arrive_blocks)
         try:
             theirs = spec.exchange(
@@ -138,7 +145,7 @@ class Serving:
                     "checksum": options.wants_checksum,
                     "tls": context is not None,
                     "secret": secret,
-                    "host": options.advertise_host or options.bind_host,
+                    "host": told,
                     "port": self._listener.port,
                     "token": self._tokens[0],
                     "blocks": self._tokens[1],
