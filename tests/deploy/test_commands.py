@@ -11,6 +11,8 @@ import pytest
 import yaml
 
 from bench.report import ROOT
+from kvconnect import registry
+from kvconnect.doctor import peer
 from kvconnect.doctor.main import _order, _parser
 from kvconnect.keys import Keys
 from tests.deploy import pods, test_dockerfile
@@ -133,6 +135,17 @@ def check_doctor(container, words):
 @pytest.mark.parametrize("block", [b for b in pages.blocks(PAGES[1]) if b.language == "yaml"], ids=str)
 def test_values_that_the_page_shows_are_rendered(block):
     pods.check(pods.load(render(yaml.safe_load(block.text), "pd")))
+
+
+def test_every_pipe_has_its_row_and_what_the_doctor_says_is_what_it_says():
+    rows = [line.split("|") for line in PAGES[1].read_text("utf-8").splitlines() if line.startswith("| `")]
+    pipes = {row[1].strip(" `") for row in rows}
+    assert pipes == registry.pipes().keys() - {"inproc"}
+    said = "".join(path.read_text("utf-8") for path in (ROOT / "kvconnect" / "doctor").glob("*.py"))
+    findings = set(re.findall(r'"((?:host|peer|path)[\w.]*)"', said))
+    findings |= {f"pipe.{name}" for name in pipes} | {f"peer.{name}" for name in peer._NAMESPACES}
+    for row in rows:
+        assert set(re.findall(r"`([\w.]+)`", row[-2])) <= findings
 
 
 def test_the_pages_show_commands():
