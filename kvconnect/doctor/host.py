@@ -30,8 +30,12 @@ _LITTLE_MEMLOCK = 8 * _GIB
 _FEW_FILES = 4096
 _LITTLE_SHM = _GIB
 _SHM = Path("/dev/shm")  # noqa: S108 - only looked at
+_MORE_SHM = "docker run --ipc=host or --shm-size=8g; in a pod, an emptyDir of medium Memory mounted there"
 _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _DRIVER = Path("/proc/driver/nvidia/version")
+_STATUS = Path("/proc/self/status")
+#: The bit of ``CAP_IPC_LOCK``: who has it is not held to a limit.
+_IPC_LOCK = 14
 
 
 def facts() -> dict[str, Any]:
@@ -45,8 +49,14 @@ def facts() -> dict[str, Any]:
         "clock": SYSTEM.identity,
         "name": socket.gethostname(),
         "cores": len(os.sched_getaffinity(0)),
+        "gpus": _device_files(),
         **host.identity(),
     }
+
+
+def _device_files() -> list[str]:
+    """Name the GPUs that this process can open: a container has the files of its own."""
+    return sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*"))
 
 
 def version(*distributions: str) -> str:
@@ -115,15 +125,21 @@ def _limits() -> Iterator[Finding]:
         "host.open_files", "slow" if few else "ok", f"{files if files >= 0 else 'unlimited'} open files a process", cure
     )
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if locked == resource.RLIM_INFINITY or locked >= _LITTLE_MEMLOCK:
+    if locked == resource.RLIM_INFINITY or locked >= _LITTLE_MEMLOCK or _may_lock():
         yield Finding("host.memlock", "ok", "memory can be locked")
         return
     what = f"{locked >> 10} KiB can be locked"
-    cure = "ulimit -l unlimited (docker run --ulimit memlock=-1)"
+    cure = "ulimit -l unlimited (docker run --ulimit memlock=-1), or run as root with CAP_IPC_LOCK"
     if any(Path("/sys/class/infiniband").glob("*")):
         yield Finding("host.memlock", "slow", f"{what}: NIXL and NCCL cannot register a KV pool for RDMA", cure)
     else:
         yield Finding("host.memlock", "note", f"{what}; only RDMA needs more, and there is no RDMA device here", cure)
+
+
+def _may_lock() -> bool:
+    """Whether the capability is effective: for other users than root it is not, though a pod's spec adds it."""
+    found = re.search(r"^CapEff:\s*([0-9a-f]+)$", _STATUS.read_text(encoding="ascii", errors="replace"), re.MULTILINE)
+    return found is not None and bool(int(found[1], 16) >> _IPC_LOCK & 1)
 
 
 def _memory() -> Iterator[Finding]:
@@ -136,7 +152,7 @@ def _memory() -> Iterator[Finding]:
     what = f"{_SHM}: {free / _GIB:.3g} of {size / _GIB:.3g} GiB are free"
     if free < _LITTLE_SHM:
         what += "; kvconnect does not use it, but vLLM's workers, NCCL and UCX do"
-        yield Finding("host.dev_shm", "slow", what, "docker run --ipc=host or --shm-size=8g")
+        yield Finding("host.dev_shm", "slow", what, _MORE_SHM)
     else:
         yield Finding("host.dev_shm", "ok", what)
     pages = _THP.read_text(encoding="ascii") if _THP.exists() else "[never]"
@@ -169,7 +185,7 @@ def _group(intent: Intent) -> Iterator[Finding]:
 
 
 def _gpus(device: str) -> Iterator[Finding]:
-    count = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    count = len(_device_files())
     if not count:
         return
     found = re.search(r"\d+\.\d+(\.\d+)?", _DRIVER.read_text(encoding="utf-8") if _DRIVER.exists() else "")

@@ -28,9 +28,13 @@ _VERSIONS = ("kvconnect", "vllm", "torch")
 _MOST_NAMED = 32
 #: Namespaces of processes of one host, which pipe needs them to be shared, what for, and how they are.
 _NAMESPACES = {
-    "netns": ("shm", "meets over the network namespace's sockets", "give the containers one network (--network=host)"),
+    "netns": (
+        "shm",
+        "meets over the network namespace's sockets",
+        "give the containers one network (one pod, hostNetwork, --network=host)",
+    ),
     "ipcns": ("cuda_ipc", "opens its peer's handles within one", "share the host's (hostIPC, --ipc=host)"),
-    "pidns": ("shm", "reads its peer's memory within one", "share the host's (hostPID, --pid=host)"),
+    "pidns": ("shm", "reads its peer's memory within one", "share one (hostPID, --pid=host, shareProcessNamespace)"),
 }
 
 
@@ -96,7 +100,7 @@ def unmet(error: KVConnectError) -> Finding:
     else:
         cure = (
             "start `python -m kvconnect doctor --serve` there, or name a producer (a consumer does not listen); "
-            "check host, port, firewall and keys"
+            "check host, port, firewall (a NetworkPolicy) and keys"
         )
     return Finding("peer", "bad", text, cure)
 
@@ -180,6 +184,8 @@ def _same_host(intent: Intent, met: Met, ours: Mapping[str, Any]) -> Iterator[Fi
         theirs = met.identity.get(name)
         if theirs is not None and theirs != ours[name] and pipe in wanted:
             yield Finding(f"peer.{name}", "slow", f"another {name.removesuffix('ns')} namespace: {pipe} {need}", cure)
+    if "cuda_ipc" in wanted:
+        yield from _hidden_gpus(met, ours)
     if met.facts and met.facts.get("clock") != ours["clock"]:
         what = "another time namespace: each load waits for a question more, since promises cannot be timed"
         yield Finding("peer.clock", "slow", what, "do not give the containers time namespaces of their own")
@@ -191,6 +197,19 @@ def _same_host(intent: Intent, met: Met, ours: Mapping[str, Any]) -> Iterator[Fi
         yield Finding("peer.process_vm", "slow", what, cure)
     elif met.facts:
         yield Finding("peer.process_vm", "ok", "its memory can be read in one copy (process_vm_readv)")
+
+
+def _hidden_gpus(met: Met, ours: Mapping[str, Any]) -> Iterator[Finding]:
+    theirs = met.facts.get("gpus", [])
+    hidden = [name for name in theirs if name not in ours["gpus"]] if isinstance(theirs, list) else []
+    if hidden:
+        what = (
+            f"the peer can use {_some(map(fields.shown, hidden))}, which this container cannot open: cuda_ipc may fail"
+        )
+        cure = (
+            "give both containers the GPUs of both (one container, a shared claim), and choose by CUDA_VISIBLE_DEVICES"
+        )
+        yield Finding("peer.gpus", "slow", what, cure)
 
 
 def _unreadable(met: Met) -> str | None:

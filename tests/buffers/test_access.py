@@ -2,6 +2,7 @@
 
 import socket
 
+import psutil
 import pytest
 
 from kvconnect.buffers.access import Access, Contacts
@@ -87,6 +88,21 @@ def test_engines_hand_over_at_an_address_that_is_not_loopbacks(key_file):
     with engines(key_file=key_file, bind_host=host, pipe=tcp) as (p, d):
         assert p.offer(9)["at"].startswith(host)
         hand_over(p, d, "ticket")
+
+
+def test_the_engines_address_is_its_pipes_too(key_file):
+    """Who sets `bind_host` and nothing else hands over between hosts."""
+    host, process = own_address(), psutil.Process()
+
+    def listening():
+        return {at.laddr for at in process.net_connections("tcp") if at.status == psutil.CONN_LISTEN}
+
+    before = listening()
+    with engines(key_file=key_file, bind_host=host, pipe="tcp") as (p, d):
+        hand_over(p, d, "ticket")
+        ours = listening() - before
+        assert len(ours) > 3, "of the control servers of both and their workers, and the pipe's"
+        assert {at.ip for at in ours} == {host}
 
 
 def test_buffers_with_one_secret_take_from_each_other_and_no_other_does(key_file, tmp_path):

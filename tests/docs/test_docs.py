@@ -22,7 +22,7 @@ from tools.docs import __main__ as generated
 from tools.docs import contracts, options
 
 BLOCKS = [block for page in pages.PAGES for block in pages.blocks(page)]
-LANGUAGES = {"bash", "console", "json", "python", "text", "toml", ""}
+LANGUAGES = {"bash", "console", "json", "python", "text", "toml", "yaml", ""}
 
 
 def of(*languages):

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from kvconnect import cli
-from kvconnect.doctor import counterpart, host, intent
+from kvconnect.doctor import counterpart, host, intent, peer
 from kvconnect.doctor.counterpart import Case, Counterpart
 from kvconnect.doctor.findings import Finding, Path
 from kvconnect.doctor.intent import Intent
@@ -311,13 +311,17 @@ def in_a_child(code):
 
 def test_low_limits_are_named():
     code = """
-import dataclasses, json, resource
+import dataclasses, json, os, resource
 from kvconnect.doctor import host
 resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, 65536))
 resource.setrlimit(resource.RLIMIT_NOFILE, (512, 1024))
-print(json.dumps([dataclasses.asdict(found) for found in host._limits()]))
+may = [found.verdict for found in host._limits() if found.name == "host.memlock"] if os.getuid() == 0 else ["ok"]
+if os.getuid() == 0:
+    os.setgroups([]), os.setgid(65534), os.setuid(65534)
+print(json.dumps([may, *(dataclasses.asdict(found) for found in host._limits())]))
 """
-    files, memlock = in_a_child(code)
+    with_the_capability, files, memlock = in_a_child(code)
+    assert with_the_capability == ["ok"], "root is held to no limit"
     assert (files["verdict"], files["what"]) == ("slow", "512 open files a process")
     assert "hard limit: 1024" in files["cure"]
     assert memlock["verdict"] in {"note", "slow"}
@@ -352,6 +356,27 @@ print(json.dumps([dataclasses.asdict(found) for found in peer.compare(wanted, me
     assert named["verdict"] == "slow"
     assert "goes through a ring" in named["what"]
     assert "ptrace_scope" in named["cure"]
+
+
+def test_gpus_that_only_the_peers_container_has_are_named(opened):
+    wanted, _ = intent.examine({})
+    met = peer.meet(wanted, opened())
+    met = dataclasses.replace(
+        met,
+        worker={**met.worker, "pipes": {**met.worker["pipes"], "cuda_ipc": {}}},
+        facts={**met.facts, "gpus": ["nvidia0", "nvidia1"]},
+    )
+    ours = host.facts()
+    named = {
+        gpus: [
+            found for found in peer.compare(wanted, met, {**ours, "gpus": list(gpus)}, {}) if found.name == "peer.gpus"
+        ]
+        for gpus in (("nvidia1",), ("nvidia0", "nvidia1", "nvidia2"))
+    }
+    (found,) = named["nvidia1",]
+    assert found.verdict == "slow"
+    assert "can use nvidia0, which" in found.what
+    assert named["nvidia0", "nvidia1", "nvidia2"] == []
 
 
 def test_the_platform_is_what_an_engine_here_would_say():

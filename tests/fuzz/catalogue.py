@@ -110,7 +110,8 @@ pipe_cards              pipes.cuda_ipc         CudaIpcPipe.can_reach
 pipe_cards              pipes.shm              ShmPipe.can_reach
 pipe_cards              pipes.inproc           InprocPipe._meet
 own                     pipes.landing          Landing.empty
-doctor                  doctor.peer            read is_here _versions _fields _pipe _place _same_host _unreadable
+doctor                  doctor.peer            read is_here _versions _fields _pipe _place _same_host
+doctor                  doctor.peer            _hidden_gpus _unreadable
 own                     doctor.report          Report.from_json Report.to_text
 own                     doctor.intent          load examine _intent
 own                     doctor.host            _pipe_ports

@@ -26,10 +26,18 @@ MOST_TEXT, MOST_LINES = 1 << 16, 200
 
 def doctors(*, here, case=CASE):
     """Return what a doctor of this host, or of another, answers with."""
-    facts = {**host.facts(), "pipe": "auto", "host": "$host", "clock": "$clock", "beacon": "$beacon"}
+    facts = {
+        **host.facts(),
+        "pipe": "auto",
+        "host": "$host",
+        "clock": "$clock",
+        "beacon": "$beacon",
+        "gpus": ["nvidia0"],
+    }
     if not here:
         facts |= {"host": "b", "name": "b", "vllm": "0.1", "clock": "c"}
     pipes = {name: {**card, "host": "$host"} for name, card in worker(0)["pipes"].items()}
+    pipes["cuda_ipc"] = next(iter(pipes.values()))
     told = {**worker(0), "pipes": pipes, "layout": case.layout().to_wire(), counterpart.MARK: facts}
     return {**plain(ME), "num_parts": 1, "workers": [told]}
 

@@ -178,30 +178,6 @@ def test_a_malformed_offer_is_refused(answer: dict[str, Any]) -> None:
         TcpPipe.open(PipeSpec("asks", lambda _: answer, timeout_s=1))
 
 
-@pytest.mark.parametrize(
-    ("engine", "own", "listens", "told"),
-    [
-        ({}, {}, "127.0.0.1", "127.0.0.1"),
-        ({"bind_host": "127.0.0.2"}, {}, "127.0.0.2", "127.0.0.2"),
-        ({"bind_host": "127.0.0.2", "advertise_host": "node7"}, {}, "127.0.0.2", "node7"),
-        ({"bind_host": "127.0.0.2"}, {"advertise_host": "node8"}, "127.0.0.2", "node8"),
-        ({"bind_host": "127.0.0.2", "advertise_host": "node7"}, {"bind_host": "127.0.0.3"}, "127.0.0.3", "127.0.0.3"),
-    ],
-)
-def test_it_listens_where_its_engine_does_unless_told_otherwise(
-    engine: dict[str, str], own: dict[str, str], listens: str, told: str
-) -> None:
-    sent: dict[str, Any] = {}
-
-    def exchange(mine: Mapping[str, Any]) -> dict[str, Any]:
-        sent.update(mine)
-        socket.create_connection((listens, mine["port"]), timeout=5).close()
-        return {"tcp": 2, "checksum": False}
-
-    with closing(TcpPipe.open(PipeSpec("serves", exchange, options=own, **engine))):
-        assert sent["host"] == told
-
-
 def test_an_unreachable_peer_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

@@ -123,6 +123,33 @@ def test_an_address_to_bind_that_is_none_is_named(host: str) -> None:
         TcpPipe.open(PipeSpec("serves", lambda _: {"tcp": 2, "checksum": False}, options={"bind_host": host}))
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({}, "node7"),
+        ({"advertise_host": "node8"}, "node8"),
+        ({"bind_host": "127.0.0.3"}, "127.0.0.3"),
+        ({"bind_host": "127.0.0.3", "advertise_host": "node8"}, "node8"),
+    ],
+)
+def test_an_end_listens_and_is_found_where_its_engine_is_unless_its_options_say_otherwise(
+    options: dict[str, str], told: str
+) -> None:
+    offer: dict[str, Any] = {}
+    spec = PipeSpec(
+        "serves",
+        lambda mine: offer.update(mine) or ANSWER,
+        timeout_s=LIMIT_S,
+        options=PLAIN | options,
+        bind_host="127.0.0.2",
+        advertise_host="node7",
+    )
+    pipe = TcpPipe.open(spec)
+    assert offer["host"] == told
+    with socket.create_connection((options.get("bind_host", "127.0.0.2"), offer["port"]), LIMIT_S):
+        pipe.abort()
+
+
 def test_a_socket_that_cannot_be_set_up_is_closed_and_the_pipe_broken(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

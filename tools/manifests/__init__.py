@@ -1,0 +1,1 @@
+"""Manifests as the Helm chart renders them, without a cluster."""
