@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kvconnect.connectors import compat
 from kvconnect.connectors.fetching import Fetching
 from kvconnect.connectors.lending import Lending, Limits
+from kvconnect.connectors.metrics import Stats
 from kvconnect.connectors.plan import Load, Plan, WorkerNews
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class SchedulerHalf:
         self._fetching: Fetching | None = None
         self._workers: dict[int, Any] = {}
         self._asked = 0
+        self._stats = Stats()
         if engine.refusal:
             log.warning("kvconnect hands over no KV: %s; every request is computed locally", engine.refusal)
             return
@@ -117,12 +119,13 @@ class SchedulerHalf:
             loads = self._fetching.take_loads()
         introduce = self._end is not None and not self._introduced
         self._asked += introduce
-        return Plan(loads, introduce, patient=not running and self._engine.steps_alone)
+        patient = not running and self._engine.steps_alone
+        return Plan(loads, introduce, patient, observed=not self._observed().is_empty())
 
     def worker_output(self, output: KVConnectorOutput) -> None:
         """``update_connector_output``: loads that are over, and the workers' introductions."""
         if self._fetching is not None and output.finished_recving:
-            self._fetching.loaded(output.finished_recving)
+            self._fetching.loaded(output.finished_recving, compat.failed_requests(output))
         news = output.kv_connector_worker_meta
         if isinstance(news, WorkerNews) and self._end is not None:
             self._workers.update(news.descriptions)
@@ -140,6 +143,19 @@ class SchedulerHalf:
             return False
         self._lending.take_back()
         return self._end.awaits_takers() or (not self._introduced and self._asked < _ASK_AT_MOST)
+
+    # -- what vLLM's metrics hear -----------------------------------------------------
+
+    def stats(self) -> Stats | None:
+        """``get_kv_connector_stats``: what was observed since the last call."""
+        return None if self._observed().is_empty() else self._stats.take()
+
+    def _observed(self) -> Stats:
+        if self._fetching is not None and not self._fetching.stats.is_empty():
+            self._stats.aggregate(self._fetching.stats.take())
+        if self._lending is not None:
+            self._lending.observe(self._stats)
+        return self._stats
 
     # -- the rest -------------------------------------------------------------------
 
