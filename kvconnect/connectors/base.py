@@ -159,7 +159,7 @@ class KvConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_kv_connector_stats(self) -> Stats | None:
         """Return what this process's half has observed since the last call."""
-        return self._w.stats(self._plan()) if self._scheduler is None else self._scheduler.stats()
+        return self._w.stats() if self._scheduler is None else self._scheduler.stats()
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Stats:

@@ -138,6 +138,14 @@ def reports_failed_requests() -> bool:
     return hasattr(base, "KVConnectorTransferResults")
 
 
+def asks_scheduler_for_stats() -> bool:
+    """Whether vLLM asks the scheduler's half for its stats in a step in which no worker has any.
+
+    0.23 does not, 0.26 does. Nothing to look at tells them apart, so an answer too many is given up to 0.29.
+    """
+    return reports_failed_requests()
+
+
 def defers_freed_blocks() -> bool:
     """Whether a block that a running step may still write is handed out only after it (0.24+)."""
     from vllm.v1.core.sched.scheduler import Scheduler

@@ -70,8 +70,8 @@ class Lending:
         self._segment = segment_tokens(groups, end.segment_tokens)
         self._pins: BlockPins | None = None
         self.counters: Counter[str] = Counter()
-        #: What metrics have heard.
-        self._told: dict[str, int] = {}
+        #: What metrics have heard: counts, and blocks.
+        self._told: tuple[dict[str, int], int] = {}, 0
 
     def bind(self, pins: BlockPins) -> None:
         """Learn the pool that holds the blocks; nothing is offered before."""
@@ -139,17 +139,17 @@ class Lending:
 
     def observe(self, stats: Stats) -> None:
         """Tell what became of entries since the last call, and what is held now, if that has changed."""
-        counts = metrics.events({**self._end.stats(), **self.counters})
-        held = counts.get(metrics.OFFERED, 0) - sum(counts.get(event, 0) for event in metrics.ENDED)
-        gauges = {metrics.LEASES: held, metrics.LENT: self._end.lent_blocks()}
-        known, self._told = self._told, {**counts, **{gauge.name: value for gauge, value in gauges.items()}}
-        if self._told == known:
-            return
-        for event, count in counts.items():
-            if more := count - known.get(event, 0):
+        counts, lent = {**self._end.stats(), **self.counters}, self._end.lent_blocks()
+        if (counts, lent) == self._told:
+            return  # as in most steps
+        before, now = metrics.events(self._told[0]), metrics.events(counts)
+        self._told = counts, lent
+        for event, count in now.items():
+            if more := count - before.get(event, 0):
                 stats.add(metrics.ENTRIES, more, event)
-        for gauge, value in gauges.items():
-            stats.add(gauge, value)
+        held = now.get(metrics.OFFERED, 0) - sum(now.get(event, 0) for event in metrics.ENDED)
+        stats.add(metrics.LEASES, held)
+        stats.add(metrics.LENT, lent)
 
     def _obstacle(self, request: Request, table: Sequence[Sequence[int]]) -> str | None:
         """Return why this request's prompt cannot be offered, or ``None``."""

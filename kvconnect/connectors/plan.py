@@ -57,8 +57,6 @@ class Plan(KVConnectorMetadata):
     introduce: bool = False
     #: The step computes nothing, and nobody waits for it: it may wait for loads.
     patient: bool = False
-    #: The scheduler has something to tell vLLM's metrics. Up to 0.25 vLLM asks it only if a worker has, too.
-    observed: bool = False
 
 
 @dataclass(frozen=True)

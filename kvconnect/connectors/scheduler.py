@@ -44,7 +44,6 @@ class SchedulerHalf:
         self._fetching: Fetching | None = None
         self._workers: dict[int, Any] = {}
         self._asked = 0
-        self._stats = Stats()
         if engine.refusal:
             log.warning("kvconnect hands over no KV: %s; every request is computed locally", engine.refusal)
             return
@@ -119,8 +118,7 @@ class SchedulerHalf:
             loads = self._fetching.take_loads()
         introduce = self._end is not None and not self._introduced
         self._asked += introduce
-        patient = not running and self._engine.steps_alone
-        return Plan(loads, introduce, patient, observed=not self._observed().is_empty())
+        return Plan(loads, introduce, patient=not running and self._engine.steps_alone)
 
     def worker_output(self, output: KVConnectorOutput) -> None:
         """``update_connector_output``: loads that are over, and the workers' introductions."""
@@ -148,14 +146,10 @@ class SchedulerHalf:
 
     def stats(self) -> Stats | None:
         """``get_kv_connector_stats``: what was observed since the last call."""
-        return None if self._observed().is_empty() else self._stats.take()
-
-    def _observed(self) -> Stats:
-        if self._fetching is not None and not self._fetching.stats.is_empty():
-            self._stats.aggregate(self._fetching.stats.take())
+        stats = Stats() if self._fetching is None else self._fetching.stats.take()
         if self._lending is not None:
-            self._lending.observe(self._stats)
-        return self._stats
+            self._lending.observe(stats)
+        return None if stats.is_empty() else stats
 
     # -- the rest -------------------------------------------------------------------
 

@@ -104,9 +104,10 @@ class WorkerHalf:
             return None
         return WorkerNews({self._rank: self._end.describe()})
 
-    def stats(self, plan: Plan) -> Stats | None:
+    def stats(self) -> Stats | None:
         """``get_kv_connector_stats``: what was observed since the last call."""
-        return self._stats.take() if plan.observed or not self._stats.is_empty() else None
+        quiet = self._stats.is_empty() and compat.asks_scheduler_for_stats()
+        return None if quiet else self._stats.take()
 
     def close(self) -> None:
         """``shutdown``."""

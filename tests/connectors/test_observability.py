@@ -23,7 +23,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorLogg
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 
 from kvconnect import _plugin, errors, registry
-from kvconnect.connectors import metrics, timeline
+from kvconnect.connectors import compat, metrics, timeline
 from kvconnect.connectors.metrics import Stats
 from kvconnect.connectors.named import KvConnectFilesystem, KvConnectTcp
 from kvconnect.connectors.plan import Plan
@@ -369,11 +369,13 @@ def test_what_is_taken_is_told_once() -> None:
     assert stats.is_empty()
 
 
-def test_a_worker_answers_when_only_its_scheduler_has_something_to_tell(observed: Observed) -> None:
-    # Up to 0.25 vLLM does not ask the scheduler otherwise.
-    half = observed.p.worker._worker
-    assert half.stats(Plan()) is None
-    assert half.stats(Plan(observed=True)).is_empty()
+@pytest.mark.parametrize("asks", [True, False])
+def test_a_worker_without_news_answers_where_vllm_would_not_ask_its_scheduler(
+    observed: Observed, monkeypatch: pytest.MonkeyPatch, asks: bool
+) -> None:
+    monkeypatch.setattr(compat, "asks_scheduler_for_stats", lambda: asks)
+    answer = observed.p.worker.get_kv_connector_stats()
+    assert answer is None if asks else answer.is_empty()
 
 
 def test_connectors_of_one_multiconnector_share_the_families(observed: Observed) -> None:
