@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from kvconnect.connectors.plan import Plan
 from kvconnect.connectors.protocol import ASK_FOR_TICKET
 from kvconnect.testing.engine import SHAPES, Engine, describe_model
 from kvconnect.testing.faults import Cut, Delay, Fault, faulty
+from tests import dashboard
 
 #: Of the phase that is made slow; a busy machine makes others slow, too, but not so slow.
 DELAY_S = 0.6
@@ -394,6 +396,32 @@ def test_connectors_of_one_multiconnector_share_the_families(observed: Observed)
             in text
         )
     observed.register()
+
+
+def test_the_dashboard_asks_for_what_there_is(observed: Observed) -> None:
+    everything = Stats()
+    for metric in metrics.METRICS:
+        everything.add(metric, 1.0, *metric.labels)
+    observed.prom.observe(everything.data, 1)
+    page = generate_latest(REGISTRY).decode()
+    assert dashboard.problems(page) == []
+    assert {name for query in dashboard.queries() for name, _ in dashboard.asked(query)} == {
+        name
+        for metric in metrics.METRICS
+        for name in re.findall(rf"# TYPE ({metrics.PREFIX}{metric.name}(?:_total)?) ", page)
+        for name in ([f"{name}_{part}" for part in ("bucket", "sum", "count")] if metric is metrics.SECONDS else [name])
+    }
+    observed.register()
+
+
+def test_a_query_that_cannot_be_answered_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = '# TYPE vllm:kvconnect_leases gauge\nvllm:kvconnect_leases{engine="0"} 1.0\n'
+    asked = ["vllm:kvconnect_leases", "sum by (pipe) (vllm:kvconnect_leases)", "vllm:kvconnect_lease"]
+    monkeypatch.setattr(dashboard, "queries", lambda: asked)
+    assert dashboard.problems(page) == [
+        "sum by (pipe) (vllm:kvconnect_leases): vllm:kvconnect_leases has no ['pipe']",
+        "vllm:kvconnect_lease: there is no vllm:kvconnect_lease",
+    ]
 
 
 @pytest.mark.parametrize(
