@@ -23,8 +23,9 @@ from prometheus_client import REGISTRY, Counter, Gauge, Histogram, generate_late
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorLogging, KVConnectorProm
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 
+from bench.report import ROOT
 from kvconnect import _plugin, errors, registry
-from kvconnect.connectors import compat, metrics, timeline
+from kvconnect.connectors import compat, metrics, timeline, tracing
 from kvconnect.connectors.metrics import Stats
 from kvconnect.connectors.named import KvConnectFilesystem, KvConnectTcp
 from kvconnect.connectors.plan import Plan
@@ -412,6 +413,14 @@ def test_the_dashboard_asks_for_what_there_is(observed: Observed) -> None:
         for name in ([f"{name}_{part}" for part in ("bucket", "sum", "count")] if metric is metrics.SECONDS else [name])
     }
     observed.register()
+
+
+def test_the_page_names_every_phase_event_and_span() -> None:
+    page = (ROOT / "docs" / "observability.md").read_text("utf-8")
+    phases = [*timeline.ADMISSION, *timeline.MOVE]
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == phases
+    assert [name for name in (*phases, *metrics.EVENTS, metrics.NO_PIPE) if f"`{name}`" not in page] == []
+    assert re.findall(rf"{tracing.LOAD}\.(\w+)", page) == phases
 
 
 def test_a_query_that_cannot_be_answered_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
