@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -314,23 +315,24 @@ def test_a_failure_is_counted_by_its_cause_and_marked_where_it_happened(
 
 
 def test_an_entry_that_nobody_takes_is_a_lease_until_it_has_expired(observed: Observed) -> None:
-    prompt = observed.prompt()
-    before = observed.scrape()
-    observed.ticket(prompt)
-    held = observed.scrape()
     leases, lent = named("leases", 0), named("lent_blocks", 0)
-    assert held[leases] == before.get(leases, 0) + 1
-    assert held[lent] > before.get(lent, 0)
 
-    def expires() -> None:
-        deadline = time.monotonic() + 3 * LEASE_S
+    def until_none() -> None:
+        deadline = time.monotonic() + 10 * LEASE_S
         while observed.scrape()[leases] > 0:
             assert time.monotonic() < deadline
             threading.Event().wait(0.05)
-            observed.p.scheduler.connector._scheduler.wants_steps()
+            observed.p.scheduler.connector.has_pending_push_work()
             observed.p.step()
 
-    assert observed.during(expires)[named("entries_total", 0, event="expired")] >= 1
+    observed.p.scheduler.connector.reset_cache()  # of other tests' entries
+    observed.p.step()
+    until_none()
+    observed.ticket(observed.prompt())
+    held = observed.scrape()
+    assert held[leases] == 1
+    assert held[lent] == observed.p.scheduler.connector._scheduler._end.lent_blocks() > 0
+    assert observed.during(until_none)[named("entries_total", 0, event="expired")] == 1
     assert observed.scrape()[lent] == 0
 
 
@@ -446,3 +448,31 @@ def test_causes_are_few(error: errors.KVConnectError, cause: str) -> None:
     outer = errors.LoadError("could not be read")
     outer.__cause__ = error
     assert metrics.cause_of(outer) == cause
+
+
+def test_a_child_of_a_multiconnector_is_observed_like_any_other(observed: Observed, tmp_path: Path) -> None:
+    model, engines = describe_model(tmp_path), []
+    for seed, role in enumerate(("kv_producer", "kv_consumer")):
+        extra = {"group": "test-observability-multi", "lease_s": LEASE_S}
+        child = {"kv_connector": "KvConnectTcp", "kv_role": role, "kv_connector_extra_config": extra}
+        transfer = {"kv_connector": "MultiConnector", "kv_role": role}
+        transfer["kv_connector_extra_config"] = {"connectors": [child]}
+        engines.append(Engine(model, transfer, SHAPES["blocks first"], seed))
+    p, d = engines
+    unregister_vllm_metrics()
+    prom = KVConnectorProm(d.config, ["model_name", "engine"], {0: ["demo", "0"]})
+    answer, _ = p.ask("p", range(100), dict(ASK_FOR_TICKET), max_tokens=1)
+    d.ask("d", range(100), answer.kv_transfer_params)
+    logging = KVConnectorLogging(d.config.kv_transfer_config)
+    for engine in engines:
+        for told in engine.stats:
+            logging.observe(told)
+            prom.observe(msgspec.msgpack.decode(msgspec.msgpack.encode(told)), 0)
+        engine.close()
+    page = generate_latest(REGISTRY).decode()
+    assert f"{named('transfers_total', 0, pipe='tcp')} 1.0" in page
+    assert f"{named('entries_total', 0, event='offered')} 1.0" in page
+    lines: list[str] = []
+    logging.log(lambda text, *args: lines.append(text % args))
+    assert "'Transfers': 1" in lines[0]
+    observed.register()
