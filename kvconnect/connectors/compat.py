@@ -141,9 +141,9 @@ def reports_failed_requests() -> bool:
 def asks_scheduler_for_stats() -> bool:
     """Whether vLLM asks the scheduler's half for its stats in a step in which no worker has any.
 
-    0.23 does not, 0.26 does. Nothing to look at tells them apart, so an answer too many is given up to 0.29.
+    0.23 does not. There is nothing to look at, but 0.24, which does, brought deferred frees as well.
     """
-    return reports_failed_requests()
+    return defers_freed_blocks()
 
 
 def defers_freed_blocks() -> bool:
