@@ -145,7 +145,8 @@ class WorkerHalf:
         """Tell whoever observes how a load went: metrics, its trace, the log."""
         load, transfer, error = result.load, result.transfer, result.error
         pipe = (transfer.via if transfer is not None else "") or metrics.NO_PIPE
-        times = {**result.times, **timeline.now(timeline.REPORTED)}
+        # What failed has no phase after that in which it did.
+        times = {**result.times, **(timeline.now(timeline.REPORTED) if error is None else {})}
         spans = list(timeline.spans(timeline.MOVE, times))
         self._stats.add_spans(spans, pipe)
         nbytes = transfer.nbytes if transfer is not None else 0

@@ -31,6 +31,7 @@ from kvconnect.connectors.metrics import Stats
 from kvconnect.connectors.named import KvConnectFilesystem, KvConnectTcp
 from kvconnect.connectors.plan import Plan
 from kvconnect.connectors.protocol import ASK_FOR_TICKET
+from kvconnect.pipes.base import Transfer
 from kvconnect.testing.engine import SHAPES, Engine, describe_model
 from kvconnect.testing.faults import Cut, Delay, Fault, faulty
 from tests import dashboard
@@ -312,6 +313,28 @@ def test_a_failure_is_counted_by_its_cause_and_marked_where_it_happened(
     assert "release" not in found
     assert found[""].attributes is not None
     assert found[""].attributes["kvconnect.outcome"] in {"failed", "over"}
+
+
+def test_a_load_that_its_owner_does_not_vouch_for_failed_in_its_release(
+    observed: Observed, exporter: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = observed.prompt()
+    params, (headers, spans) = observed.ticket(prompt), traced(exporter)
+
+    def read(*given: Any) -> Transfer:
+        transfer = Transfer(8)
+        transfer.via = "tcp"
+        transfer.phases |= timeline.now(timeline.LAUNCHED, timeline.MOVED)
+        transfer.add_done_callback(given[-1])
+        transfer.finish(errors.StaleError("the lease had ended"))
+        return transfer
+
+    monkeypatch.setattr(observed.d.worker._worker._end, "read", read)
+    more = observed.during(lambda: observed.d.ask("stale", prompt, params, trace=headers))
+    assert more[named("load_failures_total", 1, pipe="tcp", cause="stale")] == 1
+    found = spans()
+    assert [name for name, span in found.items() if span.status.status_code is StatusCode.ERROR] == ["release"]
+    assert "report" not in found
 
 
 def test_an_entry_that_nobody_takes_is_a_lease_until_it_has_expired(observed: Observed) -> None:
