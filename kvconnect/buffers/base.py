@@ -404,7 +404,11 @@ class SchedulerEnd(ABC):
 
     @abstractmethod
     def stats(self) -> dict[str, int]:
-        """Counters since the start: entries offered, taken, expired, …, misses by cause."""
+        """Counters since the start: entries offered, taken, expired, …, misses by cause.
+
+        Those that are called like an event of ``vllm:kvconnect_entries_total`` (`docs/observability.md`) are
+        that metric. Called in every step of the engine.
+        """
 
     @abstractmethod
     def clear(self) -> bool:

@@ -275,9 +275,10 @@ class Mover(WorkerEnd):
     # Whichever thread this is: one change of threads less before the engine may go on.
 
     def _moved(self, read: _Read, inner: Transfer, begun: float) -> None:
-        read.mark("moved")
+        if inner.error is None:
+            read.mark("moved")
         with self._lock:
-            self._counts["microseconds_on_wire"] += int((read.transfer.phases["moved"] - begun) * 1e6)
+            self._counts["microseconds_on_wire"] += int((time.monotonic() - begun) * 1e6)
         if inner.error is not None or read.stopped is not None:
             self._client.soon(lambda: self._failed(read, inner.error))
         elif read.sum is not None:

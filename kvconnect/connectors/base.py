@@ -14,6 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvconnect.connectors import compat, setup, siblings
+from kvconnect.connectors.metrics import PromMetrics, Stats
 from kvconnect.connectors.plan import Plan
 from kvconnect.connectors.scheduler import SchedulerHalf
 from kvconnect.connectors.worker import WorkerHalf
@@ -155,6 +156,26 @@ class KvConnector(KVConnectorBase_V1, SupportsHMA):
         return self._w.news(self._plan())
 
     # -- both ---------------------------------------------------------------------
+
+    def get_kv_connector_stats(self) -> Stats | None:
+        """Return what this process's half has observed since the last call."""
+        return self._w.stats() if self._scheduler is None else self._scheduler.stats()
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Stats:
+        """Rebuild what another process has observed; what is added to it does not change ``data``."""
+        return Stats({name: dict(series) for name, series in (data or {}).items()})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> PromMetrics:
+        """Register the metrics, in the process that serves HTTP."""
+        return PromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues, cls.__name__)
 
     def shutdown(self) -> None:
         """End all transfers and stop all threads of this process's half."""

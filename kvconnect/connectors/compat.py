@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
 
 #: Block 0 is vLLM's null block: a placeholder that is never read nor written.
 NULL_BLOCK = 0
@@ -124,11 +125,25 @@ def make_results(received: set[str], failed: set[str]) -> Any:
     return KVConnectorTransferResults(finished_sending=set(), finished_recving=received, failed_recving=failed)
 
 
+def failed_requests(output: KVConnectorOutput) -> set[str] | None:
+    """Return the requests whose loads failed, or ``None`` if they are told by block (before 0.30)."""
+    failed: set[str] | None = getattr(output, "failed_recving", None)
+    return failed
+
+
 def reports_failed_requests() -> bool:
     """Whether failures are reported by request (0.30+) instead of by block."""
     from vllm.distributed.kv_transfer.kv_connector.v1 import base
 
     return hasattr(base, "KVConnectorTransferResults")
+
+
+def asks_scheduler_for_stats() -> bool:
+    """Whether vLLM asks the scheduler's half for its stats in a step in which no worker has any.
+
+    0.23 does not. There is nothing to look at, but 0.24, which does, brought deferred frees as well.
+    """
+    return defers_freed_blocks()
 
 
 def defers_freed_blocks() -> bool:

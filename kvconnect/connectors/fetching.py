@@ -10,16 +10,17 @@ from __future__ import annotations
 import enum
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from kvconnect.buffers.base import Claim, Want
-from kvconnect.connectors import timeline
+from kvconnect.connectors import metrics, timeline, tracing
 from kvconnect.connectors.compat import NULL_BLOCK
 from kvconnect.connectors.groups import Group, segment_tokens, usable_tokens
 from kvconnect.connectors.headroom import Headroom
 from kvconnect.connectors.identity import keys_of, shared_label
+from kvconnect.connectors.metrics import Stats
 from kvconnect.connectors.plan import Blocks, Load
 
 if TYPE_CHECKING:
@@ -45,6 +46,12 @@ class _Fetch:
     local_tokens: int = 0
     ended: bool = False
     times: dict[str, float] = field(default_factory=lambda: timeline.now(timeline.SEEN))
+    trace: tracing.LoadTrace | None = None
+
+    @property
+    def carrier(self) -> tracing.Carrier:
+        """What carries its trace to the workers."""
+        return {} if self.trace is None else self.trace.carrier
 
 
 class Fetching:
@@ -77,6 +84,7 @@ class Fetching:
         self._fetches: dict[str, _Fetch] = {}
         self._loads: list[Load] = []
         self.counters: Counter[str] = Counter()
+        self.stats = Stats()
 
     def arrived(self, request: Request) -> None:
         """Start looking as soon as a request is known: it may wait in the queue longer than a lease."""
@@ -87,6 +95,7 @@ class Fetching:
         if want is None:
             fetch.phase = _Phase.OVER
         else:
+            fetch.trace = tracing.begin(request.trace_headers, request.request_id, fetch.times[timeline.SEEN])
             self._end.look(request.request_id, want)
         self._fetches[request.request_id] = fetch
 
@@ -99,13 +108,14 @@ class Fetching:
         found = self._end.found(request.request_id)
         if found is None:
             return None
+        self._answered(fetch)
         if not isinstance(found, Claim):
             self.counters[f"miss_{found.cause}"] += 1
             log.debug("%s computes locally: %s (%s)", request.request_id, found.cause, found.detail)
-            return self._give_up(request.request_id, fetch)
+            return self._give_up(request.request_id, fetch, found.cause)
         if not self._covers(found):
             self.counters["miss_window"] += 1
-            return self._give_up(request.request_id, fetch)
+            return self._give_up(request.request_id, fetch, "window")
         if not self.headroom.admits(request.request_id, found.key.length):
             return None
         fetch.claim, fetch.local_tokens = found, local_tokens
@@ -121,8 +131,7 @@ class Fetching:
         if tokens == 0 or claim is None:
             # Our own prefix cache (or another connector) has it all: the entry has served its purpose.
             self._end.settle(request.request_id)
-            fetch.phase = _Phase.OVER
-            self.headroom.ended(request.request_id)
+            self._over(request.request_id, fetch, "not_needed")
             return
         answer = self._end.commit(request.request_id)
         remote, local = self._pair(claim, table, fetch.local_tokens, tokens)
@@ -133,7 +142,8 @@ class Fetching:
             refused = f"the claim has ended: {answer.cause} ({answer.detail})"
         elif any(NULL_BLOCK in ids for ids in remote):
             refused = "the owner no longer has every block that this engine allocated"
-        self._loads.append(Load(request.request_id, claim, remote, local, tokens, refused, fetch.times))
+        self._loads.append(Load(request.request_id, claim, remote, local, tokens, refused, fetch.times, fetch.carrier))
+        self.stats.add(metrics.LOOKUPS, 1, "hit" if isinstance(answer, Claim) else answer.cause)
         fetch.phase = _Phase.LOADING
         self.headroom.started(request.request_id, claim.key.length)
         self.counters["loads"] += 1
@@ -143,17 +153,23 @@ class Fetching:
         """Return the loads to start in this step."""
         loads, self._loads = self._loads, []
         planned = timeline.now(timeline.PLANNED)
-        return tuple(replace(load, times={**load.times, **planned}) for load in loads)
+        plan = tuple(replace(load, times={**load.times, **planned}) for load in loads)
+        for load in plan:
+            self._observe("admit", load.times, load.trace)
+        return plan
 
-    def loaded(self, request_ids: Iterable[str]) -> None:
-        """The workers are done with these loads, well or not. Unknown ids are another connector's."""
+    def loaded(self, request_ids: Iterable[str], failed: Collection[str] | None = None) -> None:
+        """The workers are done with these loads, well or not. Unknown ids are another connector's.
+
+        ``failed`` are those that did not arrive, if that is known here: the request's trace says so.
+        """
         for request_id in request_ids:
             fetch = self._fetches.get(request_id)
             if fetch is None or fetch.phase is not _Phase.LOADING:
                 continue
             self._end.settle(request_id)
-            fetch.phase = _Phase.OVER
-            self.headroom.ended(request_id)
+            outcome = "failed" if request_id in (failed or ()) else "loaded"
+            self._over(request_id, fetch, "over" if failed is None else outcome)
             if fetch.ended:
                 del self._fetches[request_id]
 
@@ -165,7 +181,7 @@ class Fetching:
         if fetch.phase is _Phase.LOADING:
             fetch.ended = True
             return
-        self._give_up(request_id, fetch)
+        self._give_up(request_id, fetch, "aborted")
         del self._fetches[request_id]
 
     def _want(self, request: Request) -> Want | None:
@@ -215,10 +231,30 @@ class Fetching:
             local.append(tuple(ours[i] for i in wanted))
         return tuple(remote), tuple(local)
 
-    def _give_up(self, request_id: str, fetch: _Fetch) -> int:
+    def _give_up(self, request_id: str, fetch: _Fetch, why: str) -> int:
         """Compute locally; give back what was claimed."""
+        if fetch.phase is _Phase.LOOKING:
+            self._answered(fetch)
+            self._end.abandon(request_id)
+        self._over(request_id, fetch, why)
+        return 0
+
+    def _over(self, request_id: str, fetch: _Fetch, outcome: str) -> None:
+        """The request has what it will get from elsewhere."""
         self.headroom.ended(request_id)
         if fetch.phase is _Phase.LOOKING:
-            self._end.abandon(request_id)
+            self.stats.add(metrics.LOOKUPS, 1, outcome)
+        if fetch.phase is not _Phase.OVER and fetch.trace is not None:
+            fetch.trace.end(outcome)
         fetch.phase = _Phase.OVER
-        return 0
+
+    def _answered(self, fetch: _Fetch) -> None:
+        """The look-up is over; what else happens before the load is another phase."""
+        if timeline.FOUND not in fetch.times:
+            fetch.times |= timeline.now(timeline.FOUND)
+            self._observe("lookup", fetch.times, fetch.carrier)
+
+    def _observe(self, phase: str, times: timeline.Times, trace: tracing.Carrier) -> None:
+        spans = list(timeline.spans({phase: timeline.ADMISSION[phase]}, times))
+        self.stats.add_spans(spans)
+        tracing.record(trace, spans)

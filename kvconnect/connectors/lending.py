@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvconnect.connectors import groups
+from kvconnect.connectors import groups, metrics
 from kvconnect.connectors.groups import Group, cut, segment_tokens, select
 from kvconnect.connectors.identity import keys_of, shared_label
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from kvconnect.buffers.base import SchedulerEnd
     from kvconnect.connectors.compat import BlockPins
+    from kvconnect.connectors.metrics import Stats
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,8 @@ class Lending:
         self._segment = segment_tokens(groups, end.segment_tokens)
         self._pins: BlockPins | None = None
         self.counters: Counter[str] = Counter()
+        #: What metrics have heard: counts, and blocks.
+        self._told: tuple[dict[str, int], int] = {}, 0
 
     def bind(self, pins: BlockPins) -> None:
         """Learn the pool that holds the blocks; nothing is offered before."""
@@ -133,6 +136,20 @@ class Lending:
             if self._pins is not None:
                 for ids in blocks:
                     self._pins.unpin(ids)
+
+    def observe(self, stats: Stats) -> None:
+        """Tell what became of entries since the last call, and what is held now, if that has changed."""
+        counts, lent = {**self._end.stats(), **self.counters}, self._end.lent_blocks()
+        if (counts, lent) == self._told:
+            return  # as in most steps
+        before, now = metrics.events(self._told[0]), metrics.events(counts)
+        self._told = counts, lent
+        for event, count in now.items():
+            if more := count - before.get(event, 0):
+                stats.add(metrics.ENTRIES, more, event)
+        held = now.get(metrics.OFFERED, 0) - sum(now.get(event, 0) for event in metrics.ENDED)
+        stats.add(metrics.LEASES, held)
+        stats.add(metrics.LENT, lent)
 
     def _obstacle(self, request: Request, table: Sequence[Sequence[int]]) -> str | None:
         """Return why this request's prompt cannot be offered, or ``None``."""

@@ -17,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from kvconnect.buffers.base import Claim
 from kvconnect.connectors.timeline import Times
+from kvconnect.connectors.tracing import Carrier
 
 Blocks = tuple[tuple[int, ...], ...]
 
@@ -33,6 +34,7 @@ class Load:
         tokens: how many tokens' KV this brings.
         refused: why it cannot be done after all; vLLM still wants it reported, as failed.
         times: when its phases in the scheduler's half ended (`kvconnect.connectors.timeline`).
+        trace: carries the trace that it belongs to, if somebody traces it (`kvconnect.connectors.tracing`).
 
     """
 
@@ -43,6 +45,7 @@ class Load:
     tokens: int
     refused: str = ""
     times: Times = field(default_factory=dict)
+    trace: Carrier = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

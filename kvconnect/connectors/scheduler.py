@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kvconnect.connectors import compat
 from kvconnect.connectors.fetching import Fetching
 from kvconnect.connectors.lending import Lending, Limits
+from kvconnect.connectors.metrics import Stats
 from kvconnect.connectors.plan import Load, Plan, WorkerNews
 from kvconnect.connectors.registration import Registration
 
@@ -126,7 +127,7 @@ class SchedulerHalf:
     def worker_output(self, output: KVConnectorOutput) -> None:
         """``update_connector_output``: loads that are over, and the workers' introductions."""
         if self._fetching is not None and output.finished_recving:
-            self._fetching.loaded(output.finished_recving)
+            self._fetching.loaded(output.finished_recving, compat.failed_requests(output))
         news = output.kv_connector_worker_meta
         if isinstance(news, WorkerNews) and self._end is not None:
             self._workers.update(news.descriptions)
@@ -144,6 +145,15 @@ class SchedulerHalf:
             return False
         self._lending.take_back()
         return self._end.awaits_takers() or (not self._introduced and self._asked < _ASK_AT_MOST)
+
+    # -- what vLLM's metrics hear -----------------------------------------------------
+
+    def stats(self) -> Stats | None:
+        """``get_kv_connector_stats``: what was observed since the last call."""
+        stats = Stats() if self._fetching is None else self._fetching.stats.take()
+        if self._lending is not None:
+            self._lending.observe(stats)
+        return None if stats.is_empty() else stats
 
     # -- the rest -------------------------------------------------------------------
 

@@ -15,8 +15,9 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvconnect.connectors import compat, geometry, timeline
+from kvconnect.connectors import compat, geometry, metrics, timeline, tracing
 from kvconnect.connectors.fence import Fence
+from kvconnect.connectors.metrics import Stats
 from kvconnect.connectors.plan import Load, Plan, WorkerNews
 from kvconnect.connectors.timeline import Times
 from kvconnect.errors import KVConnectError, named
@@ -40,8 +41,8 @@ class _Result:
 
     load: Load
     error: KVConnectError | None
+    times: Times
     transfer: Transfer | None = None
-    times: Times | None = None
 
 
 class WorkerHalf:
@@ -57,6 +58,7 @@ class WorkerHalf:
         self._over: list[_Result] = []
         self._bad_blocks: set[int] = set()
         self._by_request = compat.reports_failed_requests()
+        self._stats = Stats()
         self._level = logging.INFO if engine.config.log_transfers else logging.DEBUG
 
     def register(self, caches: dict[str, torch.Tensor]) -> None:
@@ -87,9 +89,8 @@ class WorkerHalf:
         failed = [result.load for result in over if result.error is not None]
         if not self._by_request:
             self._bad_blocks |= {b for load in failed for ids in load.local for b in ids}
-        if over and log.isEnabledFor(self._level):
-            for result in over:
-                self._log(result)
+        for result in over:
+            self._report(result)
         return {result.load.request_id for result in over}, {load.request_id for load in failed}
 
     def take_bad_blocks(self) -> set[int]:
@@ -103,6 +104,11 @@ class WorkerHalf:
             return None
         return WorkerNews({self._rank: self._end.describe()})
 
+    def stats(self) -> Stats | None:
+        """``get_kv_connector_stats``: what was observed since the last call."""
+        quiet = self._stats.is_empty() and compat.asks_scheduler_for_stats()
+        return None if quiet else self._stats.take()
+
     def close(self) -> None:
         """``shutdown``."""
         if self._fence is not None:
@@ -112,18 +118,19 @@ class WorkerHalf:
 
     def _start(self, load: Load) -> None:
         if load.refused or self._end is None:
-            self._finish(_Result(load, KVConnectError(load.refused or "this worker has no registered KV caches")))
+            why = KVConnectError(load.refused or "this worker has no registered KV caches")
+            self._finish(_Result(load, why, load.times))
             return
-        begun = timeline.now(timeline.BEGUN)
+        begun = {**load.times, **timeline.now(timeline.BEGUN)}
 
         def over(transfer: Transfer) -> None:
-            times = {**load.times, **begun, **transfer.phases, **timeline.now(timeline.CONFIRMED)}
-            self._finish(_Result(load, transfer.error, transfer, times))
+            times = timeline.moved({**begun, **transfer.phases}, failed=transfer.error is not None)
+            self._finish(_Result(load, transfer.error, times, transfer))
 
         try:
             self._end.read(load.claim, load.remote, load.local, over)
         except KVConnectError as error:
-            self._finish(_Result(load, error))
+            self._finish(_Result(load, error, begun))
 
     def _finish(self, result: _Result) -> None:
         load, error = result.load, result.error
@@ -134,16 +141,31 @@ class WorkerHalf:
             self._over.append(result)
             self._changed.notify()
 
-    def _log(self, result: _Result) -> None:
+    def _report(self, result: _Result) -> None:
+        """Tell whoever observes how a load went: metrics, its trace, the log."""
+        load, transfer, error = result.load, result.transfer, result.error
+        pipe = (transfer.via if transfer is not None else "") or metrics.NO_PIPE
+        # What failed has no phase after that in which it did.
+        times = {**result.times, **(timeline.now(timeline.REPORTED) if error is None else {})}
+        spans = list(timeline.spans(timeline.MOVE, times))
+        self._stats.add_spans(spans, pipe)
+        nbytes = transfer.nbytes if transfer is not None else 0
+        if error is None:
+            self._stats.add(metrics.TRANSFERS, 1, pipe)
+            self._stats.add(metrics.BYTES, nbytes, pipe)
+        else:
+            self._stats.add(metrics.FAILURES, 1, pipe, "refused" if load.refused else metrics.cause_of(error))
+        facts: dict[str, str | int] = {"kvconnect.rank": self._rank, "kvconnect.pipe": pipe, "kvconnect.bytes": nbytes}
+        tracing.record(load.trace, spans, facts, error="" if error is None else named(error))
+        if transfer is not None and error is None and log.isEnabledFor(self._level):
+            self._log(load, transfer, times)
+
+    def _log(self, load: Load, transfer: Transfer, times: Times) -> None:
         """Write what a load brought and where its time went: one JSON object in one line.
 
         ``ms`` from begun to confirmed, ``seen`` in seconds of the host's monotonic clock,
         ``at_ms`` the end of each phase after that (`kvconnect.connectors.timeline`).
         """
-        load, transfer = result.load, result.transfer
-        if transfer is None or result.times is None or result.error is not None:
-            return
-        times = {**result.times, **timeline.now(timeline.REPORTED)}
         facts = {
             "request": load.request_id,
             "tokens": load.tokens,

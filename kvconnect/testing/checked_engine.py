@@ -48,10 +48,10 @@ class CheckedEngine(Engine):
         self._spoils = 0
         self.spoil()
 
-    def add(self, name: str, tokens: Sequence[int], params: Any = None, max_tokens: int = 3) -> None:
+    def add(self, name: str, tokens: Sequence[int], params: Any = None, max_tokens: int = 3, trace: Any = None) -> None:
         """Take a request in."""
         self._prompts[name] = list(tokens)
-        super().add(name, tokens, params, max_tokens)
+        super().add(name, tokens, params, max_tokens, trace)
 
     def abort(self, name: str) -> None:
         """Give a request up."""

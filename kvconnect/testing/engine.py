@@ -113,10 +113,12 @@ class Engine:
         self.memories = [{layer: torch.randn(shape, generator=noise) for layer in layers} for _ in range(ranks)]
         with set_current_vllm_config(self.config):
             self.workers = [self._worker(rank, kv) for rank in range(ranks)]
-            self.scheduler = Scheduler(self.config, kv, StructuredOutputManager(self.config), BLOCK)
+            self.scheduler = Scheduler(self.config, kv, StructuredOutputManager(self.config), BLOCK, log_stats=True)
         self._aggregator = KVOutputAggregator.from_connector(self.scheduler.connector, ranks)
         #: How each request that ended did: vLLM's output of its last step.
         self.ended: dict[str, Any] = {}
+        #: What the connector has told vLLM's metrics, of each step that it told something in.
+        self.stats: list[dict[str, Any]] = []
 
     def _worker(self, rank: int, kv: KVCacheConfig) -> Any:
         with _as_rank(rank, len(self.memories)):
@@ -134,9 +136,11 @@ class Engine:
         by = [cache.movedim(1, 0) if cache.shape[0] == 2 else cache for cache in self.memories[0].values()]
         return torch.cat([cache[number].flatten() for cache in by])
 
-    def ask(self, name: str, tokens: Sequence[int], params: Any = None, max_tokens: int = 3) -> tuple[Any, int]:
+    def ask(
+        self, name: str, tokens: Sequence[int], params: Any = None, max_tokens: int = 3, trace: Any = None
+    ) -> tuple[Any, int]:
         """Serve a request to its end; return its last output and how many tokens its first step computed."""
-        self.add(name, tokens, params, max_tokens)
+        self.add(name, tokens, params, max_tokens, trace)
         until, computed = time.monotonic() + LIMIT_S, 0
         while name not in self.ended:
             assert time.monotonic() < until, f"{name} is {self.scheduler.requests[name].status.name}"
@@ -144,11 +148,12 @@ class Engine:
             computed = computed or done.get(name, 0)
         return self.ended[name], computed
 
-    def add(self, name: str, tokens: Sequence[int], params: Any = None, max_tokens: int = 3) -> None:
-        """Take a request in."""
+    def add(self, name: str, tokens: Sequence[int], params: Any = None, max_tokens: int = 3, trace: Any = None) -> None:
+        """Take a request in; ``trace`` are its W3C headers, if somebody traces it."""
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0, extra_args={"kv_transfer_params": params})
         hasher = get_request_block_hasher(BLOCK, sha256)
-        self.scheduler.add_request(Request(name, list(tokens), sampling, None, block_hasher=hasher))
+        request = Request(name, list(tokens), sampling, None, block_hasher=hasher, trace_headers=trace)
+        self.scheduler.add_request(request)
 
     def abort(self, name: str) -> None:
         """Give a request up, as when its client leaves."""
@@ -188,6 +193,8 @@ class Engine:
         self.computed(planned, result.kv_connector_output)
         for answers in self.scheduler.update_from_output(planned, result).values():
             self.ended |= {o.request_id: o for o in answers.outputs if o.finish_reason is not None}
+            if answers.scheduler_stats is not None and answers.scheduler_stats.kv_connector_stats:
+                self.stats.append(answers.scheduler_stats.kv_connector_stats)
         return planned
 
     def _moved(self, rank: int, planned: Any) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvconnect.demo.engines import free_port
+from tests.vllm.collector import collecting
 from tests.vllm.fleet import Fleet, Plan
 
 #: Connector name by pipe.
@@ -24,11 +25,18 @@ def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     Session-scoped and parametrized: pytest runs all cases of one pipe, stops its
     fleet, and starts the next.
     """
-    plan = Plan(connector=CONNECTORS[request.param], router=f"127.0.0.1:{free_port()}")
-    with running(plan, tmp_path_factory.mktemp(f"fleet-{request.param}")) as fleet:
-        yield fleet
-        # After all cases: every engine idle, every block free.
-        assert fleet.settle() == []
+    with collecting() as collector:
+        plan = Plan(
+            CONNECTORS[request.param],
+            arguments=collector.arguments,
+            env=collector.env,
+            router=f"127.0.0.1:{free_port()}",
+        )
+        with running(plan, tmp_path_factory.mktemp(f"fleet-{request.param}")) as fleet:
+            fleet.collector = collector
+            yield fleet
+            # After all cases: every engine idle, every block free.
+            assert fleet.settle() == []
 
 
 @contextlib.contextmanager

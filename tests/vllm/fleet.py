@@ -22,6 +22,7 @@ from kvconnect.demo import engines, model, report
 from kvconnect.demo.client import Answer, Prompt
 from kvconnect.demo.deployment import write_logging_config
 from kvconnect.demo.engines import EngineOptions, Server
+from tests.vllm.collector import Collector
 
 T = TypeVar("T")
 
@@ -77,6 +78,8 @@ class Fleet:
         self.plan = plan
         self.model = plan.model or str(model.ensure(plan.variant))
         self._folder = folder
+        #: Where the engines send their spans, if the plan says so.
+        self.collector: Collector | None = None
         self.http = api.open_client(120.0)
         options = EngineOptions(
             self.model,

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import functools
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
+from kvconnect.connectors import timeline
+from kvconnect.demo import client as api
 from kvconnect.demo.client import ASK, Answer, Prompt
+from tests import dashboard
+from tests.buffers.engines import eventually
+from tests.vllm.conftest import CONNECTORS
 from tests.vllm.fleet import BLOCK, CHUNK, TINY_BLOCKS, Fleet, unique
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -193,3 +199,36 @@ def test_a_zeroed_block_changes_the_output_so_equality_means_something(fleet: Fl
     assert fetched >= 199
     assert answer.texts != fleet.reference(prompt).texts
     # The damaged blocks are in both prefix caches now; nobody sends this prompt again.
+
+
+def test_metrics_of_both_sides_answer_the_dashboard(fleet: Fleet) -> None:
+    pipe = {name: pipe for pipe, name in CONNECTORS.items()}[fleet.plan.connector]
+    mine = f'connector="{fleet.plan.connector}"'
+    sides = [
+        (fleet.consumers[0], f'vllm:kvconnect_transfers_total{{{mine},pipe="{pipe}"}}'),
+        (fleet.producers[0], f'vllm:kvconnect_entries_total{{{mine},event="taken"}}'),
+    ]
+    before = [fleet.metric(*side) for side in sides]
+    fleet.by_ticket(fresh(fleet, 100))
+    for (engine, name), value in zip(sides, before, strict=True):
+        eventually(lambda: fleet.metric(engine, name) > value, 20)  # noqa: B023
+        assert dashboard.problems(fleet.http.get(engine.url + "/metrics").text) == []
+
+
+def test_a_hand_over_is_part_of_its_clients_trace(fleet: Fleet) -> None:
+    prompt = fresh(fleet, 100)
+    params, trace_id, parent = fleet.ticket(fleet.producers[0], prompt), secrets.token_bytes(16), secrets.token_bytes(8)
+    with api.open_client(120.0) as http:
+        http.headers["traceparent"] = f"00-{trace_id.hex()}-{parent.hex()}-01"
+        api.send(http, fleet.consumers[0].url, prompt, kv_transfer_params=params)
+    assert fleet.collector is not None
+    phases = {f"kvconnect.load.{phase}" for phase in (*timeline.ADMISSION, *timeline.MOVE)}
+    names = {"llm_request", "kvconnect.load", *phases}
+    spans = fleet.collector.trace(trace_id, names, 30)
+    assert set(spans) >= names
+    load = spans["kvconnect.load"]
+    assert load.parent_span_id == spans["llm_request"].parent_span_id == parent
+    assert {spans[name].parent_span_id for name in phases} == {load.span_id}
+    request = spans["llm_request"]
+    assert request.start_time_unix_nano <= load.start_time_unix_nano
+    assert load.end_time_unix_nano <= request.end_time_unix_nano

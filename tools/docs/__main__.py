@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from bench.report import ROOT, between
-from tools.docs import contracts, examples, options
+from tools.docs import contracts, examples, metrics, options
 
 BEGIN = "<!-- begin: written by python -m tools.docs -->"
 END = "<!-- end: written by python -m tools.docs -->"
 PAGES = {
     ROOT / "docs" / "config.md": options.render,
     ROOT / "docs" / "contracts.md": contracts.render,
+    ROOT / "docs" / "observability.md": metrics.render,
     ROOT / "docs" / "write-a-pipe.md": examples.render,
 }
 

@@ -23,6 +23,7 @@ from tools.vllm_releases.kinds import (
 _BACKENDS = "vllm.v1.attention.backends"
 _FACTORY = "vllm.distributed.kv_transfer.kv_connector.factory"
 _INTERFACE = "vllm.v1.kv_cache_interface"
+_METRICS = "vllm.distributed.kv_transfer.kv_connector.v1.metrics"
 _POOL = "vllm.v1.core.block_pool"
 _SCHEDULER = "vllm.v1.core.sched.scheduler"
 
@@ -50,6 +51,9 @@ HOOKS: tuple[Assumption, ...] = (
     Hook(name="get_transfer_results", without="`get_finished` and `get_block_ids_with_load_errors` report"),
     Hook(name="get_block_ids_with_load_errors"),
     Hook(name="build_connector_worker_meta"),
+    Hook(name="get_kv_connector_stats"),
+    Hook(name="build_kv_connector_stats"),
+    Hook(name="build_prom_metrics"),
     Hook(name="shutdown"),
     NothingElseIsAbstract(),
     Called(names=("get_required_kvcache_layout",)),
@@ -69,6 +73,7 @@ HOOKS: tuple[Assumption, ...] = (
     Called(names=("get_finished", "get_transfer_results")),
     Called(names=("get_block_ids_with_load_errors",)),
     Called(names=("build_connector_worker_meta",)),
+    Called(names=("get_kv_connector_stats",)),
     OneOf(
         parts=(
             Says(
@@ -453,12 +458,42 @@ KV_CACHE: tuple[Assumption, ...] = (
     ),
 )
 
+#: What is told to vLLM's metrics, and how it traces.
+OBSERVABILITY: tuple[Assumption, ...] = (
+    Members(
+        module=_METRICS,
+        cls="KVConnectorStats",
+        names=("reset", "aggregate", "reduce", "is_empty"),
+        used=("connectors/metrics.py",),
+    ),
+    Call(
+        module=_METRICS, cls="KVConnectorPromMetrics", method="__init__", arguments=4, used=("connectors/metrics.py",)
+    ),
+    Says(
+        module=_SCHEDULER,
+        within="Scheduler.update_from_output",
+        any_of=("scheduler_kv_connector_stats = self.connector.get_kv_connector_stats()",),
+        meaning="the scheduler's half is asked for its stats though no worker has any",
+        used=("connectors/compat.py",),
+        without="its worker answers, too",
+    ),
+    Says(
+        module="vllm.v1.metrics.prometheus",
+        within="unregister_vllm_metrics",
+        any_of=("startswith('vllm:')", "'vllm' in collector._name"),
+        meaning="metrics whose names begin with `vllm:` are made anew for each engine of a process",
+        used=("connectors/metrics.py",),
+    ),
+    Members(module="vllm.v1.request", cls="Request", names=("trace_headers",), used=("connectors/fetching.py",)),
+)
+
 SECTIONS: dict[str, tuple[Assumption, ...]] = {
     "Methods that vLLM calls": HOOKS,
     "Finding and building a connector": LOADING,
     "Configuration": CONFIGURATION,
     "Requests, steps and blocks": SCHEDULING,
     "The KV cache": KV_CACHE,
+    "Metrics and traces": OBSERVABILITY,
 }
 
 ASSUMPTIONS: tuple[Assumption, ...] = tuple(a for section in SECTIONS.values() for a in section)
