@@ -89,6 +89,9 @@ class FakeEngine:
     """A server that records what it gets and answers as it is told."""
 
     behave: Behaviour
+    #: What it answers to ``/health``, which is not among ``seen``.
+    health: Behaviour | None = None
+    checks: int = 0
     seen: list[Seen] = field(default_factory=list)
     #: Set when a request has arrived.
     busy: threading.Event = field(default_factory=threading.Event)
@@ -102,6 +105,10 @@ class FakeEngine:
             content += message.get("body", b"")
             if not message.get("more_body"):
                 break
+        if scope["path"] == "/health":
+            self.checks += 1
+            await (self.health or says(200, {}))(Call(Seen("/health", [], {}), receive, send))
+            return
         headers = [(key.decode(), value.decode()) for key, value in scope["headers"]]
         query = scope["query_string"].decode()
         seen = Seen(scope["path"] + (f"?{query}" if query else ""), headers, json.loads(content or b"{}"))

@@ -138,7 +138,7 @@ def test_a_decode_server_that_hangs_up_is_a_bad_gateway_and_not_asked_again(make
         thread.join(WAIT_S)
     assert answer.status_code == 502
     assert answer.json()["error"]["message"].startswith("decode connection broke")
-    assert len(accepted) == 1
+    assert len([each for each in accepted if each.startswith(b"POST")]) == 1
 
 
 def test_a_stream_arrives_piece_by_piece_and_byte_for_byte(stage):
@@ -338,11 +338,11 @@ def test_health_is_good_when_each_leg_has_a_server_that_is(make_stage):
     assert list(report["prefill"].values()) == ["ok"]
     assert report["decode"].pop(down) != "ok"
     assert list(report["decode"].values()) == ["ok"]
-    assert stage.prefill[0].seen[0].path == "/health"
+    assert stage.prefill[0].checks
 
 
 def test_health_is_bad_when_a_leg_has_none(stage):
-    stage.prefill[0].behave = says(503, {})
+    stage.prefill[0].health = says(503, {})
     answer = stage.client.get("/health")
     assert answer.status_code == 503
     assert list(answer.json()["prefill"].values()) == ["answered 503"]
@@ -351,7 +351,7 @@ def test_health_is_bad_when_a_leg_has_none(stage):
 
 def test_health_does_not_wait_for_a_server_that_hangs(make_stage):
     stage = make_stage(health_timeout_s=0.3)
-    stage.decode[0].behave = stage.decode[0].hang()
+    stage.decode[0].health = stage.decode[0].hang()
     answer = stage.client.get("/health")
     assert answer.status_code == 503
     assert list(answer.json()["decode"].values()) == ["TimeoutError"]
