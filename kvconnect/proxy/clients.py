@@ -59,7 +59,7 @@ def bounded(send: Send, timeout_s: float) -> Send:
     return bounded_send
 
 
-async def read_body(receive: Receive, *, timeout_s: float, max_bytes: int) -> bytes:
+async def read_body(receive: Receive, timeout_s: float, max_bytes: int) -> bytes:
     """Return a request's body.
 
     Raises:

@@ -63,8 +63,8 @@ class Handover:
         try:
             if self._in_flight > settings.max_in_flight:
                 raise GatewayError(clients.OVERLOADED, f"the proxy has {settings.max_in_flight} requests in flight")
-            limits = {"timeout_s": settings.client_timeout_s, "max_bytes": settings.max_body_bytes}
-            body = legs.parse(await clients.read_body(receive, **limits))
+            content = await clients.read_body(receive, settings.client_timeout_s, settings.max_body_bytes)
+            body = legs.parse(content)
             if body is None:
                 raise GatewayError(400, "the request body must be a JSON object")
         except GatewayError as failure:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -68,8 +69,8 @@ class Metrics:
         held = Gauge("kvconnect_proxy_server_in_flight", "Requests at a server.", ["leg", "server"], registry=registry)
         up = Gauge("kvconnect_proxy_server_up", "0 while a server is left out.", ["leg", "server"], registry=registry)
         for server in servers:
-            held.labels(server.leg, server.url).set_function(lambda server=server: server.in_flight)
-            up.labels(server.leg, server.url).set_function(lambda server=server: not server.is_out)
+            held.labels(server.leg, server.url).set_function(partial(getattr, server, "in_flight"))
+            up.labels(server.leg, server.url).set_function(partial(getattr, server, "in_rotation"))
 
     @contextmanager
     def timed(self, leg: str) -> Iterator[Outcome]:

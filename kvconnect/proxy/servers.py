@@ -20,17 +20,17 @@ class Server:
     chosen_s: float = 0.0
     #: Checks in a row that it failed.
     failures: int = 0
-    #: Left out, unless all others are, too.
-    is_out: bool = False
+    #: Gets requests; one that does not gets some only if no other does.
+    in_rotation: bool = True
 
     def leave_out(self, why: str) -> None:
         """Give it no requests until `take_back`."""
-        if not self.is_out:
+        if self.in_rotation:
             _log.warning("%s server %s is left out until its /health is good: %s", self.leg, self.url, why)
-        self.is_out = True
+        self.in_rotation = False
 
     def take_back(self) -> None:
         """Give it requests again."""
-        if self.is_out:
+        if not self.in_rotation:
             _log.info("%s server %s is back", self.leg, self.url)
-        self.is_out, self.failures = False, 0
+        self.in_rotation, self.failures = True, 0

@@ -109,7 +109,7 @@ class Upstream:
     def _next(self, tried: Sequence[Server], prefix: str) -> Server:
         untried = [server for server in self._servers if server not in tried]
         # If all are left out, better one of them than none: checks may be wrong, or late.
-        server = self._choose([server for server in untried if not server.is_out] or untried, prefix)
+        server = self._choose([server for server in untried if server.in_rotation] or untried, prefix)
         server.chosen_s = time.monotonic()
         return server
 
