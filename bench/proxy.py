@@ -219,7 +219,7 @@ def race(ways: Sequence[Way], body: Body, moments: Sequence[float], rounds: int)
 # -- rows ----------------------------------------------------------------------------------
 
 
-def rows_of(case: str, nbytes: int, took: dict[str, list[float]], rate: float) -> list[Row]:
+def rows_of(case: str, nbytes: int, took: dict[str, list[float]], rate: float) -> list[ProxyRow]:
     """Return the proxy's rows, one for each other way, and a row for each of those."""
     own, *others = (
         ProxyRow(
@@ -258,7 +258,7 @@ def main() -> None:
     started = os.getloadavg()[0]
     gaps = np.random.default_rng(_SEED).exponential(1 / args.rate, round(args.rate * args.seconds))
     moments = [float(moment) for moment in np.cumsum(gaps)]
-    rows: list[Row] = []
+    rows: list[ProxyRow] = []
     with engine("prefill") as prefill, engine("decode") as decode, proxy(prefill, decode) as url:
         ways = [
             Way("proxy", None, url, b"by ticket"),
@@ -271,7 +271,9 @@ def main() -> None:
     for row in rows:
         over = f"  +{row.over_p50_us} +{row.over_p99_us} to {row.reference}" if row.reference else ""
         print(f"{row.case:22} {row.backend:20} p50 {row.p50_us:9.1f} us  p99 {row.p99_us:9.1f} us{over}")
-    result = results.build(rows, started, _COMMAND, results_file.commit()) | {"versions": results.versions(_MEASURED)}
+    result = results.build([*rows], started, _COMMAND, results_file.commit()) | {
+        "versions": results.versions(_MEASURED)
+    }
     tables.save(result, args.out)
 
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import TYPE_CHECKING
 
 import anyio
-import httpx
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from kvconnect.proxy import health
+from kvconnect.proxy.connections import Connections
 from kvconnect.proxy.handover import Handover, Passed
 from kvconnect.proxy.metrics import Metrics
 from kvconnect.proxy.policies import POLICIES, PolicyName
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
 def build(settings: Settings) -> Starlette:
     """Return the application for these servers."""
-    client = _client(settings)
+    connections = Connections(settings.connect_timeout_s)
     prefills = [Server("prefill", url) for url in settings.prefill]
     decodes = [Server("decode", url) for url in settings.decode]
     servers = [*prefills, *decodes]
@@ -36,13 +35,13 @@ def build(settings: Settings) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        async with client, anyio.create_task_group() as group:
-            group.start_soon(health.watch, client, servers, settings)
+        async with connections, anyio.create_task_group() as group:
+            group.start_soon(health.watch, connections, servers, settings)
             yield
             group.cancel_scope.cancel()
 
     async def report_health(_: Request) -> JSONResponse:
-        verdicts = await health.ask(client, servers, settings.health_timeout_s)
+        verdicts = await health.ask(connections, servers, settings.health_timeout_s)
         report = {
             leg: {server.url: verdicts[server] for server in servers if server.leg == leg}
             for leg in ("prefill", "decode")
@@ -55,7 +54,7 @@ def build(settings: Settings) -> Starlette:
 
     def upstream(leg: str, servers: list[Server], policy: PolicyName, timeout_s: float) -> Upstream:
         choose = POLICIES[policy]
-        return Upstream(leg, servers, choose, client, metrics, timeout_s=timeout_s, retries=settings.retries)
+        return Upstream(leg, servers, choose, connections, metrics, timeout_s=timeout_s, retries=settings.retries)
 
     prefill = upstream("prefill", prefills, settings.prefill_policy, settings.prefill_timeout_s)
     decode = upstream("decode", decodes, settings.decode_policy, settings.decode_timeout_s)
@@ -71,16 +70,3 @@ def build(settings: Settings) -> Starlette:
             Route("/metrics", report_metrics, methods=["GET"]),
         ],
     )
-
-
-def _client(settings: Settings) -> httpx.AsyncClient:
-    limits = httpx.Limits(
-        max_connections=None,  # the servers queue requests, the proxy does not
-        max_keepalive_connections=64,
-        keepalive_expiry=2.0,  # below uvicorn's 5 s, so that the server is never the one to close an idle connection
-    )
-    timeout = httpx.Timeout(settings.decode_timeout_s, connect=settings.connect_timeout_s)
-    # A cookie belongs to the client that it was meant for; a shared jar would send it with everybody's requests.
-    nobodys = CookieJar(DefaultCookiePolicy(allowed_domains=[]))
-    # trust_env: HTTP_PROXY is meant for the way out, not for the engines behind us.
-    return httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False, cookies=nobodys)

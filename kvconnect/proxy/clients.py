@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -50,7 +51,7 @@ def bounded(send: Send, timeout_s: float) -> Send:
 
     async def bounded_send(message: Message) -> None:
         try:
-            with anyio.fail_after(timeout_s):
+            async with asyncio.timeout(timeout_s):
                 await send(message)
         except TimeoutError as error:
             _log.warning("a client took nothing of its answer for %g s; its request is given up", timeout_s)
@@ -70,7 +71,7 @@ async def read_body(receive: Receive, timeout_s: float, max_bytes: int) -> bytes
     content = bytearray()
     while True:
         try:
-            with anyio.fail_after(timeout_s):
+            async with asyncio.timeout(timeout_s):
                 message = await receive()
         except TimeoutError as error:
             raise GatewayError(408, f"nothing of the request body came for {timeout_s:g} s") from error

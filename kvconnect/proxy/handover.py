@@ -6,21 +6,24 @@ import contextlib
 import json
 import logging
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from kvconnect.proxy import clients, legs
+from kvconnect.proxy.connections import Answer
 from kvconnect.proxy.failures import GatewayError
 from kvconnect.proxy.metrics import Metrics
 from kvconnect.proxy.settings import Settings
 from kvconnect.proxy.upstream import Upstream
 
 if TYPE_CHECKING:
-    import httpx
     from starlette.types import Receive, Scope, Send
 
 _log = logging.getLogger("kvconnect.proxy")
 
 #: A prefill server's refusals that are about the server, not about the request.
 _NOT_THE_REQUESTS_FAULT = frozenset({408, 425, 429})
+#: RFC 3986 §3.4, with escapes that are there already.
+_IN_QUERY = "!$&'()*+,-./:;=?@_~%[]"
 FALLBACK_HEADER = b"x-kvconnect-fallback"
 
 
@@ -86,7 +89,8 @@ class Handover:
             extra = [(FALLBACK_HEADER, failure.reason.encode("latin-1", "replace"))]
         else:
             if not answer.is_success:
-                await clients.answer(send, answer.status_code, _decoded_headers(answer), content)
+                headers = legs.without(legs.end_to_end(answer.headers), b"content-length")
+                await clients.answer(send, answer.status, headers, content)
                 return
             ticket = legs.ticket(content)
             if ticket is None:
@@ -103,15 +107,15 @@ class Handover:
 
     async def _ask_for_ticket(
         self, scope: Scope, headers: legs.Headers, body: dict[str, Any], prefix: str
-    ) -> tuple[httpx.Response, bytes]:
+    ) -> tuple[Answer, bytes]:
         """Return the prefill server's answer: a success, or a refusal that is the request's own fault."""
         # Its body is read here, so only in an encoding that is surely known here.
         headers = [*legs.without(headers, b"accept-encoding"), (b"accept-encoding", b"identity")]
         content = json.dumps(legs.prefill_body(body)).encode()
         answer, text = await self._prefill.ask(legs.Request("POST", _path(scope), headers, content, prefix))
-        if answer.is_success or (answer.is_client_error and answer.status_code not in _NOT_THE_REQUESTS_FAULT):
+        if answer.is_success or (400 <= answer.status < 500 and answer.status not in _NOT_THE_REQUESTS_FAULT):
             return answer, text
-        raise GatewayError(502, f"prefill answered {answer.status_code}", "status")
+        raise GatewayError(502, f"prefill answered {answer.status}", "status")
 
 
 async def _relay(leg: Upstream, request: legs.Request, send: Send, extra: legs.Headers, metrics: Metrics) -> None:
@@ -119,10 +123,10 @@ async def _relay(leg: Upstream, request: legs.Request, send: Send, extra: legs.H
     begun = False
     try:
         async with leg.answer(request) as answer:
-            headers = [*legs.end_to_end(answer.headers.raw), *extra]
+            headers = [*legs.end_to_end(answer.headers), *extra]
             begun = True
-            await send({"type": "http.response.start", "status": answer.status_code, "headers": headers})
-            async for piece in answer.aiter_raw():
+            await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+            while piece := await answer.piece():
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
     except GatewayError as failure:
@@ -140,10 +144,5 @@ async def _refuse(send: Send, failure: GatewayError, extra: legs.Headers, metric
 
 
 def _path(scope: Scope) -> str:
-    query = scope.get("query_string", b"").decode("latin-1")
+    query = quote(scope.get("query_string", b""), safe=_IN_QUERY)
     return f"{scope['path']}?{query}" if query else str(scope["path"])
-
-
-def _decoded_headers(answer: httpx.Response) -> legs.Headers:
-    """Return headers for a body that was read whole and decoded."""
-    return legs.without(legs.end_to_end(answer.headers.raw), b"content-encoding", b"content-length")

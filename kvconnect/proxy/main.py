@@ -73,6 +73,5 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"the proxy needs the module {error.name!r} ({cure})") from error
     settings = Settings(**{name: value for name, value in options.items() if value is not None})
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request
     serve(settings, host, port)
     return 0

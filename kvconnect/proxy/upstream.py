@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
-import anyio
-import httpx
-
-from kvconnect.proxy.failures import GatewayError
+from kvconnect.proxy.connections import Answer, Connections
+from kvconnect.proxy.failures import GatewayError, ServerError
 from kvconnect.proxy.legs import Request
 from kvconnect.proxy.metrics import Metrics
 from kvconnect.proxy.policies import Policy
 from kvconnect.proxy.servers import Server
 
-#: Closing a connection waits for nobody but the kernel; this is for TLS.
-_CLOSE_S = 1.0
 _BUSY = 503
 
 
@@ -32,19 +29,19 @@ class Upstream:
         leg: str,
         servers: Sequence[Server],
         choose: Policy,
-        client: httpx.AsyncClient,
+        connections: Connections,
         metrics: Metrics,
         *,
         timeout_s: float,
         retries: int,
     ) -> None:
         self.leg = leg
-        self._servers, self._choose, self._client, self._metrics = tuple(servers), choose, client, metrics
+        self._servers, self._choose, self._connections, self._metrics = tuple(servers), choose, connections, metrics
         self._timeout_s, self._tries = timeout_s, min(1 + retries, len(servers))
 
     @asynccontextmanager
-    async def answer(self, request: Request) -> AsyncIterator[httpx.Response]:
-        """Send a request and give the response as soon as its headers are there, body unread.
+    async def answer(self, request: Request) -> AsyncIterator[Answer]:
+        """Send a request and give the answer as soon as its headers are there, body unread.
 
         Leaving the context closes the connection unless the body was read to its
         end, which is how vLLM learns to abort the request.
@@ -55,12 +52,18 @@ class Upstream:
 
         """
         with self._metrics.timed(self.leg) as outcome:
-            async with self._answer(request) as response:
-                outcome.status = response.status_code
-                yield response
+            try:
+                answer, server = await self._first_willing(request)
+                outcome.status = answer.status
+                try:
+                    yield answer
+                finally:
+                    _end(server, answer)
+            except ServerError as failure:
+                raise self._gateway_error(failure) from failure
 
-    async def ask(self, request: Request) -> tuple[httpx.Response, bytes]:
-        """Send a request and read the whole (decoded) answer, all within the leg's time limit.
+    async def ask(self, request: Request) -> tuple[Answer, bytes]:
+        """Send a request and read the whole answer, all within the leg's time limit.
 
         Raises:
             GatewayError: as `answer`.
@@ -68,40 +71,37 @@ class Upstream:
         """
         with self._metrics.timed(self.leg) as outcome:
             try:
-                with anyio.fail_after(self._timeout_s):
-                    async with self._answer(request) as response:
-                        outcome.status = response.status_code
-                        return response, await response.aread()
+                async with asyncio.timeout(self._timeout_s):
+                    answer, server = await self._first_willing(request)
+                    outcome.status = answer.status
+                    try:
+                        return answer, await answer.body()
+                    finally:
+                        _end(server, answer)
             except TimeoutError as error:
-                raise self._timed_out() from error
+                raise self._gateway_error(ServerError("timeout", "")) from error
+            except ServerError as failure:
+                raise self._gateway_error(failure) from failure
 
-    @asynccontextmanager
-    async def _answer(self, request: Request) -> AsyncIterator[httpx.Response]:
-        response, server = await self._first_willing(request)
-        try:
-            yield response
-        except httpx.HTTPError as error:
-            raise self._failed(error) from error
-        finally:
-            await _end(server, response)
-
-    async def _first_willing(self, request: Request) -> tuple[httpx.Response, Server]:
+    async def _first_willing(self, request: Request) -> tuple[Answer, Server]:
         content, tried = request.content, list[Server]()
         while True:
             server = self._next(tried, request.prefix)
             tried.append(server)
             may_retry = len(tried) < self._tries
             try:
-                response = await self._begin(server, request, content)
-            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-                server.leave_out(f"it cannot be reached: {str(error) or type(error).__name__}")
+                answer = await self._begin(server, request, content)
+            except ServerError as failure:
+                if failure.cause != "unreachable":
+                    raise
+                server.leave_out(f"it cannot be reached: {failure}")
                 if not may_retry:
-                    raise GatewayError(502, f"{self.leg} unreachable", "unreachable") from error
+                    raise
                 cause = "unreachable"
             else:
-                if response.status_code != _BUSY or not may_retry:
-                    return response, server
-                await _end(server, response)
+                if answer.status != _BUSY or not may_retry:
+                    return answer, server
+                _end(server, answer)
                 content = request.content_once_read()
                 cause = "busy"
             self._metrics.retries.labels(self.leg, cause).inc()
@@ -113,40 +113,26 @@ class Upstream:
         server.chosen_s = time.monotonic()
         return server
 
-    async def _begin(self, server: Server, request: Request, content: bytes) -> httpx.Response:
-        """Return the response with its headers; the server has the request in flight until `_end`."""
-        try:
-            outgoing = self._client.build_request(
-                request.method, server.url + request.path, headers=request.headers, content=content
-            )
-        except httpx.InvalidURL as error:
-            raise GatewayError(400, f"the request's path or query cannot be passed on: {error}") from error
+    async def _begin(self, server: Server, request: Request, content: bytes) -> Answer:
+        """Return the answer with its headers; the server has the request in flight until `_end`."""
         server.in_flight += 1
-        response = None
         try:
-            with anyio.fail_after(self._timeout_s):
-                response = await self._client.send(outgoing, stream=True)
-                return response
-        except (httpx.ConnectError, httpx.ConnectTimeout):
+            url = server.url + request.path
+            return await self._connections.send(request.method, url, request.headers, content, self._timeout_s)
+        except BaseException:
+            server.in_flight -= 1
             raise
-        except (TimeoutError, httpx.TimeoutException) as error:
-            raise self._timed_out() from error
-        except httpx.HTTPError as error:
-            raise self._failed(error) from error
-        finally:
-            if response is None:
-                server.in_flight -= 1
 
-    def _timed_out(self) -> GatewayError:
-        return GatewayError(504, f"{self.leg} timed out after {self._timeout_s:g} s", "timeout")
-
-    def _failed(self, error: httpx.HTTPError) -> GatewayError:
-        if isinstance(error, httpx.TimeoutException):
-            return self._timed_out()
-        return GatewayError(502, f"{self.leg} connection broke ({type(error).__name__})", "broken")
+    def _gateway_error(self, failure: ServerError) -> GatewayError:
+        match failure.cause:
+            case "unreachable":
+                return GatewayError(502, f"{self.leg} unreachable", failure.cause)
+            case "timeout":
+                return GatewayError(504, f"{self.leg} timed out after {self._timeout_s:g} s", failure.cause)
+            case "broken":
+                return GatewayError(502, f"{self.leg} connection broke ({failure})", failure.cause)
 
 
-async def _end(server: Server, response: httpx.Response) -> None:
+def _end(server: Server, answer: Answer) -> None:
     server.in_flight -= 1
-    with anyio.move_on_after(_CLOSE_S, shield=True):
-        await response.aclose()
+    answer.close()
