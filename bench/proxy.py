@@ -173,14 +173,14 @@ class Way:
             body = legs.decode_body(body, legs.ticket(content))
         first_s, last_s, content = await _post(session, self.decode, body)
         if self.text not in content:
-            raise SystemExit(f"{self.name}: {content!r}")
+            raise RuntimeError(f"{self.name}: {content!r}")
         return first_s, last_s
 
 
 async def _post(session: aiohttp.ClientSession, url: str, body: Body) -> tuple[float, float, bytes]:
     async with session.post(url + _PATH, json=body) as answer:
         if answer.status != 200:
-            raise SystemExit(f"{url} answered {answer.status}")
+            raise RuntimeError(f"{url} answered {answer.status}")
         first = await answer.content.readany()
         first_s = time.monotonic()
         rest = await answer.content.read()

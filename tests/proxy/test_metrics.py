@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import re
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from bench.report import ROOT
 from tests.proxy.servers import Call, answers, gives_ticket, says, until
 
 
@@ -76,3 +78,11 @@ def test_no_request_adds_a_series(stage):
         stage.post([number])
         stage.client.get(f"/nowhere/{number}")
     assert series(stage) == before
+
+
+def test_the_page_names_each_metric_and_no_other(stage):
+    page = (ROOT / "docs" / "proxy.md").read_text("utf-8")
+    families = text_string_to_metric_families(stage.client.get("/metrics").text)
+    own = {f"{each.name}_total" if each.type == "counter" else each.name for each in families}
+    own = {name for name in own if name.startswith("kvconnect") and not name.endswith("_created")}
+    assert set(re.findall(r"kvconnect_proxy_\w+", page)) == own

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from bench.report import ROOT, between
-from tools.docs import contracts, examples, options
+from tools.docs import contracts, examples, options, proxy
 
 BEGIN = "<!-- begin: written by python -m tools.docs -->"
 END = "<!-- end: written by python -m tools.docs -->"
 PAGES = {
     ROOT / "docs" / "config.md": options.render,
     ROOT / "docs" / "contracts.md": contracts.render,
+    ROOT / "docs" / "proxy.md": proxy.render,
     ROOT / "docs" / "write-a-pipe.md": examples.render,
 }
 
