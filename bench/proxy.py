@@ -251,7 +251,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog=_COMMAND, description=__doc__)
     parser.add_argument("--rate", type=float, default=200.0, help="requests a second (200)")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each way in each round (10)")
-    parser.add_argument("--rounds", type=int, default=5, help="(5)")
+    parser.add_argument("--rounds", type=int, default=3, help="(3)")
     parser.add_argument("--characters", type=int, default=2000, help="of the prompt (2000)")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/proxy.json")
     args = parser.parse_args()
