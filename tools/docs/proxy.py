@@ -25,6 +25,8 @@ def _measured(results: dict[str, Any] | None) -> str:
         f"{rate:g} requests a second; {machine['cores']} cores ({machine['cpu']}) for the proxy, both servers and the "
         f"client; load average before the run {machine['load_before']}. Times in ms.\n"
     )
+    if machine["load_before"] > machine["cores"] / 4:
+        text += "\nOther work kept these cores busy: all times are mostly waits for a core, not what the proxy costs.\n"
     lines = [
         text,
         "| answer | way | more than | p50 | p99 | more, p50 | more, p99 |",
