@@ -6,19 +6,19 @@ import argparse
 import dataclasses
 import importlib
 import json
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
 from kvconnect import __version__
-from kvconnect.errors import ConfigError, KVConnectError
+from kvconnect.errors import KVConnectError
 
 #: Commands whose options are their own: all arguments go through, --help too.
 _OWN = {
     "doctor": "say what would work here, how fast, and the cure for what would not",
     "bench": "measure pipes beside memcpy and sockets",
+    "proxy": "serve prefilling and decoding servers as one",
     "demo": "run a prefilling and a decoding engine and compare",
 }
 #: What argparse itself exits with when the command line is wrong.
@@ -33,7 +33,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     commands: dict[str, Callable[[], int]] = {
         "list": lambda: _list(as_json=options.json),
-        "proxy": lambda: _proxy(options),
         **{name: partial(_own, name, rest) for name in _OWN},
         "keygen": lambda: _keygen(options.file),
     }
@@ -59,37 +58,9 @@ def _parser() -> argparse.ArgumentParser:
 
     for name, text in _OWN.items():
         commands.add_parser(name, help=text, add_help=False)
-    _add_proxy(commands.add_parser("proxy", help="serve a prefilling and a decoding server as one"))
     keygen = commands.add_parser("keygen", help="write a secret key to a new file and print its public key")
     keygen.add_argument("file", help="for the option secret_key_file; the public key is for the others' peer_keys")
     return parser
-
-
-def _add_proxy(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=_port, default=8000, help="port to listen on (default: %(default)s)")
-    for leg, port in (("prefill", 8100), ("decode", 8200)):
-        parser.add_argument(
-            f"--{leg}",
-            nargs="+",
-            action="extend",
-            metavar="URL",
-            help=f"{leg} servers, used in turn (default: http://127.0.0.1:{port})",
-        )
-    _add_seconds(parser, "connect", "for opening a connection")
-    _add_seconds(parser, "prefill", "for a whole prefill; afterwards the decode server computes alone")
-    _add_seconds(parser, "decode", "for the decode server's headers, and between pieces of its answer")
-    _add_seconds(parser, "client", "for a client that takes nothing of its answer; afterwards it is cut off")
-
-
-def _add_seconds(parser: argparse.ArgumentParser, what: str, text: str) -> None:
-    parser.add_argument(f"--{what}-timeout", dest=f"{what}_timeout_s", type=float, metavar="SECONDS", help=text)
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a TCP port (0 to 65535)")
-    return int(text)
 
 
 def _list(*, as_json: bool) -> int:
@@ -110,22 +81,6 @@ def _list(*, as_json: bool) -> int:
         print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
         if note:
             print(f"{'':{widths[0]}}  └ {note}")
-    return 0
-
-
-def _proxy(options: argparse.Namespace) -> int:
-    try:
-        from kvconnect.proxy.serve import serve
-        from kvconnect.proxy.settings import Settings
-    except ModuleNotFoundError as error:
-        cure = "pip install 'kvconnect[proxy]'"
-        raise ConfigError(f"the proxy needs the module {error.name!r} ({cure})") from error
-    fields = {field.name for field in dataclasses.fields(Settings)}
-    given = {name: value for name, value in vars(options).items() if name in fields and value is not None}
-    settings = Settings(**given)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request
-    serve(settings, options.host, options.port)
     return 0
 
 

@@ -180,7 +180,7 @@ def test_two_distributions_with_one_name_are_a_one_line_error(tmp_path):
         (["proxy", "--port", "99999"], "'99999' is not a TCP port (0 to 65535)"),
         (["proxy", "--port", "http"], "'http' is not a TCP port (0 to 65535)"),
         (["proxy", "--prefill", "ftp://x"], "--prefill must look like 'http://host:port', got 'ftp://x'"),
-        (["proxy", "--prefill-timeout", "0"], "prefill_timeout_s must be greater than 0, got 0.0"),
+        (["proxy", "--prefill-timeout", "0"], "prefill_timeout_s must be greater than 0 and finite, got 0.0"),
     ],
 )
 def test_a_wrong_command_line_ends_with_2_and_one_line(arguments, complaint, capsys):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from kvconnect.connectors.protocol import ASK_FOR_TICKET
@@ -31,6 +32,32 @@ _HOP_BY_HOP = frozenset(
         b"upgrade",
     }
 )
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one leg sends.
+
+    Args:
+        method: of HTTP.
+        path: with the query.
+        headers: all but those that the HTTP client makes itself.
+        content: the body.
+        prefix: how the prompt begins, for policies; "" if there is none.
+        afresh: returns the body for another server after one has read ``content``; ``None`` if it is the same.
+
+    """
+
+    method: str
+    path: str
+    headers: Headers
+    content: bytes = b""
+    prefix: str = ""
+    afresh: Callable[[], bytes] | None = None
+
+    def content_once_read(self) -> bytes:
+        """Return the body for another server after one has read the first body."""
+        return self.content if self.afresh is None else self.afresh()
 
 
 def parse(content: bytes) -> dict[str, Any] | None:
@@ -66,6 +93,24 @@ def ticket(content: bytes) -> dict[str, Any] | None:
     """Return the ticket in a prefill server's answer, if it holds one."""
     found = (parse(content) or {}).get("kv_transfer_params")
     return found if isinstance(found, dict) else None
+
+
+def prefix(body: Mapping[str, Any], characters: int) -> str:
+    """Return the beginning of a request's prompt, with what else its KV depends on; "" if it has no prompt.
+
+    Of several prompts it is the first one's: tickets are for that one only. Token ids and messages count as JSON.
+    """
+    prompt = body.get("messages") or body.get("prompt")
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
+        prompt = prompt[0]
+    if not prompt or not isinstance(prompt, str | list):
+        return ""
+    beginning = ""
+    for item in [prompt] if isinstance(prompt, str) else prompt:
+        beginning += item[:characters] if isinstance(item, str) else f"{json.dumps(item)},"
+        if len(beginning) >= characters:
+            break
+    return json.dumps([body.get("model"), body.get("cache_salt")]) + beginning[:characters]
 
 
 def request_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes:

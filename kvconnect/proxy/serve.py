@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 import socket
 
 import uvicorn
@@ -39,6 +40,9 @@ def serve(settings: Settings, host: str, port: int) -> None:
         # At a stop, open streams are given this long and are then cut.
         timeout_graceful_shutdown=5,
     )
+    # Every request takes two connections; a shell's usual limit of 1024 files would be less than max_in_flight.
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     with _listen(host, port, settings.client_timeout_s) as listener:
         _log.info(
             "listening on %s:%d, prefill %s, decode %s",

@@ -1,129 +1,138 @@
-"""The servers of one leg: used in turn, every wait bounded, failures as data."""
+"""One leg: a server is chosen and asked, every wait bounded, failures as data."""
 
 from __future__ import annotations
 
-import itertools
-import logging
+import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
-import anyio
-import httpx
+from kvconnect.proxy.connections import Answer, Connections
+from kvconnect.proxy.failures import GatewayError, ServerError
+from kvconnect.proxy.legs import Request
+from kvconnect.proxy.metrics import Metrics
+from kvconnect.proxy.policies import Policy
+from kvconnect.proxy.servers import Server
 
-from kvconnect.errors import KVConnectError
-from kvconnect.proxy.legs import Headers
-
-_log = logging.getLogger("kvconnect.proxy")
-
-#: Closing a connection waits for nobody but the kernel; this is for TLS.
-_CLOSE_S = 1.0
-
-
-class GatewayError(KVConnectError):
-    """A request that no server answered, and the HTTP status that says so."""
-
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(reason)
-        self.status, self.reason = status, reason
+_BUSY = 503
 
 
 class Upstream:
     """Servers that can stand in for each other.
 
-    A server that cannot be reached is passed over for the next: it has seen
-    nothing of the request. After that nothing is ever sent twice.
+    A server that cannot be reached has seen nothing of a request, and one that
+    answers 503 has not begun it: another one is asked. Otherwise nothing is ever sent twice.
     """
 
-    def __init__(self, leg: str, urls: Sequence[str], client: httpx.AsyncClient, timeout_s: float) -> None:
-        self.leg, self.urls = leg, tuple(urls)
-        self._client = client
-        self._timeout_s = timeout_s
-        self._turn = itertools.count()
+    def __init__(
+        self,
+        leg: str,
+        servers: Sequence[Server],
+        choose: Policy,
+        connections: Connections,
+        metrics: Metrics,
+        *,
+        timeout_s: float,
+        retries: int,
+    ) -> None:
+        self.leg = leg
+        self._servers, self._choose, self._connections, self._metrics = tuple(servers), choose, connections, metrics
+        self._timeout_s, self._tries = timeout_s, min(1 + retries, len(servers))
 
     @asynccontextmanager
-    async def answer(self, method: str, path: str, headers: Headers, content: bytes) -> AsyncIterator[httpx.Response]:
-        """Send a request and give the response as soon as its headers are there, body unread.
+    async def answer(self, request: Request) -> AsyncIterator[Answer]:
+        """Send a request and give the answer as soon as its headers are there, body unread.
 
         Leaving the context closes the connection unless the body was read to its
         end, which is how vLLM learns to abort the request.
 
         Raises:
-            GatewayError: no server could be reached, or the one that was did not answer in time.
+            GatewayError: no server could be reached, the one that was did not answer in time, or
+                the answer broke off while it was read.
 
         """
-        response = await self._first_reachable(method, path, headers, content)
-        try:
-            yield response
-        finally:
-            with anyio.move_on_after(_CLOSE_S, shield=True):
-                await response.aclose()
+        with self._metrics.timed(self.leg) as outcome:
+            try:
+                answer, server = await self._first_willing(request)
+                outcome.status = answer.status
+                try:
+                    yield answer
+                finally:
+                    _end(server, answer)
+            except ServerError as failure:
+                raise self._gateway_error(failure) from failure
 
-    async def ask(self, method: str, path: str, headers: Headers, content: bytes = b"") -> tuple[httpx.Response, bytes]:
-        """Send a request and read the whole (decoded) answer, all within the leg's time limit.
+    async def ask(self, request: Request) -> tuple[Answer, bytes]:
+        """Send a request and read the whole answer, all within the leg's time limit.
 
         Raises:
-            GatewayError: as `answer`, or the answer broke off.
+            GatewayError: as `answer`.
 
         """
-        try:
-            with anyio.fail_after(self._timeout_s):
-                async with self.answer(method, path, headers, content) as response:
-                    return response, await response.aread()
-        except TimeoutError as error:
-            raise self._timed_out() from error
-        except httpx.HTTPError as error:
-            raise self._failed(error) from error
-
-    async def health(self, timeout_s: float) -> dict[str, str]:
-        """Return ``{url: "ok" or what is wrong}`` for every server."""
-        verdicts: dict[str, str] = {}
-
-        async def check(url: str) -> None:
+        with self._metrics.timed(self.leg) as outcome:
             try:
-                with anyio.fail_after(timeout_s):
-                    response = await self._client.get(f"{url}/health")
-            except (TimeoutError, httpx.HTTPError) as error:
-                verdicts[url] = _describe(error)
+                async with asyncio.timeout(self._timeout_s):
+                    answer, server = await self._first_willing(request)
+                    outcome.status = answer.status
+                    try:
+                        return answer, await answer.body()
+                    finally:
+                        _end(server, answer)
+            except TimeoutError as error:
+                raise self._gateway_error(ServerError("timeout", "")) from error
+            except ServerError as failure:
+                raise self._gateway_error(failure) from failure
+
+    async def _first_willing(self, request: Request) -> tuple[Answer, Server]:
+        content, tried = request.content, list[Server]()
+        while True:
+            server = self._next(tried, request.prefix)
+            tried.append(server)
+            may_retry = len(tried) < self._tries
+            try:
+                answer = await self._begin(server, request, content)
+            except ServerError as failure:
+                if failure.cause != "unreachable":
+                    raise
+                server.leave_out(f"it cannot be reached: {failure}")
+                if not may_retry:
+                    raise
+                cause = "unreachable"
             else:
-                verdicts[url] = "ok" if response.is_success else f"answered {response.status_code}"
+                if answer.status != _BUSY or not may_retry:
+                    return answer, server
+                _end(server, answer)
+                content = request.content_once_read()
+                cause = "busy"
+            self._metrics.retries.labels(self.leg, cause).inc()
 
-        async with anyio.create_task_group() as group:
-            for url in self.urls:
-                group.start_soon(check, url)
-        return verdicts
+    def _next(self, tried: Sequence[Server], prefix: str) -> Server:
+        untried = [server for server in self._servers if server not in tried]
+        # If all are left out, better one of them than none: checks may be wrong, or late.
+        server = self._choose([server for server in untried if server.in_rotation] or untried, prefix)
+        server.chosen_s = time.monotonic()
+        return server
 
-    async def _first_reachable(self, method: str, path: str, headers: Headers, content: bytes) -> httpx.Response:
-        start = next(self._turn)
-        last: httpx.HTTPError | None = None
-        for step in range(len(self.urls)):
-            url = self.urls[(start + step) % len(self.urls)]
-            request = self._request(method, url + path, headers, content)
-            try:
-                with anyio.fail_after(self._timeout_s):
-                    return await self._client.send(request, stream=True)
-            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-                _log.warning("%s server %s cannot be reached: %s", self.leg, url, _describe(error))
-                last = error
-            except (TimeoutError, httpx.TimeoutException) as error:
-                raise self._timed_out() from error
-            except httpx.HTTPError as error:
-                raise self._failed(error) from error
-        raise GatewayError(502, f"{self.leg} unreachable") from last
-
-    def _request(self, method: str, url: str, headers: Headers, content: bytes) -> httpx.Request:
+    async def _begin(self, server: Server, request: Request, content: bytes) -> Answer:
+        """Return the answer with its headers; the server has the request in flight until `_end`."""
+        server.in_flight += 1
         try:
-            return self._client.build_request(method, url, headers=headers, content=content)
-        except httpx.InvalidURL as error:
-            raise GatewayError(400, f"the request's path or query cannot be passed on: {error}") from error
+            url = server.url + request.path
+            return await self._connections.send(request.method, url, request.headers, content, self._timeout_s)
+        except BaseException:
+            server.in_flight -= 1
+            raise
 
-    def _timed_out(self) -> GatewayError:
-        return GatewayError(504, f"{self.leg} timed out after {self._timeout_s:g} s")
+    def _gateway_error(self, failure: ServerError) -> GatewayError:
+        match failure.cause:
+            case "unreachable":
+                return GatewayError(502, f"{self.leg} unreachable", failure.cause)
+            case "timeout":
+                return GatewayError(504, f"{self.leg} timed out after {self._timeout_s:g} s", failure.cause)
+            case "broken":
+                return GatewayError(502, f"{self.leg} connection broke ({failure})", failure.cause)
 
-    def _failed(self, error: httpx.HTTPError) -> GatewayError:
-        if isinstance(error, httpx.TimeoutException):
-            return self._timed_out()
-        return GatewayError(502, f"{self.leg} connection broke ({type(error).__name__})")
 
-
-def _describe(error: Exception) -> str:
-    return str(error) or type(error).__name__
+def _end(server: Server, answer: Answer) -> None:
+    server.in_flight -= 1
+    answer.close()

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from kvconnect.proxy.app import build
 from kvconnect.proxy.settings import Settings
@@ -23,9 +24,17 @@ class Stage:
     port: int
     prefill: list[FakeEngine]
     decode: list[FakeEngine]
+    settings: Settings
 
     def post(self, body: Any, path: str = "/v1/completions", **options: Any) -> httpx.Response:
         return self.client.post(path, json=body, **options)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Return a sample of ``/metrics`` by its name less ``kvconnect_proxy_``, 0 if there is none yet."""
+        text = self.client.get("/metrics").text
+        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+        found = [each for each in samples if each.name == f"kvconnect_proxy_{name}" and each.labels == labels]
+        return found[0].value if found else 0.0
 
 
 MakeStage = Callable[..., Stage]
@@ -54,7 +63,7 @@ def make_stage() -> Iterator[MakeStage]:
             # All at once: stopping takes each of them some tenths of a second.
             stack.callback(lambda: [server.stop() for server in (proxy, *servers[0], *servers[1])])
             client = stack.enter_context(httpx.Client(base_url=proxy.url, timeout=WAIT_S, trust_env=False))
-            return Stage(client, proxy.port, *legs)
+            return Stage(client, proxy.port, *legs, chosen)
 
         yield make
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -18,8 +19,8 @@ WAIT_S = 10.0
 class Served:
     """An ASGI application served from a thread until the context ends."""
 
-    def __init__(self, app: Any, *, lifespan: str = "off") -> None:
-        self._listener = socket.create_server(("127.0.0.1", 0))
+    def __init__(self, app: Any, *, lifespan: str = "off", listener: socket.socket | None = None) -> None:
+        self._listener = listener or socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         config = uvicorn.Config(
@@ -89,6 +90,9 @@ class FakeEngine:
     """A server that records what it gets and answers as it is told."""
 
     behave: Behaviour
+    #: What it answers to ``/health``, which is not among ``seen``.
+    health: Behaviour | None = None
+    checks: int = 0
     seen: list[Seen] = field(default_factory=list)
     #: Set when a request has arrived.
     busy: threading.Event = field(default_factory=threading.Event)
@@ -102,6 +106,10 @@ class FakeEngine:
             content += message.get("body", b"")
             if not message.get("more_body"):
                 break
+        if scope["path"] == "/health":
+            self.checks += 1
+            await (self.health or says(200, {}))(Call(Seen("/health", [], {}), receive, send))
+            return
         headers = [(key.decode(), value.decode()) for key, value in scope["headers"]]
         query = scope["query_string"].decode()
         seen = Seen(scope["path"] + (f"?{query}" if query else ""), headers, json.loads(content or b"{}"))
@@ -117,6 +125,14 @@ class FakeEngine:
             self.aborted.set()
 
         return behave
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Wait for what no event tells."""
+    deadline, pause = time.monotonic() + WAIT_S, threading.Event()
+    while not true():
+        assert time.monotonic() < deadline, "it has not come true"
+        pause.wait(0.01)
 
 
 TICKET = {

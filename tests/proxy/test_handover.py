@@ -203,6 +203,12 @@ def test_large_integers_and_floats_survive_both_legs(stage):
     assert {key: stage.decode[0].seen[0].body[key] for key in sent} == sent
 
 
+def test_a_large_request_arrives_whole(stage):
+    sent = {"prompt": "".join(map(str, range(500_000)))}
+    assert stage.post(sent).status_code == 200
+    assert stage.prefill[0].seen[0].body["prompt"] == stage.decode[0].seen[0].body["prompt"] == sent["prompt"]
+
+
 def test_leg_bodies_do_not_change_the_request_they_are_made_from():
     body = {"prompt": "x", "n": 2, "kv_transfer_params": {"a": 1}}
     legs.prefill_body(body)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bench.report import ROOT, between
-from tools.docs import contracts, examples, metrics, options
+from tools.docs import contracts, examples, metrics, options, proxy
 
 BEGIN = "<!-- begin: written by python -m tools.docs -->"
 END = "<!-- end: written by python -m tools.docs -->"
@@ -11,6 +11,7 @@ PAGES = {
     ROOT / "docs" / "config.md": options.render,
     ROOT / "docs" / "contracts.md": contracts.render,
     ROOT / "docs" / "observability.md": metrics.render,
+    ROOT / "docs" / "proxy.md": proxy.render,
     ROOT / "docs" / "write-a-pipe.md": examples.render,
 }
 

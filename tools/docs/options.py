@@ -43,10 +43,11 @@ _UNITS = {"_s": "seconds", "_bytes": "bytes"}
 
 def render() -> str:
     """Return all sections as Markdown."""
-    return "\n\n".join(f"## `{title}`\n\n{_table(cls)}" for title, cls in SECTIONS.items())
+    return "\n\n".join(f"## `{title}`\n\n{table(cls)}" for title, cls in SECTIONS.items())
 
 
-def _table(cls: type) -> str:
+def table(cls: type) -> str:
+    """Return a dataclass's fields as a table."""
     hints, documented = typing.get_type_hints(cls), dict(_documented(cls))
     lines = ["| option | type | default | unit | meaning |", "| --- | --- | --- | --- | --- |"]
     for field in dataclasses.fields(cls):
