@@ -19,6 +19,8 @@ TORCH_SOURCE ?= $(if $(TORCH_FOLDER),--find-links $(TORCH_FOLDER),--extra-index-
 
 # Options for pytest: make test PYTEST="-x -k proxy"
 PYTEST ?=
+# Processes for the units, most of whose time is waiting: make test-unit WORKERS=0 has one, and its debugger
+WORKERS ?= 2
 # Options for the demo: make demo DEMO="--help"
 DEMO ?=
 # Options for the benchmarks: make bench BENCH="--help"
@@ -67,7 +69,8 @@ demo: venv
 test: test-unit test-faults test-vllm
 
 test-unit: venv
-	$(BIN)/python -m pytest --durations=30 -m "not vllm and not gpu and not slow" --ignore=tests/faults $(PYTEST)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder --durations=30 \
+		-m "not vllm and not gpu and not slow" --ignore=tests/faults $(PYTEST)
 
 # The table of what was struck goes to build/faults.json, too.
 test-faults: venv

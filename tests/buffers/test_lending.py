@@ -79,19 +79,19 @@ def test_a_ticket_that_cannot_be_read_falls_back_to_the_content(pair, field):
     assert d.end.stats()["bad_tickets"] == 1
 
 
-def test_blocks_that_were_tampered_with_are_stale(pair):
-    p, d = pair
-    meet(p, d)
-    ticket, other = p.offer(1, ((1, 2),)), p.offer(2, ((3, 4),))
-    ticket["blocks"] = other["blocks"]
-    d.end.look("r", Want(key(1), ticket=ticket))
-    claim = d.end.commit("r")
-    with pytest.raises(StaleError):
-        d.read(claim).wait(8)
-    assert p.end.stats()["stale"] == 1
-    assert not claim.promise.holds()
-    d.end.look("in time", Want(key(1), ticket=ticket))
-    eventually(lambda: isinstance(d.end.found("in time"), Miss))
+def test_blocks_that_were_tampered_with_are_stale():
+    with engines(lease_s=60.0) as (p, d):
+        meet(p, d)
+        ticket, other = p.offer(1, ((1, 2),)), p.offer(2, ((3, 4),))
+        ticket["blocks"] = other["blocks"]
+        d.end.look("r", Want(key(1), ticket=ticket))
+        claim = d.end.commit("r")
+        with pytest.raises(StaleError):
+            d.read(claim).wait(8)
+        assert p.end.stats()["stale"] == 1
+        assert not claim.promise.holds()
+        d.end.look("in time", Want(key(1), ticket=ticket))
+        eventually(lambda: isinstance(d.end.found("in time"), Miss))
 
 
 def test_an_entry_name_that_was_tampered_with_is_never_read_as_the_other(pair):

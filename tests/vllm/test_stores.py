@@ -85,6 +85,17 @@ def refused(engine: Server) -> list[str]:
     return [line for line in lines if re.search(r"could not (load the KV|store a prompt).*: BrokenError: ", line)]
 
 
+def recover(fleet: Fleet, mend: Callable[[], None]) -> None:
+    """Mend the store, and wait until prompts come from it: after it has hung, it is asked now and then."""
+    mend()
+
+    def loads() -> bool:
+        prompt = fleet.prompt(BLOCK + 1, 5, salt=unique("again"))
+        return fleet.fetched(fleet.consumers[0], lambda: fleet.by_ticket(prompt))[1] > 0
+
+    until(loads, 60, "the store's answers")
+
+
 @pytest.mark.parametrize(
     ("strike", "mend"),
     [
@@ -117,7 +128,7 @@ def test_a_server_that_fails_in_the_middle_of_a_transfer_costs_computing(
     until(lambda: len(refused(producer)) == before + 1, 60, "the end of the write")
     answer, fetched = fleet.fetched(consumer, lambda: fleet.ask(consumer, prompts[0], kv_transfer_params=params))
     assert (answer.texts, fetched) == (right, 0)
-    mend(redis)
+    recover(fleet, lambda: mend(redis))
 
     # While D's worker reads.
     redis.server.client.flushall()
@@ -137,7 +148,7 @@ def test_a_server_that_fails_in_the_middle_of_a_transfer_costs_computing(
     # Without a server, and with one again.
     answer, fetched = fleet.fetched(consumer, lambda: fleet.by_ticket(prompts[2]))
     assert (answer.texts, fetched) == (right, 0)
-    mend(redis)
+    recover(fleet, lambda: mend(redis))
     answer, fetched = fleet.fetched(consumer, lambda: fleet.by_ticket(prompts[3]))
     assert answer.texts == right
     assert fetched >= LONG - 1
