@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Final
 import msgpack
 import zmq
 
-from kvconnect.control import split
 from kvconnect.errors import ConfigError
 from kvconnect.loop import Loop
 
@@ -73,9 +72,9 @@ class Registration:
 
     def _serves(self) -> bool:
         """Whether the API server listens yet: requests that come before would fail."""
-        _, host, port = split(self._http)
+        host, _, port = self._http.rpartition(":")
         try:
-            socket.create_connection((host, port), timeout=_CONNECT_S).close()
+            socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
         except OSError:
             return False
         return True
