@@ -18,7 +18,7 @@ _HERE = "127.0.0.1"
 
 
 def start(name: str, group: str, pipe: str, policy: str, port: int = 0) -> EngineProcess:
-    """Start the producer ``P`` or the consumer ``D``."""
+    """Start an engine: a producer if its name begins with ``P``, else a consumer."""
     extra: dict[str, Any] = {
         "group": group,
         "content_lookup": False,
@@ -30,7 +30,7 @@ def start(name: str, group: str, pipe: str, policy: str, port: int = 0) -> Engin
         "pipe": pipe,
         "port": port,
     }
-    role = "kv_producer" if name == "P" else "kv_consumer"
+    role = "kv_producer" if name.startswith("P") else "kv_consumer"
     transfer = {"kv_connector": "KvConnect", "kv_role": role, "kv_connector_extra_config": extra}
     transfer |= {"engine_id": name, "kv_load_failure_policy": policy}
     return EngineProcess(str(model.ensure()), transfer, SYSTEM)

@@ -48,7 +48,7 @@ _AIM_S = 2.0
 _AT_ONCE, _BURST = 5, 4
 _TICK_S, _TELL_S = 0.002, 10.0
 #: Threads of pools of fixed size, each made when it is first needed.
-_LATE = re.compile(r"thread 'kvconnect-(read-starts|block-sums|pipe-\w+)-[0-3]'")
+LATE = re.compile(r"thread 'kvconnect-(read-starts|block-sums|pipe-\w+)-[0-3]'")
 _storms = itertools.count()
 
 
@@ -253,7 +253,7 @@ class Storm:
                 for who, before in held.items()
                 if before is not None
                 for line in now[who].more_than(before)
-                if not _LATE.search(line)
+                if not LATE.search(line)
             ]
 
         def over() -> bool:
