@@ -10,11 +10,12 @@ import pytest
 import yaml
 
 from bench.report import ROOT
-from kvconnect import cli, listing
+from kvconnect import listing
 from kvconnect.config import Config
 from kvconnect.doctor import intent
 from kvconnect.errors import ConfigError
 from kvconnect.keys import Keys
+from kvconnect.proxy import main
 from kvconnect.proxy.app import build
 from kvconnect.proxy.settings import Settings
 from tests.buffers.engines import engines
@@ -244,8 +245,8 @@ def test_the_proxy_takes_its_arguments_and_finds_the_engines(variant):
     documents = rendered(VARIANTS[variant])
     (container,) = pods.pods(documents)["pd-proxy"]["spec"]["containers"]
     words = pods.arguments(container)
-    assert words[:3] == ["python3", "-m", "kvconnect"]
-    options = cli._parser().parse_args(words[3:])
+    assert words[:4] == ["python3", "-m", "kvconnect", "proxy"]
+    options = main.parser().parse_args(words[4:])
     assert options.port == pods.ports(container)["http"]
     services = pods.of_kind(documents, "Service")
     for leg in ("prefill", "decode"):
