@@ -26,7 +26,7 @@ DEMO ?=
 # Options for the benchmarks: make bench BENCH="--help"
 BENCH ?=
 # Schedules of faults, and for how many seconds at most: make test-faults FAULTS="KVCONNECT_SCHEDULES=500"
-FAULTS ?= KVCONNECT_SCHEDULES=10000 KVCONNECT_SECONDS=150
+FAULTS ?= KVCONNECT_SCHEDULES=10000 KVCONNECT_SECONDS=100
 # Options for the fuzzer: make fuzz FUZZ="--help"
 FUZZ ?= --seconds 600
 # The interpreter of a machine with GPUs, with CUDA builds of torch and vLLM.
