@@ -24,7 +24,7 @@ PLANS = {
 }
 
 
-@pytest.fixture(scope="module", params=sorted(PLANS))
+@pytest.fixture(scope="module", params=["sliding", pytest.param("mla", marks=pytest.mark.slow)])
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """One fleet a model kind."""
     if request.param == "mla" and "CPU_MLA" not in AttentionBackendEnum.__members__:
