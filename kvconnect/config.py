@@ -131,9 +131,10 @@ class Config:
             if port is not None and not 0 <= port <= 65535:
                 raise ConfigError(f"{path}.{name} must be a TCP port (0 to 65535), got {port}")
         addresses = {f"peers[{i}]": peer for i, peer in enumerate(self.peers)}
-        addresses |= {name: getattr(self, name) for name in ("router_discovery", "http_address")}
+        own = {"router_discovery": self.router_discovery, "http_address": self.http_address}
+        addresses |= {name: address for name, address in own.items() if address is not None}
         for name, address in addresses.items():
-            host, _, number = (address or "default:1").rpartition(":")
+            host, _, number = address.rpartition(":")
             if not host or not number.isdecimal():
                 raise ConfigError(f"{path}.{name} must look like 'host:port', got {address!r}")
         if (self.router_discovery is None) != (self.http_address is None):

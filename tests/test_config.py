@@ -84,6 +84,7 @@ def test_an_unknown_key_near_none_lists_the_known():
         ({"peers": [1]}, f"{ROOT}.peers[0] must be a string, got 1"),
         ({"peers": ["h:1", "h"]}, f"{ROOT}.peers[1] must look like 'host:port', got 'h'"),
         ({"peers": [":1"]}, f"{ROOT}.peers[0] must look like 'host:port', got ':1'"),
+        ({"peers": [""]}, f"{ROOT}.peers[0] must look like 'host:port', got ''"),
         ({"peers": ["h:x"]}, f"{ROOT}.peers[0] must look like 'host:port', got 'h:x'"),
         ({"pipe": 7}, f"{ROOT}.pipe must be a name or an object with a 'name', got 7"),
         ({"pipe": ""}, f"{ROOT}.pipe must be a name or an object with a 'name', got ''"),
