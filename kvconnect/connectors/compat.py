@@ -6,6 +6,7 @@ version numbers, wherever looking can tell.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -138,6 +139,7 @@ def reports_failed_requests() -> bool:
     return hasattr(base, "KVConnectorTransferResults")
 
 
+@functools.cache  # asked in every step
 def asks_scheduler_for_stats() -> bool:
     """Whether vLLM asks the scheduler's half for its stats in a step in which no worker has any.
 

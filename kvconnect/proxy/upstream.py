@@ -119,7 +119,7 @@ class Upstream:
         try:
             url = server.url + request.path
             return await self._connections.send(request.method, url, request.headers, content, self._timeout_s)
-        except BaseException:
+        except BaseException:  # cancelled, too, where its client left: nobody will call `_end`
             server.in_flight -= 1
             raise
 

@@ -23,9 +23,8 @@ def vllm_router(fleet: Fleet, port: int) -> list[str]:
     """vLLM's own, from PyPI: a ticket goes from the prefill's answer to the decode request."""
     return [
         *("vllm_router.launch_router", "--vllm-pd-disaggregation", "--policy", "round_robin"),
-        *(argument for engine in fleet.producers for argument in ("--prefill", engine.url)),
-        *(argument for engine in fleet.consumers for argument in ("--decode", engine.url)),
-        *("--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(free_port())),
+        *_list(fleet),
+        *_at(port),
     ]
 
 
@@ -34,7 +33,7 @@ def vllm_router_by_discovery(fleet: Fleet, port: int) -> list[str]:
     return [
         *("vllm_router.launch_router", "--vllm-pd-disaggregation", "--policy", "round_robin"),
         *("--vllm-discovery-address", fleet.plan.router),
-        *("--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(free_port())),
+        *_at(port),
     ]
 
 
@@ -42,10 +41,19 @@ def smg(fleet: Fleet, port: int) -> list[str]:
     """The successor of SGLang's: it passes on the ticket that a producer gives unasked."""
     return [
         *("smg", "launch", "--pd-disaggregation", "--policy", "round_robin"),
-        *(argument for engine in fleet.producers for argument in ("--prefill", engine.url)),
-        *(argument for engine in fleet.consumers for argument in ("--decode", engine.url)),
-        *("--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(free_port())),
+        *_list(fleet),
+        *_at(port),
     ]
+
+
+def _list(fleet: Fleet) -> Iterator[str]:
+    for leg, servers in (("--prefill", fleet.producers), ("--decode", fleet.consumers)):
+        for engine in servers:
+            yield from (leg, engine.url)
+
+
+def _at(port: int) -> tuple[str, ...]:
+    return "--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(free_port())
 
 
 @contextmanager
@@ -73,8 +81,7 @@ def test_a_router_hands_over_and_answers_as_one_engine(
     with running(command.__name__, command, fleet, tmp_path) as router:
         before = sum(fleet.metric(engine, api.EXTERNAL_TOKENS) for engine in fleet.consumers)
         answers = fleet.together(lambda prompt=prompt: fleet.ask(router, prompt) for prompt in prompts)
-        for prompt, answer in zip(prompts, answers, strict=True):
-            assert answer.text == next(w.text for p, w in zip(prompts, wanted, strict=True) if p is prompt)
+        assert [answer.text for answer in answers] == [one.text for one in wanted]
         fetched = sum(fleet.metric(engine, api.EXTERNAL_TOKENS) for engine in fleet.consumers) - before
         assert fetched >= sum(answer.prompt_tokens - 1 for answer in answers)
         streamed = api.stream(fleet.http, router.url, prompts[1])
