@@ -45,9 +45,6 @@ def _tune(sock: zmq.Socket[bytes]) -> None:
     sock.setsockopt(zmq.LINGER, 0)
     sock.setsockopt(zmq.MAXMSGSIZE, messages.MAX_MESSAGE_BYTES)
     sock.setsockopt(zmq.RCVHWM, _MOST_UNREAD)
-    # A host that vanishes without closing its connections is noticed by these only.
-    sock.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
-    sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_LIMIT_MS)
 
 
 #: Nothing that ZeroMQ's own addresses give a meaning to, such as ";".
@@ -181,7 +178,7 @@ class ControlServer:
         except KVConnectError as error:
             data = messages.pack_error(number, error)
         try:
-            self._socket.send_multipart([peer, data], zmq.NOBLOCK)
+            self._loop.send(self._socket, [peer, data])
         except zmq.ZMQError as error:
             logger.debug("a reply was dropped, its peer is gone: %s", error)
 
@@ -332,6 +329,11 @@ def _sockets(
         _tune(sock)
         # A reconnecting socket would replay what it had queued; a new one never does.
         sock.setsockopt(zmq.RECONNECT_IVL, -1)
+        # A host that vanishes without closing its connections is noticed by these only. One end asks, and says
+        # how long the other may wait for the next: of thousands of connections twice as much would be felt.
+        sock.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
+        sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_LIMIT_MS)
+        sock.setsockopt(zmq.HEARTBEAT_TTL, _HEARTBEAT_LIMIT_MS)
         sock.setsockopt(zmq.IPV6, int(":" in host))
         if keys is not None:
             keys.sign(sock, named)
@@ -372,7 +374,7 @@ class _Peer:
     def send(self, number: int, data: bytes, future: Future[dict[str, Any]]) -> None:
         self.pending[number] = future
         try:
-            self._socket.send(data, zmq.NOBLOCK)
+            self._loop.send(self._socket, [data])
         except zmq.ZMQError as error:
             if not self.connected and error.errno == zmq.EAGAIN:
                 return  # it was turned away already: the monitor is about to say why

@@ -2,6 +2,12 @@
 
 The control channel's server and client each run on one. ZeroMQ sockets belong to
 the thread; everything else reaches it through `Loop.soon` and `Loop.later`.
+
+ZeroMQ's own poller looks at every socket whenever one has something, so that a message would cost
+the more the more peers are connected. Here the kernel says which descriptors are ready. ZeroMQ's
+are no plain ones, though: one that is ready may mean nothing, and what is there to be read may
+have been announced while the socket was used otherwise. Hence `Loop.send`, and that every socket
+that was touched is asked itself before the next wait.
 """
 
 from __future__ import annotations
@@ -12,8 +18,9 @@ import heapq
 import itertools
 import logging
 import os
+import select
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import zmq
 
@@ -40,15 +47,18 @@ class Timer:
 
 
 class Loop:
-    """A named daemon thread around a poller. Thread-safe, except where noted."""
+    """A named daemon thread around an epoll. Thread-safe, except where noted."""
 
     def __init__(self, name: str, clock: Clock = SYSTEM) -> None:
         self.clock = clock
         self.context = zmq.Context()
         # The default of 1023 is used up by a few hundred peers.
         self.context.set(zmq.MAX_SOCKETS, min(_MAX_SOCKETS, self.context.get(zmq.SOCKET_LIMIT)))
-        self._poller = zmq.Poller()
+        self._epoll = select.epoll()
         self._handlers: dict[zmq.Socket[bytes], Callable[[], None]] = {}
+        self._by_descriptor: dict[int, zmq.Socket[bytes]] = {}
+        #: Sockets that were touched since they were last asked; in order, each once.
+        self._touched: dict[zmq.Socket[bytes], None] = {}
         self._posted: collections.deque[Callable[[], None]] = collections.deque()
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
@@ -56,7 +66,7 @@ class Loop:
         self._open = True
         self._pid = os.getpid()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._poller.register(self._wake, zmq.POLLIN)
+        self._epoll.register(self._wake, select.EPOLLIN)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -86,14 +96,27 @@ class Loop:
 
     def watch(self, sock: zmq.Socket[bytes], handler: Callable[[], None]) -> None:
         """Call ``handler`` while ``sock`` can be read. Only on the thread (or before `start`)."""
-        self._handlers[sock] = handler
-        self._poller.register(sock, zmq.POLLIN)
+        self._handlers[sock], descriptor = handler, int(sock.getsockopt(zmq.FD))
+        self._by_descriptor[descriptor] = sock
+        self._epoll.register(descriptor, select.EPOLLIN)
+        self._touched[sock] = None
 
     def unwatch(self, sock: zmq.Socket[bytes]) -> None:
         """Stop watching and close ``sock``. Only on the thread."""
         if self._handlers.pop(sock, None) is not None:
-            self._poller.unregister(sock)
+            descriptor = int(sock.getsockopt(zmq.FD))
+            del self._by_descriptor[descriptor]
+            self._epoll.unregister(descriptor)
+            self._touched.pop(sock, None)
         sock.close(linger=0)
+
+    def send(self, sock: zmq.Socket[bytes], frames: Sequence[bytes]) -> None:
+        """Send a message over a watched socket, or raise `zmq.ZMQError` at once. Only on the thread.
+
+        The only way to send, but for a socket's own handler: see this module's beginning.
+        """
+        self._touched[sock] = None
+        sock.send_multipart(frames, zmq.NOBLOCK)
 
     @property
     def on_thread(self) -> bool:
@@ -121,23 +144,32 @@ class Loop:
 
     def _run(self) -> None:
         while self._open:
-            ready = self._poller.poll(self._wait_ms())
-            for sock, _ in ready:
-                if isinstance(sock, int):
+            for descriptor, _ in self._epoll.poll(self._wait_s()):
+                if descriptor == self._wake:
                     self._clear_wake()
-                elif sock in self._handlers:
-                    self._guarded(self._handlers[sock])
+                elif descriptor in self._by_descriptor:
+                    self._touched[self._by_descriptor[descriptor]] = None
+            self._ask_touched()
             self._run_posted()
             self._run_timers()
         self._run_posted()  # what was posted before the end may still send
         self._finish()
 
-    def _wait_ms(self) -> int | None:
-        if self._posted:
-            return 0
+    def _wait_s(self) -> float | None:
+        if self._posted or self._touched:
+            return 0.0
         if not self._timers:
             return None
-        return self.clock.poll_ms(self._timers[0][0])
+        return self.clock.poll_ms(self._timers[0][0]) / 1000
+
+    def _ask_touched(self) -> None:
+        """Call the handlers of those that have something; they are asked again, since they may not have taken all."""
+        touched, self._touched = self._touched, {}
+        for sock in touched:
+            handler = self._handlers.get(sock)  # gone, if a handler before it has closed it
+            if handler is not None and int(sock.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+                self._touched[sock] = None
+                self._guarded(handler)
 
     def _clear_wake(self) -> None:
         with contextlib.suppress(BlockingIOError):  # several wake-ups may have been merged into one
@@ -168,5 +200,6 @@ class Loop:
             sock.close(linger=self._linger_ms)
         self._handlers.clear()
         self.context.term()
+        self._epoll.close()
         with self._gate:
             os.close(self._wake)

@@ -19,6 +19,9 @@ _MAX_HELD = 64
 #: How often the other end of a pipe is asked whether it is there, and how long it may take to say so.
 #: Together one lease, where leases are shorter.
 _WATCH_S, _ANSWER_S = 5.0, 7.5
+#: Questions a second of one worker, each of which costs it time: with more than 200 pipes the pauses are longer.
+_MOST_A_S = 40.0
+_MOST_PAUSE_MS = 120_000
 #: One answer may be missed: when it is this process that hung, the next one comes.
 _MISSES = 2
 
@@ -45,6 +48,8 @@ class PeerChannel:
         self._handlers: dict[str, ChannelHandler] = {}
         self._held: list[tuple[str, dict[str, Any], Future[Message]]] = []
         self._closed = False
+        #: How long the other end, which may have very many pipes, wants to be left alone.
+        self.pause_s = 0.0
 
     def call(self, op: str, body: Message) -> Future[dict[str, Any]]:
         """Ask the other end."""
@@ -128,14 +133,18 @@ class Channels:
 
     def _ping(self, body: dict[str, Any]) -> Message:
         with self._lock:
-            return {"known": fields.text(body, "pipe") in self._channels}
+            return {"known": fields.text(body, "pipe") in self._channels, "pause_ms": int(self._pause_s * 1000)}
 
     # A pipe says nothing when its peer's process vanishes while nothing moves, or hangs while
     # something does. The ping finds out, so that a load does not wait for the latter until its
     # own deadline, and a producer does not collect the ends of dead consumers.
 
+    @property
+    def _pause_s(self) -> float:
+        return max(self._watch_s, len(self._channels) / _MOST_A_S)
+
     def _watch(self, channel: PeerChannel) -> None:
-        self._client.later(self._watch_s, lambda: self._look_after(channel, 1))
+        self._client.later(max(self._pause_s, channel.pause_s), lambda: self._look_after(channel, 1))
 
     def _look_after(self, channel: PeerChannel, attempt: int) -> None:
         if self._channels.get(channel.name) is channel:
@@ -145,6 +154,7 @@ class Channels:
     def _seen(self, channel: PeerChannel, answer: Future[dict[str, Any]], attempt: int) -> None:
         try:
             known = answer.result().get("known") is True
+            channel.pause_s = fields.number(answer.result(), "pause_ms", _MOST_PAUSE_MS) / 1000
         except KVConnectError as error:
             logger.debug("the other end of pipe %s does not answer: %s", channel.name, error)
             if isinstance(error, DeadlineError) and attempt < _MISSES:

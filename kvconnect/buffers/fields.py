@@ -41,6 +41,14 @@ def binary(data: Mapping[str, Any], name: str) -> bytes:
         raise HandshakeError(f"field {name!r} must be hexadecimal") from error
 
 
+def packed(data: Mapping[str, Any], name: str, limit: int) -> bytes:
+    """Return the bytes ``name``, at most ``limit`` of them."""
+    value = data.get(name)
+    if not isinstance(value, bytes) or len(value) > limit:
+        raise HandshakeError(f"field {name!r} must be at most {limit} bytes, got {type(value).__name__}")
+    return value
+
+
 def texts(data: Mapping[str, Any], name: str, limit: int = 1 << 16) -> list[str]:
     """Return the list of strings ``name``; an absent one is empty."""
     value = data.get(name, [])

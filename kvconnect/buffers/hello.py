@@ -30,8 +30,8 @@ class Hello:
         role: ``"producer"``, ``"consumer"`` or ``"both"``.
         lease_s: how long claims last unless renewed.
         workers: `WorkerEnd.describe`'s answers, by rank.
-        worker: it is one worker's hello. Its fingerprint is compared with its counterpart's
-            only: vLLM gives workers and scheduler KV configurations that differ.
+        rank: of the worker whose hello it is, if it is one's: only its counterpart is described to it, and only
+            their fingerprints are compared (vLLM gives workers and scheduler KV configurations that differ).
 
     """
 
@@ -42,11 +42,11 @@ class Hello:
     role: str
     lease_s: float
     workers: tuple[Mapping[str, Any], ...] = ()
-    worker: bool = False
+    rank: int | None = None
 
     @classmethod
-    def of(cls, settings: EndSettings, incarnation: str, *, worker: bool = False) -> Hello:
-        """Describe the engine that has these settings, or one ``worker`` of it."""
+    def of(cls, settings: EndSettings, incarnation: str, *, rank: int | None = None) -> Hello:
+        """Describe the engine that has these settings, or its worker ``rank``."""
         role = "both" if settings.produces and settings.consumes else "producer" if settings.produces else "consumer"
         return cls(
             settings.engine_id,
@@ -55,7 +55,7 @@ class Hello:
             settings.num_parts,
             role,
             settings.options.lease_s,
-            worker=worker,
+            rank=rank,
         )
 
     def to_wire(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class Hello:
             "role": self.role,
             "lease_ms": int(self.lease_s * 1000),
             "workers": [dict(worker) for worker in self.workers],
-            "worker": self.worker,
+            "rank": self.rank,
         }
 
     @classmethod
@@ -86,7 +86,7 @@ class Hello:
             fields.text(data, "role"),
             fields.number(data, "lease_ms", _MAX_LEASE_MS, least=1) / 1000,
             tuple(workers),
-            data.get("worker") is True,
+            None if data.get("rank") is None else fields.number(data, "rank", _MAX_PARTS),
         )
 
 
@@ -108,23 +108,3 @@ def misfit(ours: Hello, theirs: Hello) -> str:
     if ours.num_parts != theirs.num_parts:
         return f"number of workers differs: ours {ours.num_parts}, theirs {theirs.num_parts} (engine {theirs.engine})"
     return ""
-
-
-def check_shapes(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    """Compare two workers' memory layouts (`WorkerEnd.describe`) layer by layer.
-
-    Raises:
-        HandshakeError: names the first layer that differs, ours and theirs.
-
-    """
-    from kvconnect.paging import PagedLayout
-
-    mine = PagedLayout.from_wire(fields.mapping(ours, "layout")).shape()
-    other = PagedLayout.from_wire(fields.mapping(theirs, "layout")).shape()
-    for index in range(max(len(mine), len(other))):
-        a = mine[index] if index < len(mine) else "(absent)"
-        b = other[index] if index < len(other) else "(absent)"
-        if a != b:
-            raise HandshakeError(
-                f"memory layout differs at layer {index}: ours {a}, theirs {b} ([name, group, bytes a block, order])"
-            )

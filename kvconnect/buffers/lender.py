@@ -51,7 +51,8 @@ class Lender:
         self._ledger = Ledger(me.lease_s)
         self._counts: collections.Counter[str] = collections.Counter()
         self._workers: list[dict[str, Any]] | None = None
-        self._waiting: list[Future[Mapping[str, Any]]] = []
+        #: Hellos that came before our workers were known, each with the rank that asked.
+        self._waiting: list[tuple[Future[Mapping[str, Any]], int | None]] = []
         self._refused: set[tuple[str, str]] = set()
         self._closed = False
         self._server = server
@@ -135,9 +136,8 @@ class Lender:
         with self._lock:
             self._workers = [dict(worker) for worker in workers]
             waiting, self._waiting = self._waiting, []
-        answer = self._introduction()
-        for future in waiting:
-            future.set_result(answer)
+        for future, rank in waiting:
+            future.set_result(self._introduction(rank))
 
     def stats(self) -> dict[str, int]:
         """Counters since the start."""
@@ -149,7 +149,7 @@ class Lender:
         with self._lock:
             self._closed = True
             waiting, self._waiting = self._waiting, []
-        for future in waiting:
+        for future, _ in waiting:
             future.set_exception(ClosedError("the peer is shutting down"))
         self._server.close()
 
@@ -157,7 +157,7 @@ class Lender:
 
     def _hello(self, body: Body) -> Mapping[str, Any] | Future[Mapping[str, Any]]:
         caller = Hello.from_wire(body)
-        if not caller.worker and (difference := misfit(self._me, caller)):
+        if caller.rank is None and (difference := misfit(self._me, caller)):
             self._refuse(caller.engine, difference)
             check_fit(caller, self._me)  # the same in the caller's words
         if self._me.role == "consumer":
@@ -166,12 +166,13 @@ class Lender:
             if self._workers is None:
                 future: Future[Mapping[str, Any]] = Future()
                 # Callers give up at their deadline; the oldest of very many surely have.
-                self._waiting = [*self._waiting[-_MAX_WAITING:], future]
+                self._waiting = [*self._waiting[-_MAX_WAITING:], (future, caller.rank)]
                 return future
-        return self._introduction()
+        return self._introduction(caller.rank)
 
-    def _introduction(self) -> dict[str, Any]:
-        return {**self._me.to_wire(), "workers": self._workers or []}
+    def _introduction(self, rank: int | None) -> dict[str, Any]:
+        workers = [worker for worker in self._workers or [] if rank is None or worker.get("rank") == rank]
+        return {**self._me.to_wire(), "workers": workers}
 
     def _misfit(self, body: Body) -> Mapping[str, Any]:
         """A taker has found, in our answer to its hello, that it cannot read our blocks."""

@@ -14,13 +14,13 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvconnect.buffers import fields
+from kvconnect.buffers import fields, layouts
 from kvconnect.buffers.choice import Candidate
 from kvconnect.buffers.crew import Crew
 from kvconnect.buffers.station import Station, foreign
 from kvconnect.control import wait_for
 from kvconnect.errors import BusyError, ClosedError, DeadlineError
-from kvconnect.paging import BlockIds, PagedLayout
+from kvconnect.paging import BlockIds
 from kvconnect.pipes.base import Message, Pipe, Transfer
 
 #: Given to an exchange or a reply beyond its own deadline, so that the error is the deadline's.
@@ -106,7 +106,7 @@ class Lines:
         line.pipe = pipe = self._station.open(cls, line.name, "asks", exchange)
         if not exchanged:
             exchange({})
-        pipe.attach(self._station.memory, PagedLayout.from_wire(fields.mapping(theirs, "layout")), channel)
+        pipe.attach(self._station.memory, layouts.read(theirs), channel)
         # The serving end attaches after its answer to `exchange`; its blocks may be read from now on.
         self._ask(line, "pipe.ready", {})
 

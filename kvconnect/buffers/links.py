@@ -16,10 +16,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvconnect.buffers import layouts
 from kvconnect.buffers.choice import AutoOptions, Candidate, choose_pipe, told
 from kvconnect.buffers.crew import Crew
 from kvconnect.buffers.experience import Experience
-from kvconnect.buffers.hello import Hello, check_shapes
+from kvconnect.buffers.hello import Hello
 from kvconnect.buffers.lines import Line, Lines
 from kvconnect.buffers.peers import RETRY_S, Peer, Peers, worker_of
 from kvconnect.buffers.recent import Recent
@@ -289,7 +290,7 @@ class Links:
         If the best is that of ``old``, it is taken over.
         """
         theirs = worker_of(hello, self._station.worker["rank"])
-        check_shapes(self._station.worker, theirs)
+        layouts.check_shapes(self._station.worker, theirs)
         link.found, link.passed = choose_pipe(self._station.worker, theirs)
         line = self._first(link, theirs, old)
         link.lines = [line]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from kvconnect.buffers import fields
+from kvconnect.buffers import fields, layouts
 from kvconnect.buffers.access import Access
 from kvconnect.buffers.base import Claim, EndSettings, WorkerEnd
 from kvconnect.buffers.channels import Channels, Side
@@ -101,10 +101,10 @@ class Mover(WorkerEnd):
             "rank": rank,
             "endpoint": endpoint,
             **pipes,
-            "layout": memory.layout.to_wire(),
+            "layout": layouts.write(memory.layout),
             "device": memory.device,
         }
-        me = Hello.of(settings, secrets.token_hex(8), worker=True)
+        me = Hello.of(settings, secrets.token_hex(8), rank=rank)
         channels = Channels(self._server, self._client, options.transfer_timeout_s, options.lease_s, self._lost)
         # A crew for each: pipes that are slow to open must not keep others from reading or ending.
         jobs = ("read-starts", "pipe-asks", "pipe-opens", "pipe-serves", "pipe-ends", "block-sums")

@@ -49,9 +49,9 @@ class Peers:
     """Acquaintances by endpoint."""
 
     def __init__(
-        self, me: Hello, client: ControlClient, timeout_s: float, check: Callable[[Hello], None] | None = None
+        self, me: Hello, client: ControlClient, timeout_s: float, check: Callable[[Hello], Hello] | None = None
     ) -> None:
-        """Introduce ourselves as ``me``; ``check`` raises `HandshakeError` at further misfits."""
+        """Introduce ourselves as ``me``; ``check`` raises at further misfits, and returns what is to be remembered."""
         self._me = me
         self._client = client
         self._timeout_s = timeout_s
@@ -95,7 +95,7 @@ class Peers:
     def recheck(self) -> None:
         """Apply ``check`` to those met before there was anything to check against."""
         for peer in list(self._peers.values()):
-            if peer.hello is not None:
+            if peer.hello is not None and peer.hello.workers:
                 self._judge(peer, peer.hello)
 
     def lost(self, endpoint: str, error: KVConnectError) -> None:
@@ -121,10 +121,10 @@ class Peers:
     def _judge(self, peer: Peer, hello: Hello) -> None:
         """Remember a peer by its hello, as one that fits or as one that does not."""
         try:
-            if not self._me.worker:
+            if self._me.rank is None:
                 check_fit(self._me, hello)
             if self._check is not None:
-                self._check(hello)
+                hello = self._check(hello)
         except KVConnectError as error:
             self._refuse(peer, error)
         except Exception as error:  # noqa: BLE001 - what peers send may break anything (a third party's pipe, say); those who wait must hear of it

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvconnect import registry
-from kvconnect.buffers import fields
+from kvconnect.buffers import fields, layouts
 from kvconnect.buffers.channels import PeerChannel
 from kvconnect.buffers.crew import Crew
-from kvconnect.buffers.hello import Hello, check_fit, check_shapes
+from kvconnect.buffers.hello import Hello, check_fit
 from kvconnect.buffers.recent import Recent
 from kvconnect.buffers.station import Station, foreign
 from kvconnect.control import ControlServer
@@ -86,11 +86,11 @@ class PipeServer:
     def _admit(self, body: dict[str, Any]) -> Future[Message]:
         check_fit(Hello.from_wire(fields.mapping(body, "hello")), self._station.me)
         worker = fields.mapping(body, "worker")
-        check_shapes(worker, self._station.worker)
+        layouts.check_shapes(worker, self._station.worker)
         name = fields.text(body, "name")
         if name not in self._station.worker["pipes"]:
             raise HandshakeError(f"pipe differs: ours {name!r}, theirs one of {sorted(self._station.worker['pipes'])}")
-        message, layout = fields.mapping(body, "message"), PagedLayout.from_wire(fields.mapping(worker, "layout"))
+        message, layout = fields.mapping(body, "message"), layouts.read(worker)
         served = Served(fields.text(body, "pipe"), fields.text(worker, "endpoint"))
         self._check_room(served)
         self._station.client.check(served.peer)  # it will be asked whether it is there still

@@ -13,14 +13,14 @@ import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kvconnect.buffers import fields
+from kvconnect.buffers import fields, layouts
 from kvconnect.buffers.base import Claim, Miss, Want
 from kvconnect.buffers.choice import choose_pipe
 from kvconnect.buffers.directory import Producers
-from kvconnect.buffers.hello import Hello, check_shapes
+from kvconnect.buffers.hello import Hello
 from kvconnect.buffers.ledger import digest_of
 from kvconnect.buffers.peers import Peer, Peers, worker_of
 from kvconnect.buffers.promise import Promise
@@ -343,12 +343,16 @@ class Taker:
         self._client.call(look.at, "abandon", {"grants": [look.grant]}, self._options.release_timeout_s)
 
 
-def _check_workers(workers: Sequence[Mapping[str, Any]], hello: Hello) -> None:
-    """Check what our workers would find out with the first load, before any load is promised."""
+def _check_workers(workers: Sequence[Mapping[str, Any]], hello: Hello) -> Hello:
+    """Check what our workers would find out with the first load, before any load is promised; return what to remember.
+
+    Workers' descriptions are the largest part of a hello, and of no use here once they are known to fit.
+    """
     for ours in workers:
         theirs = worker_of(hello, fields.number(ours, "rank", 1 << 12))
-        check_shapes(ours, theirs)
+        layouts.check_shapes(ours, theirs)
         choose_pipe(ours, theirs)
+    return replace(hello, workers=()) if workers else hello
 
 
 def _is_late(answer: Future[dict[str, Any]]) -> bool:

@@ -61,7 +61,7 @@ class Registration:
     def _tell(self) -> None:
         if self._serves():
             try:
-                self._socket.send(self._message, zmq.NOBLOCK)
+                self._loop.send(self._socket, [self._message])
             except zmq.Again:
                 logger.debug("the router does not listen")
         self._loop.later(_EVERY_S, self._tell)

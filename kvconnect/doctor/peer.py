@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kvconnect.buffers import fields
+from kvconnect.buffers import fields, layouts
 from kvconnect.buffers.access import Access
 from kvconnect.buffers.address import is_loopback
 from kvconnect.buffers.hello import Hello
@@ -71,7 +71,7 @@ def meet(intent: Intent, address: str) -> Met:
         KVConnectError: nobody answers, or not in these words; the text says why.
 
     """
-    me = Hello.of(settings(intent.config, intent.pipe, {}, produces=False), secrets.token_hex(8), worker=True)
+    me = Hello.of(settings(intent.config, intent.pipe, {}, produces=False), secrets.token_hex(8), rank=0)
     timeout_s = intent.config.connect_timeout_s
     client = Access(intent.config).client("kvconnect-doctor-client")
     try:
@@ -87,7 +87,7 @@ def read(answer: Mapping[str, Any]) -> Met:
     pipes = fields.mapping(worker, "pipes")
     identity = next((fields.mapping(pipes, name) for name in sorted(pipes)), {})
     facts = fields.mapping(worker, MARK) if MARK in worker else {}
-    return Met(hello, worker, facts, facts or identity, PagedLayout.from_wire(fields.mapping(worker, "layout")))
+    return Met(hello, worker, facts, facts or identity, layouts.read(worker))
 
 
 def unmet(error: KVConnectError) -> Finding:

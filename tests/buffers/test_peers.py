@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from kvconnect.buffers import lender, links, peers, taker
+from kvconnect.buffers import layouts, lender, links, peers
 from kvconnect.buffers.base import Claim, Miss, Want
 from kvconnect.buffers.recent import Recent
 from kvconnect.control import ControlClient
@@ -127,7 +127,7 @@ def test_a_peer_that_describes_nonsense_is_a_mismatch_every_time(pipes):
 
 def test_a_check_that_breaks_is_a_mismatch_every_time(monkeypatch):
     with engines() as (p, d):
-        monkeypatch.setattr(taker, "check_shapes", lambda *_: {}["missing"])
+        monkeypatch.setattr(layouts, "check_shapes", lambda *_: {}["missing"])
         for number in range(2):
             miss = d.find(f"r{number}", Want(key(1), ticket=p.offer()), 3)
             is_miss(miss, "mismatch")

@@ -18,11 +18,12 @@ control_client          control                _Peer._take
 control_endpoint        control                split
 own                     control                _Peer._notice
 control_door            keys                   _Door._answer
-hello                   buffers.hello          Hello.from_wire check_shapes misfit
+hello                   buffers.hello          Hello.from_wire misfit
 hello                   buffers.peers          Peers._heard worker_of
 hello                   buffers.choice         choose_pipe _refused _by_pipe
 hello                   buffers.fields         binary
 layout                  paging                 PagedLayout.from_wire
+layout                  buffers.layouts        check_shapes read
 ticket                  buffers.ticket         Ticket.from_wire unpack_ids
 own                     buffers.ticket         Ticket.to_wire
 lender                  buffers.lender         Lender._hello Lender._match Lender._renew Lender._release

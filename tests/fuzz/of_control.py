@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from zmq.utils import z85
 
 from kvconnect import keys, messages
+from kvconnect.buffers import layouts
 from kvconnect.buffers import taker as taking
 from kvconnect.buffers.base import Claim, LookupKey, Miss, Want
 from kvconnect.buffers.directory import Directory, Producers
-from kvconnect.buffers.hello import Hello, check_fit, check_shapes
+from kvconnect.buffers.hello import Hello, check_fit
 from kvconnect.buffers.ledger import digest_of
 from kvconnect.buffers.lender import Lender
 from kvconnect.buffers.ticket import Ticket, unpack_ids
@@ -208,7 +209,7 @@ def worker(rank):
         "endpoint": "127.0.0.1:1",
         "pipes": pipes,
         "refused": {"nccl": "no GPU"},
-        "layout": LAYOUT.to_wire(),
+        "layout": layouts.write(LAYOUT),
         "device": "cpu",
     }
 
@@ -217,7 +218,7 @@ def plain(hello):
     return {**hello.to_wire(), "workers": [worker(0), worker(1)]}
 
 
-HELLOS = [plain(ME), {**plain(ME), "worker": True}]
+HELLOS = [plain(ME), {**plain(ME), "rank": 1}]
 
 
 def run_hello(body):
@@ -248,7 +249,7 @@ def run_layout(body):
         region, offset, nbytes = layout.pieces(blocks)
         assert int(nbytes.sum()) == layout.nbytes(blocks)
         assert all(o + n <= layout.region_bytes[r] for r, o, n in zip(region, offset, nbytes, strict=True))
-        check_shapes({"layout": LAYOUT.to_wire()}, {"layout": body})
+        layouts.check_shapes({"layout": layouts.write(LAYOUT)}, {"layout": msgpack.packb(body)})
 
 
 # -- tickets, and what their owner is asked -----------------------------------------------------------

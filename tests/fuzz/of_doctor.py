@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 from kvconnect.blocks import heap_memory
+from kvconnect.buffers import layouts
 from kvconnect.config import Backend
 from kvconnect.doctor import counterpart, host, paths, peer
 from kvconnect.doctor.counterpart import Case
@@ -38,7 +39,7 @@ def doctors(*, here, case=CASE):
         facts |= {"host": "b", "name": "b", "vllm": "0.1", "clock": "c"}
     pipes = {name: {**card, "host": "$host"} for name, card in worker(0)["pipes"].items()}
     pipes["cuda_ipc"] = next(iter(pipes.values()))
-    told = {**worker(0), "pipes": pipes, "layout": case.layout().to_wire(), counterpart.MARK: facts}
+    told = {**worker(0), "pipes": pipes, "layout": layouts.write(case.layout()), counterpart.MARK: facts}
     return {**plain(ME), "num_parts": 1, "workers": [told]}
 
 

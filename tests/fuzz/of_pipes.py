@@ -278,7 +278,7 @@ def _told():
         "name": "kvconnect-fuzz-nobody",
         "token": b"t" * 16,
     }
-    hello = {**station.me.to_wire(), "workers": [theirs], "worker": False, "incarnation": "i"}
+    hello = {**station.me.to_wire(), "workers": [theirs], "incarnation": "i"}
     return [{"hello": hello, "pipe.open": {"message": invitation}, "pipe.ready": {}, "release": {"answer": "ok"}}]
 
 
