@@ -11,12 +11,14 @@ COMMAND = "make bench"
 GIT = shutil.which("git") or "git"
 #: Files that a run itself writes; they do not make the commit that was measured dirty.
 WRITTEN = (
+    "bench/results/control.json",
     "bench/results/cpu.json",
     "bench/results/h200x2.json",
     "bench/results/proxy.json",
     "docs/benchmarks.md",
     "docs/img/h200x2.svg",
     "docs/proxy.md",
+    "docs/scale.md",
 )
 
 

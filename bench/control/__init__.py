@@ -1,0 +1,1 @@
+"""What a thousand producers and a thousand consumers cost each other at the control channel."""
