@@ -51,7 +51,7 @@ def config(args: argparse.Namespace, role: str, replicas: int, *, gpus: bool) ->
     found: dict[str, Any] = {
         "model_loading_config": {"model_id": args.model_id, "model_source": args.model},
         "deployment_config": {"num_replicas": replicas},
-        "engine_kwargs": {"kv_transfer_config": transfer, "max_model_len": args.max_model_len},
+        "engine_kwargs": {"kv_transfer_config": transfer},
     }
     if args.key_file:
         transfer["kv_connector_extra_config"] = {"key_file": str(args.key_file.absolute())}
@@ -71,7 +71,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="model name or folder; default: a small one made on this machine")
     parser.add_argument("--model-id", help="what clients call it; default: the last part of MODEL")
-    parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--connector", default="KvConnect", help="registered connector name (default: %(default)s)")
     parser.add_argument("--prefill", type=int, default=1, help="prefill replicas (default: %(default)s)")
     parser.add_argument("--decode", type=int, default=1, help="decode replicas (default: %(default)s)")

@@ -161,7 +161,7 @@ def measure(run: RayServe, characters: int, requests: int) -> dict[str, Any]:
         "case": f"prompts of {characters} characters",
         "requests": requests,
         "prompt_tokens": tokens,
-        "fetched_tokens": run.fetched(before + tokens - requests).total() - before,
+        "fetched_tokens": run.fetched(before + tokens).total() - before,
         "first_token_p50_s": round(statistics.median(answer.first_token_s for answer in answers), 3),
         "first_token_max_s": round(max(answer.first_token_s for answer in answers), 3),
         "whole_p50_s": round(statistics.median(answer.total_s for answer in answers), 3),
