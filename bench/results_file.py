@@ -15,10 +15,12 @@ WRITTEN = (
     "bench/results/cpu.json",
     "bench/results/h200x2.json",
     "bench/results/proxy.json",
+    "bench/results/ray.json",
     "docs/benchmarks.md",
     "docs/img/h200x2.svg",
     "docs/proxy.md",
     "docs/scale.md",
+    "docs/ray.md",
 )
 
 

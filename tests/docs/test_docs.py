@@ -102,6 +102,10 @@ def test_commands_exist_and_take_what_they_are_given(line, capsys):
             cli._parser().parse_args([command, *arguments])
         case [python, "-m", module, *_] if python.endswith("python") and not module.startswith("vllm"):
             assert importlib.util.find_spec(module), module
+        case [python, script, *arguments] if python.endswith("python") and script.startswith("examples/"):
+            # Read, not run: what an example imports is not in every environment.
+            known = set(re.findall(r'add_argument\("(--[\w-]+)"', (ROOT / script).read_text("utf-8")))
+            assert {each for each in arguments if each.startswith("--")} <= known
 
 
 @of("bash", "console")
