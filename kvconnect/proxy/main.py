@@ -25,8 +25,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 _HELP = {
-    "prefill": "prefill servers",
-    "decode": "decode servers",
+    "prefill": "prefill servers; dns+http://NAME:PORT stands for one at each address of the name",
+    "decode": "decode servers, likewise",
     "prefill_policy": "which of several prefill servers gets a request",
     "decode_policy": "which of several decode servers gets it",
     "prefix_characters": "how much of a prompt's beginning prefix_aware looks at",

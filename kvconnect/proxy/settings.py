@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from kvconnect.errors import ConfigError
 from kvconnect.proxy.policies import POLICIES, PolicyName
+from kvconnect.proxy.servers import LOOKED_UP
 
 #: The smallest value of each whole number.
 _LEAST = {"prefix_characters": 1, "retries": 0, "health_failures": 1, "max_in_flight": 1, "max_body_bytes": 1}
@@ -18,8 +19,9 @@ class Settings:
     """Servers, policies and limits of one proxy.
 
     Args:
-        prefill: base URLs of the prefill servers.
-        decode: base URLs of the decode servers.
+        prefill: base URLs of the prefill servers; ``dns+http://name:port`` is one at each address of the name, which
+            is looked up every ``health_interval_s``.
+        decode: likewise the decode servers.
         prefill_policy: which of them gets a request: each in turn, the one with the fewest of this proxy's requests
             in flight, or the one that had prompts which began alike.
         decode_policy: likewise.
@@ -80,11 +82,12 @@ def _servers(leg: str, urls: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def base_url(leg: str, url: str) -> str:
-    """Return ``http[s]://host:port``; a bare ``host:port`` is taken for http."""
+    """Return ``http[s]://host:port`` or ``dns+http://host:port``; a bare ``host:port`` is taken for http."""
     full = url if "://" in url else f"http://{url}"
     try:
         parts = urlsplit(full)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        # No dns+https: a certificate is for the name, and the servers are asked by their addresses.
+        valid = parts.scheme in ("http", "https", f"{LOOKED_UP}http") and bool(parts.hostname) and parts.port != 0
     except ValueError:  # a port that is not one
         valid = False
     if "@" in full.partition("://")[2].partition("/")[0]:
