@@ -9,6 +9,7 @@ import socket
 import uvicorn
 
 from kvconnect.errors import ConfigError
+from kvconnect.proxy import heads
 from kvconnect.proxy.app import build
 from kvconnect.proxy.settings import Settings
 
@@ -31,6 +32,7 @@ def serve(settings: Settings, host: str, port: int) -> None:
     """
     config = uvicorn.Config(
         build(settings),
+        http=heads.within(settings.client_timeout_s),
         log_config=None,
         log_level="warning",
         ws="none",  # no endpoint of vLLM that we pass speaks it
