@@ -251,6 +251,9 @@ def test_the_proxy_takes_its_arguments_and_finds_the_engines(variant):
     assert words[:4] == ["python3", "-m", "kvconnect", "proxy"]
     options = main.parser().parse_args(words[4:])
     assert options.port == pods.ports(container)["http"]
+    spec = pods.pods(documents)["pd-proxy"]["spec"]
+    (_, pause) = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert options.stop_timeout_s + int(pause) < spec["terminationGracePeriodSeconds"]
     services = pods.of_kind(documents, "Service")
     for leg in ("prefill", "decode"):
         spec = services[f"pd-{leg}"]["spec"]
