@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import resource
 import socket
 
@@ -39,8 +40,7 @@ def serve(settings: Settings, host: str, port: int) -> None:
         # The servers' own headers go through instead.
         server_header=False,
         date_header=False,
-        # At a stop, open streams are given this long and are then cut.
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=math.ceil(settings.stop_timeout_s),
     )
     # Every request takes two connections; a shell's usual limit of 1024 files would be less than max_in_flight.
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

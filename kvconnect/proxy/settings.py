@@ -33,6 +33,7 @@ class Settings:
         decode_timeout_s: for a decode server's response headers, and between two pieces of its body.
         client_timeout_s: for a client to send a piece of its request or to take a piece of its answer;
             one that does neither for so long is given up, and its request at the servers with it.
+        stop_timeout_s: for requests that have begun, once the proxy is told to stop; what is left is cut.
         health_timeout_s: for each server asked by ``/health``.
         health_interval_s: between two checks of every server's ``/health``.
         health_failures: checks in a row after which a server is left out; one that cannot be reached is at once.
@@ -52,6 +53,7 @@ class Settings:
     prefill_timeout_s: float = 300.0
     decode_timeout_s: float = 600.0
     client_timeout_s: float = 60.0
+    stop_timeout_s: float = 5.0
     health_timeout_s: float = 5.0
     health_interval_s: float = 5.0
     health_failures: int = 3
