@@ -11,6 +11,7 @@ import pytest
 from uvicorn.protocols.http import h11_impl, httptools_impl
 
 from kvconnect.proxy import heads
+from tests.proxy.command import running
 from tests.proxy.servers import WAIT_S, Call, answers
 
 LIMIT_S = 0.5
@@ -112,3 +113,11 @@ def test_many_requests_and_a_large_body_on_one_connection_are_no_long_head(stage
         for _ in range(3):
             connection.sendall(large + body)
             assert answer(connection).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.timeout(120)
+def test_the_command_has_this_limit():
+    with running("--client-timeout", "0.5") as (_, url):
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=WAIT_S) as connection:
+            assert ends_in(connection) < WAIT_S / 2
