@@ -135,7 +135,7 @@ class Config:
         addresses |= {name: address for name, address in own.items() if address is not None}
         for name, address in addresses.items():
             host, _, number = address.rpartition(":")
-            if not host or not number.isdecimal():
+            if not host or not number.isdecimal() or not 0 < int(number) <= 65535:
                 raise ConfigError(f"{path}.{name} must look like 'host:port', got {address!r}")
         if (self.router_discovery is None) != (self.http_address is None):
             raise ConfigError(f"{path}.router_discovery and {path}.http_address belong together: set both or none")

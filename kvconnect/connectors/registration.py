@@ -32,7 +32,8 @@ class Registration:
         """Begin; waits for nobody.
 
         Raises:
-            ConfigError: the router could use the engine neither as a producer nor as a consumer, since it is both.
+            ConfigError: the router could use the engine neither as a producer nor as a consumer, since it is both;
+                or its address is none.
 
         """
         config = settings.options
@@ -41,7 +42,8 @@ class Registration:
                 "kv_connector_extra_config.router_discovery: a router wants prefill or decode engines: "
                 "set kv_role to kv_producer or kv_consumer"
             )
-        self._http = config.http_address or ""
+        self._http, self._router = config.http_address or "", config.router_discovery
+        self._told = False
         # The second address is part of the name that the router gives a request, and nothing more.
         self._message = msgpack.packb(
             {"type": "P" if settings.produces else "D", "http_address": self._http, "zmq_address": self._http}
@@ -49,8 +51,15 @@ class Registration:
         self._loop = Loop("kvconnect-router", settings.clock)
         self._socket = self._loop.context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.SNDHWM, 1)  # what a router that is away has missed is of no use to it
-        self._socket.connect(f"tcp://{config.router_discovery}")
+        self._socket.setsockopt(zmq.IPV6, 1)  # names and addresses of both kinds
         self._loop.watch(self._socket, self._hear)
+        try:
+            self._socket.connect(f"tcp://{config.router_discovery}")
+        except zmq.ZMQError as error:
+            self._loop.close()
+            raise ConfigError(
+                f"kv_connector_extra_config.router_discovery is no address: {config.router_discovery!r} ({error})"
+            ) from error
         self._loop.later(0.0, self._tell)
         self._loop.start()
 
@@ -60,6 +69,9 @@ class Registration:
 
     def _tell(self) -> None:
         if self._serves():
+            if not self._told:
+                logger.info("%s listens; the router at %s is told so from now on", self._http, self._router)
+                self._told = True
             try:
                 self._loop.send(self._socket, [self._message])
             except zmq.Again:
@@ -74,7 +86,8 @@ class Registration:
         """Whether the API server listens yet: requests that come before would fail."""
         host, _, port = self._http.rpartition(":")
         try:
-            socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
-        except OSError:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+        except (OSError, UnicodeError) as error:  # the latter: a name that cannot be one
+            logger.debug("%s does not listen yet: %s", self._http, error)
             return False
         return True

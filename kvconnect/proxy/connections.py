@@ -6,19 +6,19 @@ import asyncio
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import aiohttp
 from yarl import URL
 
 from kvconnect.proxy.failures import ServerError
-
-if TYPE_CHECKING:
-    from kvconnect.proxy.legs import Headers
+from kvconnect.proxy.legs import Headers, fit
 
 #: Below uvicorn's 5 s, so that the server is never the one to close an idle connection.
 _IDLE_S = 2.0
 _LARGE_BYTES = 1 << 18
+#: Of an answer that is read whole: one token, or a verdict.
+_MOST_BYTES = 64 << 20
 #: What the library would add; the client's own headers go through instead.
 _NOT_OURS = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
 
@@ -42,9 +42,13 @@ class Answer:
             return await self._response.content.readany()
 
     async def body(self) -> bytes:
-        """Return the rest of the body. Raises `ServerError`."""
-        with _mapped():
-            return await self._response.content.read()
+        """Return the rest of the body. Raises `ServerError`, also for one without end."""
+        content = bytearray()
+        while piece := await self.piece():
+            content += piece
+            if len(content) > _MOST_BYTES:
+                raise ServerError("broken", f"more than {_MOST_BYTES} bytes")
+        return bytes(content)
 
     def close(self) -> None:
         """Close the connection, unless the body was read to its end."""
@@ -89,17 +93,21 @@ class Connections:
         limits = aiohttp.ClientTimeout(total=None, sock_connect=self._connect_timeout_s, sock_read=timeout_s)
         with _mapped():
             async with asyncio.timeout(timeout_s):
-                return Answer(
-                    await self._session.request(
-                        method,
-                        URL(url, encoded=True),
-                        headers=[(_text(name), _text(value)) for name, value in headers],
-                        # In pieces, if it is large, so that other requests go on meanwhile.
-                        data=io.BytesIO(content) if len(content) > _LARGE_BYTES else content or None,
-                        timeout=limits,
-                        allow_redirects=False,
-                    )
+                response = await self._session.request(
+                    method,
+                    URL(url, encoded=True),
+                    headers=[(_text(name), _text(value)) for name, value in headers],
+                    # In pieces, if it is large, so that other requests go on meanwhile.
+                    data=io.BytesIO(content) if len(content) > _LARGE_BYTES else content or None,
+                    timeout=limits,
+                    allow_redirects=False,
                 )
+        answer = Answer(response)
+        if not 200 <= answer.status < 600 or not fit(answer.headers):
+            # The library reads what none may send: our own server could not pass it on.
+            answer.close()
+            raise ServerError("broken", f"status {answer.status}, or a header, that HTTP does not allow")
+        return answer
 
 
 @contextmanager

@@ -38,6 +38,9 @@ class Passed:
         headers = legs.request_headers(scope["headers"], legs.request_id(scope["headers"]))
         request = legs.Request(scope["method"], _path(scope), headers)
         send = clients.bounded(send, self._settings.client_timeout_s)
+        if not legs.fit(headers):
+            await _refuse(send, _unfit(), [], self._metrics)
+            return
         await clients.until_gone(receive, lambda: _relay(self._leg, request, send, [], self._metrics))
 
 
@@ -66,10 +69,12 @@ class Handover:
         try:
             if self._in_flight > settings.max_in_flight:
                 raise GatewayError(clients.OVERLOADED, f"the proxy has {settings.max_in_flight} requests in flight")
+            if not legs.fit(scope["headers"]):
+                raise _unfit()
             content = await clients.read_body(receive, settings.client_timeout_s, settings.max_body_bytes)
             body = legs.parse(content)
             if body is None:
-                raise GatewayError(400, "the request body must be a JSON object")
+                raise GatewayError(400, "the request body must be a JSON object, nested 200 deep at most")
         except GatewayError as failure:
             await _refuse(send, failure, [], self._metrics)
             return
@@ -136,6 +141,10 @@ async def _relay(leg: Upstream, request: legs.Request, send: Send, extra: legs.H
             _log.warning("an answer broke off: %s", failure)
         else:
             await _refuse(send, failure, extra, metrics)
+
+
+def _unfit() -> GatewayError:
+    return GatewayError(400, "a header holds control characters")
 
 
 async def _refuse(send: Send, failure: GatewayError, extra: legs.Headers, metrics: Metrics) -> None:

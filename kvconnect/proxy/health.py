@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from kvconnect.proxy.connections import Connections
 from kvconnect.proxy.failures import ServerError
-from kvconnect.proxy.servers import Server
+from kvconnect.proxy.servers import Pool, Server
 from kvconnect.proxy.settings import Settings
 
 OK = "ok"
@@ -34,9 +34,10 @@ async def _ask_one(connections: Connections, server: Server, timeout_s: float) -
     return OK if answer.is_success else f"answered {answer.status}"
 
 
-async def watch(connections: Connections, servers: Sequence[Server], settings: Settings) -> None:
+async def watch(connections: Connections, pools: Sequence[Pool], settings: Settings) -> None:
     """Check all servers now and then, until cancelled."""
     while True:
+        servers = [server for pool in pools for server in pool]
         for server, verdict in (await ask(connections, servers, settings.health_timeout_s)).items():
             if verdict == OK:
                 server.take_back()

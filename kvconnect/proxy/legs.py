@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,11 @@ _HOP_BY_HOP = frozenset(
     }
 )
 
+#: RFC 9110 §5.5: not in the value of a header.
+_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+#: Deeper JSON is refused: far less than what can still be written where it could be read.
+_MOST_NESTED = 200
+
 
 @dataclass(frozen=True)
 class Request:
@@ -61,12 +67,22 @@ class Request:
 
 
 def parse(content: bytes) -> dict[str, Any] | None:
-    """Return a request's JSON object, or ``None`` if it is none."""
+    """Return a request's JSON object, or ``None`` if it is none, or nested too deeply."""
     try:
         body = json.loads(content)
     except (ValueError, RecursionError):
         return None
-    return body if isinstance(body, dict) else None
+    return body if isinstance(body, dict) and not _is_deep(body, content) else None
+
+
+def _is_deep(body: dict[str, Any], content: bytes) -> bool:
+    if content.count(b"[") + content.count(b"{") <= _MOST_NESTED:
+        return False
+    level: list[Any] = [body]
+    for _ in range(_MOST_NESTED):
+        children = (child for each in level for child in (each.values() if isinstance(each, dict) else each))
+        level = [child for child in children if isinstance(child, dict | list)]
+    return bool(level)
 
 
 def prefill_body(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,6 +147,11 @@ def request_headers(headers: Headers, name: bytes) -> Headers:
         # Else the HTTP client asks for encodings that the caller did not ask for.
         kept.append((b"accept-encoding", b"identity"))
     return [*kept, (b"x-request-id", name)]
+
+
+def fit(headers: Headers) -> bool:
+    """Whether all values may be sent; parsers let through what none may."""
+    return not any(_CONTROL.search(value) for _, value in headers)
 
 
 def end_to_end(headers: Headers) -> Headers:

@@ -25,8 +25,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 _HELP = {
-    "prefill": "prefill servers",
-    "decode": "decode servers",
+    "prefill": "prefill servers; dns+http://NAME:PORT stands for one at each address of the name",
+    "decode": "decode servers, likewise",
     "prefill_policy": "which of several prefill servers gets a request",
     "decode_policy": "which of several decode servers gets it",
     "prefix_characters": "how much of a prompt's beginning prefix_aware looks at",
@@ -35,6 +35,7 @@ _HELP = {
     "prefill_timeout_s": "for a whole prefill; afterwards the decode server computes alone",
     "decode_timeout_s": "for the decode server's headers, and between pieces of its answer",
     "client_timeout_s": "for a client that takes nothing of its answer; afterwards it is cut off",
+    "stop_timeout_s": "for open requests to end, once it is told to stop; the rest is cut",
     "health_timeout_s": "for a server's answer to a check of its health",
     "health_interval_s": "between two checks of a server's health",
     "health_failures": "checks in a row after which a server is left out",

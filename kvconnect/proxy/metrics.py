@@ -1,6 +1,6 @@
 """What the proxy counts, as Prometheus reads it at ``/metrics``.
 
-Labels take values of this program and of its settings only, never of requests.
+Labels take values of this program, of its settings and of the names in them only, never of requests.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.core import GaugeMetricFamily
 
 from kvconnect.proxy.failures import GatewayError
-from kvconnect.proxy.servers import Server
+from kvconnect.proxy.servers import Pool
 
 if TYPE_CHECKING:
     from starlette.types import Message, Send
@@ -34,9 +34,11 @@ class Outcome:
 class Metrics:
     """The metrics of one proxy, in a registry of their own."""
 
-    def __init__(self, servers: Sequence[Server]) -> None:
+    def __init__(self, pools: Sequence[Pool]) -> None:
+        self._pools = pools
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
+        registry.register(self)
         self._legs = Counter(
             "kvconnect_proxy_leg_requests", "Requests to servers, once each.", ["leg", "outcome"], registry=registry
         )
@@ -66,11 +68,16 @@ class Metrics:
             "kvconnect_proxy_refusals", "Errors that the proxy itself answered.", ["status"], registry=registry
         )
         self.in_flight = Gauge("kvconnect_proxy_requests_in_flight", "Clients' requests.", registry=registry)
-        held = Gauge("kvconnect_proxy_server_in_flight", "Requests at a server.", ["leg", "server"], registry=registry)
-        up = Gauge("kvconnect_proxy_server_up", "0 while a server is left out.", ["leg", "server"], registry=registry)
-        for server in servers:
-            held.labels(server.leg, server.url).set_function(partial(getattr, server, "in_flight"))
-            up.labels(server.leg, server.url).set_function(partial(getattr, server, "in_rotation"))
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Give those of the servers that there are now: a server that has gone leaves no series."""
+        labels = ["leg", "server"]
+        held = GaugeMetricFamily("kvconnect_proxy_server_in_flight", "Requests at a server.", labels=labels)
+        up = GaugeMetricFamily("kvconnect_proxy_server_up", "0 while a server is left out.", labels=labels)
+        for server in (server for pool in self._pools for server in pool):
+            held.add_metric([server.leg, server.url], server.in_flight)
+            up.add_metric([server.leg, server.url], server.in_rotation)
+        yield from (held, up)
 
     @contextmanager
     def timed(self, leg: str) -> Iterator[Outcome]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import resource
 import socket
 
 import uvicorn
 
 from kvconnect.errors import ConfigError
+from kvconnect.proxy import heads
 from kvconnect.proxy.app import build
 from kvconnect.proxy.settings import Settings
 
@@ -31,14 +33,14 @@ def serve(settings: Settings, host: str, port: int) -> None:
     """
     config = uvicorn.Config(
         build(settings),
+        http=heads.within(settings.client_timeout_s),
         log_config=None,
         log_level="warning",
         ws="none",  # no endpoint of vLLM that we pass speaks it
         # The servers' own headers go through instead.
         server_header=False,
         date_header=False,
-        # At a stop, open streams are given this long and are then cut.
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=math.ceil(settings.stop_timeout_s),
     )
     # Every request takes two connections; a shell's usual limit of 1024 files would be less than max_in_flight.
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from kvconnect.errors import ConfigError
 from kvconnect.proxy.policies import POLICIES, PolicyName
+from kvconnect.proxy.servers import LOOKED_UP
 
 #: The smallest value of each whole number.
 _LEAST = {"prefix_characters": 1, "retries": 0, "health_failures": 1, "max_in_flight": 1, "max_body_bytes": 1}
@@ -18,8 +19,9 @@ class Settings:
     """Servers, policies and limits of one proxy.
 
     Args:
-        prefill: base URLs of the prefill servers.
-        decode: base URLs of the decode servers.
+        prefill: base URLs of the prefill servers; ``dns+http://name:port`` is one at each address of the name, which
+            is looked up every ``health_interval_s``.
+        decode: likewise the decode servers.
         prefill_policy: which of them gets a request: each in turn, the one with the fewest of this proxy's requests
             in flight, or the one that had prompts which began alike.
         decode_policy: likewise.
@@ -31,6 +33,7 @@ class Settings:
         decode_timeout_s: for a decode server's response headers, and between two pieces of its body.
         client_timeout_s: for a client to send a piece of its request or to take a piece of its answer;
             one that does neither for so long is given up, and its request at the servers with it.
+        stop_timeout_s: for requests that have begun, once the proxy is told to stop; what is left is cut.
         health_timeout_s: for each server asked by ``/health``.
         health_interval_s: between two checks of every server's ``/health``.
         health_failures: checks in a row after which a server is left out; one that cannot be reached is at once.
@@ -50,6 +53,7 @@ class Settings:
     prefill_timeout_s: float = 300.0
     decode_timeout_s: float = 600.0
     client_timeout_s: float = 60.0
+    stop_timeout_s: float = 5.0
     health_timeout_s: float = 5.0
     health_interval_s: float = 5.0
     health_failures: int = 3
@@ -80,11 +84,12 @@ def _servers(leg: str, urls: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def base_url(leg: str, url: str) -> str:
-    """Return ``http[s]://host:port``; a bare ``host:port`` is taken for http."""
+    """Return ``http[s]://host:port`` or ``dns+http://host:port``; a bare ``host:port`` is taken for http."""
     full = url if "://" in url else f"http://{url}"
     try:
         parts = urlsplit(full)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        # No dns+https: a certificate is for the name, and the servers are asked by their addresses.
+        valid = parts.scheme in ("http", "https", f"{LOOKED_UP}http") and bool(parts.hostname) and parts.port != 0
     except ValueError:  # a port that is not one
         valid = False
     if "@" in full.partition("://")[2].partition("/")[0]:

@@ -12,7 +12,7 @@ from kvconnect.proxy.failures import GatewayError, ServerError
 from kvconnect.proxy.legs import Request
 from kvconnect.proxy.metrics import Metrics
 from kvconnect.proxy.policies import Policy
-from kvconnect.proxy.servers import Server
+from kvconnect.proxy.servers import Pool, Server
 
 _BUSY = 503
 
@@ -27,7 +27,7 @@ class Upstream:
     def __init__(
         self,
         leg: str,
-        servers: Sequence[Server],
+        servers: Pool,
         choose: Policy,
         connections: Connections,
         metrics: Metrics,
@@ -36,8 +36,8 @@ class Upstream:
         retries: int,
     ) -> None:
         self.leg = leg
-        self._servers, self._choose, self._connections, self._metrics = tuple(servers), choose, connections, metrics
-        self._timeout_s, self._tries = timeout_s, min(1 + retries, len(servers))
+        self._servers, self._choose, self._connections, self._metrics = servers, choose, connections, metrics
+        self._timeout_s, self._retries = timeout_s, retries
 
     @asynccontextmanager
     async def answer(self, request: Request) -> AsyncIterator[Answer]:
@@ -88,26 +88,32 @@ class Upstream:
         while True:
             server = self._next(tried, request.prefix)
             tried.append(server)
-            may_retry = len(tried) < self._tries
             try:
                 answer = await self._begin(server, request, content)
             except ServerError as failure:
                 if failure.cause != "unreachable":
                     raise
                 server.leave_out(f"it cannot be reached: {failure}")
-                if not may_retry:
+                if not self._may_retry(tried):
                     raise
                 cause = "unreachable"
             else:
-                if answer.status != _BUSY or not may_retry:
+                if answer.status != _BUSY or not self._may_retry(tried):
                     return answer, server
                 _end(server, answer)
                 content = request.content_once_read()
                 cause = "busy"
             self._metrics.retries.labels(self.leg, cause).inc()
 
+    def _untried(self, tried: Sequence[Server]) -> list[Server]:
+        return [server for server in self._servers if server not in tried]
+
+    def _may_retry(self, tried: Sequence[Server]) -> bool:
+        return len(tried) <= self._retries and bool(self._untried(tried))
+
     def _next(self, tried: Sequence[Server], prefix: str) -> Server:
-        untried = [server for server in self._servers if server not in tried]
+        if not (untried := self._untried(tried)):
+            raise ServerError("unreachable", "no name of theirs has an address")
         # If all are left out, better one of them than none: checks may be wrong, or late.
         server = self._choose([server for server in untried if server.in_rotation] or untried, prefix)
         server.chosen_s = time.monotonic()

@@ -12,6 +12,7 @@ import yaml
 
 #: The oldest that is still supported upstream where `deploy/` was written for, and the newest with a schema.
 VERSIONS = ("1.31", "1.37")
+NAMESPACE = "default"
 KEY_PATH = "/etc/kvconnect/key"
 
 
@@ -50,8 +51,8 @@ def environment(container, pod_ip):
         if "value" in row:
             found[row["name"]] = expand(row["value"], found)
         elif "fieldRef" in row["valueFrom"]:
-            assert row["valueFrom"]["fieldRef"]["fieldPath"] == "status.podIP"
-            found[row["name"]] = pod_ip
+            fields = {"status.podIP": pod_ip, "metadata.namespace": NAMESPACE}
+            found[row["name"]] = fields[row["valueFrom"]["fieldRef"]["fieldPath"]]
     return found
 
 

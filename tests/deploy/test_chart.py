@@ -34,6 +34,7 @@ VARIANTS = {
     "no policy": {"networkPolicy": {"enabled": False}},
     "scraped": {"networkPolicy": {"httpFrom": [{"namespaceSelector": {"matchLabels": {"team": "metrics"}}}]}},
     "one host": {"pod": {"hostIPC": True, "nodeSelector": {"gpu": "h200"}}, "env": [{"name": "X", "value": "1"}]},
+    "vllm-router": {"proxy": {"kind": "vllm-router", "replicas": 2}},
     "claimed home": {"home": {"persistentVolumeClaim": {"claimName": "weights"}}},
 }
 
@@ -74,6 +75,8 @@ def test_a_field_that_kubernetes_does_not_know_would_be_noticed():
         ({"ports": {"control": 0}}, "/ports/control"),
         ({"prefill": {"replica": 2}}, "replica"),
         ({"connector": "NixlConnector"}, "/connector"),
+        ({"proxy": {"kind": "smg"}}, "/proxy/kind"),
+        ({"clusterDomain": "cluster.local."}, "/clusterDomain"),
     ],
 )
 def test_a_value_that_the_chart_does_not_know_is_refused_by_name(values, told):
@@ -240,7 +243,7 @@ def test_the_policys_free_ports_are_those_of_a_new_network_namespace():
     assert [values["firstFree"], values["lastFree"]] == [int(number) for number in kernel]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", sorted(VARIANTS.keys() - {"vllm-router"}))  # which has a file of its own
 def test_the_proxy_takes_its_arguments_and_finds_the_engines(variant):
     documents = rendered(VARIANTS[variant])
     (container,) = pods.pods(documents)["pd-proxy"]["spec"]["containers"]
@@ -248,10 +251,18 @@ def test_the_proxy_takes_its_arguments_and_finds_the_engines(variant):
     assert words[:4] == ["python3", "-m", "kvconnect", "proxy"]
     options = main.parser().parse_args(words[4:])
     assert options.port == pods.ports(container)["http"]
+    spec = pods.pods(documents)["pd-proxy"]["spec"]
+    (_, pause) = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert options.stop_timeout_s + int(pause) < spec["terminationGracePeriodSeconds"]
     services = pods.of_kind(documents, "Service")
     for leg in ("prefill", "decode"):
-        (row,) = services[f"pd-{leg}"]["spec"]["ports"]
-        assert getattr(options, leg) == [f"http://pd-{leg}:{row['port']}"]
+        spec = services[f"pd-{leg}"]["spec"]
+        (row,) = spec["ports"]
+        assert getattr(options, leg) == [f"dns+http://pd-{leg}.{pods.NAMESPACE}.svc.cluster.local.:{row['port']}"]
+        # Of such a Service the name's addresses are the pods', and its ports are not translated.
+        assert spec["clusterIP"] == "None"
+        assert row["port"] == pods.ports(engine(documents, leg)[1])[row["targetPort"]]
+    Settings(prefill=tuple(options.prefill), decode=tuple(options.decode))
     paths = {route.path for route in build(Settings()).routes}
     assert container["readinessProbe"]["httpGet"]["path"] in paths
 

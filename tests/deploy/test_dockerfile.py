@@ -11,14 +11,16 @@ import subprocess
 import sys
 import tomllib
 from fnmatch import fnmatch
-from importlib.metadata import requires
+from importlib.metadata import entry_points, requires, version
 from pathlib import Path
 
 import pytest
+import yaml
 from dockerfile_parse import DockerfileParser
 from packaging.requirements import Requirement
 
 from bench.report import ROOT
+from tools.manifests.__main__ import CHART
 
 FILE = ROOT / "deploy" / "Dockerfile"
 UV = Path(sys.executable).with_name("uv")
@@ -45,9 +47,9 @@ def of(stage, instruction):
 
 
 def test_every_stage_begins_with_an_image_that_an_argument_names():
-    assert list(STAGES) == ["", "wheel", "code", "engine"]
+    assert list(STAGES) == ["", "wheel", "code", "router", "engine"]
     given = dict(value.split("=", 1) for value in of("", "ARG"))
-    for name in ("wheel", "code", "engine"):
+    for name in ("wheel", "code", "router", "engine"):
         (image,) = (value.split(" AS ")[0] for value in of(name, "FROM"))
         assert set(re.findall(r"\$\{(\w+)\}", image)) <= given.keys()
     assert given["VLLM_IMAGE"] == "vllm/vllm-openai:v0.32.0"
@@ -63,7 +65,7 @@ def test_every_instruction_is_known_and_every_argument_declared():
 
 
 def test_images_run_as_somebody_who_is_in_them_and_hold_no_secret():
-    for name in ("code", "engine"):
+    for name in ("code", "router", "engine"):
         *_, user = of(name, "USER")
         assert re.fullmatch(r"[1-9]\d+:[1-9]\d+", user)
         assert f"useradd --uid {user.partition(':')[0]} " in of(name, "RUN")[-1]
@@ -161,3 +163,14 @@ def test_what_the_images_start_is_there(code):
     assert entry == ["python3", "-m", "kvconnect"]
     assert "--prefill" in python(code, *entry[1:], *json.loads(of("code", "CMD")[0]))
     assert json.loads(of("engine", "ENTRYPOINT")[0]) == ["vllm", "serve"]
+
+
+def test_the_router_is_the_one_that_is_tested():
+    (entry,) = of("router", "ENTRYPOINT")
+    (command,) = json.loads(entry)
+    (found,) = entry_points(group="console_scripts", name=command)
+    assert found.module == "vllm_router.launch_router"
+    words = shlex.split(of("router", "RUN")[0])
+    assert f"vllm-router=={version('vllm-router')}" in words
+    values = yaml.safe_load((CHART / "values.yaml").read_text("utf-8"))
+    assert values["proxy"]["routerImage"] == f"vllm-router:{version('vllm-router')}"

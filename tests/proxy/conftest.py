@@ -45,21 +45,22 @@ def make_stage() -> Iterator[MakeStage]:
     """Return ``make(prefill=1, decode=1, prefill_urls=None, **settings)``."""
     with contextlib.ExitStack() as stack:
 
-        def serve(app: Any, *, lifespan: str = "off") -> Served:
-            return stack.enter_context(Served(app, lifespan=lifespan))
+        def serve(app: Any, **options: Any) -> Served:
+            return stack.enter_context(Served(app, **options))
 
         def make(
             prefill: int = 1,
             decode: int = 1,
             prefill_urls: tuple[str, ...] = (),
             decode_urls: tuple[str, ...] = (),
+            parser: str = "auto",
             **settings: Any,
         ) -> Stage:
             legs = [[FakeEngine(gives_ticket) for _ in range(prefill)], [FakeEngine(answers) for _ in range(decode)]]
             servers = [[serve(engine) for engine in leg] for leg in legs]
             urls = [tuple(server.url for server in leg) for leg in servers]
             chosen = Settings(prefill=prefill_urls + urls[0], decode=decode_urls + urls[1], **settings)
-            proxy = serve(build(chosen), lifespan="on")
+            proxy = serve(build(chosen), lifespan="on", parser=parser)
             # All at once: stopping takes each of them some tenths of a second.
             stack.callback(lambda: [server.stop() for server in (proxy, *servers[0], *servers[1])])
             client = stack.enter_context(httpx.Client(base_url=proxy.url, timeout=WAIT_S, trust_env=False))

@@ -19,12 +19,20 @@ WAIT_S = 10.0
 class Served:
     """An ASGI application served from a thread until the context ends."""
 
-    def __init__(self, app: Any, *, lifespan: str = "off", listener: socket.socket | None = None) -> None:
+    def __init__(
+        self, app: Any, *, lifespan: str = "off", listener: socket.socket | None = None, parser: Any = "auto"
+    ) -> None:
         self._listener = listener or socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         config = uvicorn.Config(
-            app, log_config=None, ws="none", lifespan=lifespan, timeout_graceful_shutdown=1, server_header=False
+            app,
+            http=parser,
+            log_config=None,
+            ws="none",
+            lifespan=lifespan,
+            timeout_graceful_shutdown=1,
+            server_header=False,
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, args=([self._listener],), daemon=True)

@@ -376,6 +376,67 @@ def test_a_query_is_passed_on_with_what_has_to_be_escaped(stage, method, path, q
     assert stage.decode[0].seen[0].path == f"{path}?{passed}"
 
 
+@contextlib.contextmanager
+def says_bytes(content: bytes):
+    """Give the URL of a server that answers everything with these bytes and hangs up."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):  # the listener's end
+                while True:
+                    connection, _ = listener.accept()
+                    with connection:
+                        connection.recv(1 << 16)
+                        connection.sendall(content)
+
+        thread = threading.Thread(target=serve, name="says-bytes", daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(WAIT_S)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"200 OK\r\nX-Bad: a\x01b",
+        b"200 OK\r\nX-Bad: a\x7fb",
+        b"000 No",
+        b"999 No",
+        b"101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade",
+    ],
+)
+def test_an_answer_that_http_does_not_allow_is_a_bad_gateway(make_stage, head):
+    with says_bytes(b"HTTP/1.1 " + head + b"\r\nContent-Length: 2\r\n\r\n{}") as url:
+        stage = make_stage(decode=0, decode_urls=(url,))
+        answer = stage.post({"prompt": "x"})
+    assert answer.status_code == 502
+    assert answer.json()["error"]["message"].startswith("decode connection broke")
+    assert stage.metric("leg_requests_total", leg="decode", outcome="broken") == 1
+    assert stage.metric("server_in_flight", leg="decode", server=url) == 0
+
+
+def test_a_prefill_answer_without_end_is_given_up_before_it_fills_the_memory(stage, monkeypatch):
+    monkeypatch.setattr("kvconnect.proxy.connections._MOST_BYTES", 1 << 20)
+    stage.prefill[0].behave = sends_without_end(stage.prefill[0])
+    answer = stage.post({"prompt": "x"})
+    assert (answer.json()["id"], answer.headers["x-kvconnect-fallback"][:24]) == ("d", "prefill connection broke")
+    assert stage.prefill[0].aborted.wait(WAIT_S)
+
+
+@pytest.mark.parametrize("path", ["POST /v1/completions", "GET /v1/models"])
+@pytest.mark.parametrize("parser", ["h11", "httptools"])
+def test_a_header_that_no_server_may_be_sent_is_the_clients_fault(make_stage, path, parser):
+    """One of uvicorn's two parsers lets it through."""
+    stage = make_stage(parser=parser)
+    head = f"{path} HTTP/1.1\r\nHost: x\r\nX-A: a\x01b\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{{}}"
+    with socket.create_connection(("127.0.0.1", stage.port), timeout=WAIT_S) as connection:
+        connection.sendall(head.encode())
+        answer = connection.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert not stage.decode[0].seen
+
+
 def test_a_header_that_is_no_ascii_is_no_failure(stage):
     names = ["jürgen", "jürgen"]
     for name, encoding in zip(names, ("utf-8", "latin-1"), strict=True):

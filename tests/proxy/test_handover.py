@@ -170,18 +170,39 @@ def test_models_are_the_decode_servers(stage):
     assert not stage.prefill[0].seen
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'"x"', b"\xff\xfe", b"[" * 100_000])
+def nested(depth):
+    return b'{"prompt": "x", "a": ' + b"[" * depth + b"]" * depth + b"}"
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'"x"', b"\xff\xfe", b"[" * 100_000, nested(201), nested(960)])
 def test_a_body_that_is_no_json_object_is_refused_here(stage, content):
     answer = stage.client.post("/v1/completions", content=content)
     assert answer.status_code == 400
     assert answer.json()["error"] == {
-        "message": "the request body must be a JSON object",
+        "message": "the request body must be a JSON object, nested 200 deep at most",
         "type": "BadRequestError",
         "param": None,
         "code": 400,
     }
     assert not stage.prefill[0].seen
     assert not stage.decode[0].seen
+
+
+def test_json_that_is_not_too_deep_arrives_whole(stage):
+    assert stage.client.post("/v1/completions", content=nested(198)).status_code == 200
+    assert json.dumps(stage.decode[0].seen[0].body["a"]).encode() == nested(198)[21:-1]
+    wide = {"prompt": "x", "messages": [{"content": [{"text": "a"}]} for _ in range(300)]}
+    assert stage.post(wide).status_code == 200
+
+
+def test_a_ticket_that_is_nested_too_deeply_is_none(stage):
+    async def behave(call: Call) -> None:
+        await call.start(200)
+        await call.piece(b'{"kv_transfer_params": ' + nested(960) + b"}", more=False)
+
+    stage.prefill[0].behave = behave
+    assert stage.post({"prompt": "x"}).json()["id"] == "d"
+    assert stage.decode[0].seen[0].body == {"prompt": "x"}
 
 
 def test_a_body_beyond_the_limit_is_refused_here(make_stage):
