@@ -34,15 +34,21 @@ Handler = Callable[[dict[str, Any]], "Reply | Future[Reply]"]
 _MOST_REFUSALS = 64  # that are told in the log
 _BATCH = 64  # messages taken from one socket before the loop looks at the others
 _MOST_UNREAD = 32  # messages of one connection; more of them wait at their sender, not in our memory
+# A host that vanishes without closing its connections is noticed by heartbeats only. The client's say how long the
+# server may wait for the next, so that the server's own, rarer ones are for strangers that send no end of a message:
+# of thousands of connections twice as many would be felt.
 _HEARTBEAT_MS = 5_000
+_SERVER_HEARTBEAT_MS = 30_000
 _HEARTBEAT_LIMIT_MS = 15_000
 _LINGER_MS = 200
 _HANDSHAKE_MS = 10_000  # a stranger who connects and says nothing holds a descriptor no longer
 _IDLE_S = 300.0  # a connection not used for this long is closed: each costs sockets and descriptors
 
 
-def _tune(sock: zmq.Socket[bytes]) -> None:
+def _tune(sock: zmq.Socket[bytes], heartbeat_ms: int) -> None:
     sock.setsockopt(zmq.LINGER, 0)
+    sock.setsockopt(zmq.HEARTBEAT_IVL, heartbeat_ms)
+    sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_LIMIT_MS)
     sock.setsockopt(zmq.MAXMSGSIZE, messages.MAX_MESSAGE_BYTES)
     sock.setsockopt(zmq.RCVHWM, _MOST_UNREAD)
 
@@ -90,7 +96,7 @@ class ControlServer:
         self._handlers: dict[str, Handler] = {}
         self._loop = Loop(name, clock)
         self._socket: zmq.Socket[bytes] = self._loop.context.socket(zmq.ROUTER)
-        _tune(self._socket)
+        _tune(self._socket, _SERVER_HEARTBEAT_MS)
         self._socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
         self._socket.setsockopt(zmq.IPV6, int(":" in host))
         if keys is not None:
@@ -326,14 +332,10 @@ def _sockets(
     """Return a connection's socket and its monitor."""
     sock: zmq.Socket[bytes] = context.socket(zmq.DEALER)
     try:
-        _tune(sock)
+        _tune(sock, _HEARTBEAT_MS)
+        sock.setsockopt(zmq.HEARTBEAT_TTL, _HEARTBEAT_LIMIT_MS)
         # A reconnecting socket would replay what it had queued; a new one never does.
         sock.setsockopt(zmq.RECONNECT_IVL, -1)
-        # A host that vanishes without closing its connections is noticed by these only. One end asks, and says
-        # how long the other may wait for the next: of thousands of connections twice as much would be felt.
-        sock.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
-        sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_LIMIT_MS)
-        sock.setsockopt(zmq.HEARTBEAT_TTL, _HEARTBEAT_LIMIT_MS)
         sock.setsockopt(zmq.IPV6, int(":" in host))
         if keys is not None:
             keys.sign(sock, named)

@@ -362,8 +362,16 @@ def test_slow_strangers_at_the_control_port_are_hung_up_on_and_keep_nobody_out(m
         assert all(map(hung_up, socks))
 
 
+def test_a_client_that_falls_silent_is_hung_up_on_in_the_time_that_it_said_itself(pair):
+    p, _, _ = pair
+    said = b"\x04PING" + (5).to_bytes(2, "big")  # half a second
+    ping = bytes([4, len(said)]) + said
+    with connections(scheduler(p), 5, _GREETING + _READY + ping) as socks:
+        assert all(map(hung_up, socks))
+
+
 def test_a_request_that_comes_by_the_byte_ends_with_its_connection(monkeypatch):
-    monkeypatch.setattr(control, "_HEARTBEAT_MS", 100)
+    monkeypatch.setattr(control, "_SERVER_HEARTBEAT_MS", 100)
     monkeypatch.setattr(control, "_HEARTBEAT_LIMIT_MS", 500)
     begun, pause, ended = _GREETING + _READY + long_frame(15 * _MIB), threading.Event(), set()
     with engines(pipe="tcp") as (p, d), traffic(p, d) as going, connections(scheduler(p), 20, begun) as socks:
