@@ -125,13 +125,14 @@ class ControlServer:
 
     # -- on the thread ----------------------------------------------------------
 
-    def _receive(self) -> None:
+    def _receive(self) -> bool:
         for _ in range(_BATCH):
             try:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
-                return
+                return True
             self._answer(frames)
+        return False
 
     def _answer(self, frames: list[bytes]) -> None:
         try:
@@ -384,15 +385,16 @@ class _Peer:
             raise BrokenError(f"{self.endpoint} takes no more requests: {error.strerror}") from error
         self.used = self._loop.clock.now()
 
-    def _receive(self) -> None:
+    def _receive(self) -> bool:
         for _ in range(_BATCH):
             if self._socket.closed:
-                return
+                return False
             try:
                 data = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
-                return
+                return True
             self._take(data)
+        return False
 
     def _take(self, data: bytes) -> None:
         try:

@@ -29,6 +29,7 @@ from kvconnect.clock import SYSTEM, Clock
 logger = logging.getLogger(__name__)
 
 _JOIN_S = 5.0
+_POLLIN = int(zmq.POLLIN)  # an enumeration's member takes longer than the question
 _MAX_SOCKETS = 1 << 16
 
 
@@ -55,7 +56,7 @@ class Loop:
         # The default of 1023 is used up by a few hundred peers.
         self.context.set(zmq.MAX_SOCKETS, min(_MAX_SOCKETS, self.context.get(zmq.SOCKET_LIMIT)))
         self._epoll = select.epoll()
-        self._handlers: dict[zmq.Socket[bytes], Callable[[], None]] = {}
+        self._handlers: dict[zmq.Socket[bytes], Callable[[], object]] = {}
         self._by_descriptor: dict[int, zmq.Socket[bytes]] = {}
         #: Sockets that were touched since they were last asked; in order, each once.
         self._touched: dict[zmq.Socket[bytes], None] = {}
@@ -94,8 +95,11 @@ class Loop:
             self.soon(lambda: self._push(timer))
         return timer
 
-    def watch(self, sock: zmq.Socket[bytes], handler: Callable[[], None]) -> None:
-        """Call ``handler`` while ``sock`` can be read. Only on the thread (or before `start`)."""
+    def watch(self, sock: zmq.Socket[bytes], handler: Callable[[], object]) -> None:
+        """Call ``handler`` while ``sock`` can be read. Only on the thread (or before `start`).
+
+        It returns true if it has read until there was nothing more, which saves asking.
+        """
         self._handlers[sock], descriptor = handler, int(sock.getsockopt(zmq.FD))
         self._by_descriptor[descriptor] = sock
         self._epoll.register(descriptor, select.EPOLLIN)
@@ -152,6 +156,7 @@ class Loop:
             self._ask_touched()
             self._run_posted()
             self._run_timers()
+            self._ask_touched()  # those that something was sent over: sooner than with another look at the kernel
         self._run_posted()  # what was posted before the end may still send
         self._finish()
 
@@ -163,13 +168,16 @@ class Loop:
         return self.clock.poll_ms(self._timers[0][0]) / 1000
 
     def _ask_touched(self) -> None:
-        """Call the handlers of those that have something; they are asked again, since they may not have taken all."""
+        """Call the handlers of those that have something."""
         touched, self._touched = self._touched, {}
         for sock in touched:
             handler = self._handlers.get(sock)  # gone, if a handler before it has closed it
-            if handler is not None and int(sock.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            if handler is None or not int(sock.getsockopt(zmq.EVENTS)) & _POLLIN:
+                continue
+            if self._guarded(handler):
+                self._touched.pop(sock, None)  # whatever it has sent, it has looked after that
+            elif sock in self._handlers:
                 self._touched[sock] = None
-                self._guarded(handler)
 
     def _clear_wake(self) -> None:
         with contextlib.suppress(BlockingIOError):  # several wake-ups may have been merged into one
@@ -189,11 +197,12 @@ class Loop:
             if timer.call is not None:
                 self._guarded(timer.call)
 
-    def _guarded(self, call: Callable[[], None]) -> None:
+    def _guarded(self, call: Callable[[], object]) -> object:
         try:
-            call()
+            return call()
         except Exception:  # one bad callback must not end the thread that serves every peer
             logger.exception("a callback on %s failed", self._thread.name)
+            return None
 
     def _finish(self) -> None:
         for sock in self._handlers:
