@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bench.report import ROOT, between
-from tools.docs import contracts, examples, metrics, options, proxy, ray
+from tools.docs import contracts, examples, metrics, options, proxy, ray, scale
 
 BEGIN = "<!-- begin: written by python -m tools.docs -->"
 END = "<!-- end: written by python -m tools.docs -->"
@@ -13,6 +13,7 @@ PAGES = {
     ROOT / "docs" / "observability.md": metrics.render,
     ROOT / "docs" / "proxy.md": proxy.render,
     ROOT / "docs" / "ray.md": ray.render,
+    ROOT / "docs" / "scale.md": scale.render,
     ROOT / "docs" / "write-a-pipe.md": examples.render,
 }
 
