@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from vllm.distributed.kv_events import BlockStored
 
 from kvconnect.demo.client import Prompt
 from kvconnect.demo.engines import Server
 from tests.buffers.wired_redis import WiredRedis
+from tests.subscriber import Subscriber
 from tests.vllm.clients import complaints, until
 from tests.vllm.conftest import running
 from tests.vllm.fleet import BLOCK, CHUNK, Fleet, Plan, unique
@@ -26,8 +29,17 @@ Stored = tuple[Fleet, WiredRedis | None]
 REDIS = pytest.param("redis", marks=pytest.mark.slow)
 
 
+@pytest.fixture(scope="module")
+def ear() -> Iterator[Subscriber]:
+    """Hears the KV events of all engines."""
+    with Subscriber() as ear:
+        yield ear
+
+
 @pytest.fixture(scope="module", params=["filesystem", REDIS])
-def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stored]:
+def stored(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, ear: Subscriber
+) -> Iterator[Stored]:
     """A producer and a consumer over one store; the server, if it is one."""
     folder = tmp_path_factory.mktemp(f"fleet-{request.param}")
     with contextlib.ExitStack() as stack:
@@ -39,7 +51,11 @@ def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         connector = "KvConnectRedis" if redis else "KvConnectFilesystem"
         # Cores that others use, too: what is still on its way is waited for.
         extra = {"lookup_timeout_s": 30.0, "buffer": {"name": request.param, "chunk_bytes": STORE_CHUNK, **place}}
-        plan = Plan(connector, producers=1, consumers=1, tiny=False, extra_config=extra, extra_of=groups)
+        events = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": ear.endpoint}
+        told = ("--kv-events-config", json.dumps(events))
+        plan = Plan(
+            connector, producers=1, consumers=1, tiny=False, extra_config=extra, extra_of=groups, arguments=told
+        )
         fleet = stack.enter_context(running(plan, folder))
         yield fleet, redis
 
@@ -65,11 +81,18 @@ def test_what_the_consumer_has_from_the_store_is_what_it_would_compute(stored: S
 
 
 @pytest.mark.parametrize("stored", ["filesystem"], indirect=True)
-def test_of_a_prompt_that_begins_like_another_the_beginning_comes_from_the_store(stored: Stored) -> None:
+def test_of_a_prompt_that_begins_like_another_the_beginning_comes_from_the_store(
+    stored: Stored, ear: Subscriber
+) -> None:
     fleet, _ = stored
     (consumer,) = fleet.consumers
     known, other = (fleet.prompt(3 * CHUNK, seed).content for seed in (70, 71))
     fleet.by_ticket(Prompt(known))
+    # P, which is idle by then, has said what the store has: its own blocks, with the same hashes.
+    whole = len(known) // SEGMENT
+    ear.until(lambda: sum(event.token_ids in segments(known) for event in ear.of(BlockStored)) == whole)
+    own = {block for event in ear.of(BlockStored, "GPU") for block in event.block_hashes}
+    assert {block for event in ear.of(BlockStored) for block in event.block_hashes} <= own
     assert fleet.forget(consumer), "what it has itself it would not fetch"
     like = Prompt([*known[: 3 * SEGMENT + 5], *other[3 * SEGMENT + 5 :]])
     answer, fetched = fleet.fetched(consumer, lambda: fleet.ask(consumer, like))
@@ -77,6 +100,11 @@ def test_of_a_prompt_that_begins_like_another_the_beginning_comes_from_the_store
     assert answer.texts == fleet.reference(like).texts
     assert fleet.settle() == []
     assert [line for engine in fleet.engines for line in complaints(engine)] == []
+
+
+def segments(tokens: Sequence[int]) -> list[Sequence[int]]:
+    """Cut a prompt as the store does."""
+    return [tokens[start : start + SEGMENT] for start in range(0, len(tokens), SEGMENT)]
 
 
 def refused(engine: Server) -> list[str]:
