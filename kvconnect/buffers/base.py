@@ -376,10 +376,10 @@ class SchedulerEnd(ABC):
         """
 
     def news(self) -> Sequence[tuple[Any, bool]]:
-        """Return the ``notes`` of entries that are there for others to find (``True``), or are so no more.
+        """Return the ``notes`` of entries that others find by now (``True``), or do not find any more, since the last call.
 
-        Since the last call, in the order of what happened. A note is returned once, or twice: what is not known
-        for certain to be there is not told of, and another's entry that was found instead counts, too.
+        In the order of what happened: of one key, there and gone take turns. An entry of another engine that was found
+        instead of written counts, too; what is not known for certain to be there does not.
         """
         return ()
 

@@ -29,7 +29,9 @@ from kvconnect.connectors.protocol import ASK_FOR_TICKET
 from kvconnect.demo import model
 from kvconnect.testing.engine import BLOCK, BLOCKS, SHAPES, Engine
 from tests.buffers.wired_redis import WiredRedis
-from tests.subscriber import Subscriber
+from tests.subscriber import IDLE_STEPS, Subscriber
+
+pytestmark = IDLE_STEPS
 
 PROMPT = list(range(10, 110))
 STEP = 32
@@ -75,7 +77,7 @@ class Site:
         return self.ear.where().get(events.MEDIUM, {})
 
     def hears(self, blocks: int) -> None:
-        """Wait until so many blocks are said to be there, without that the engine has anything to do."""
+        """Wait until so many blocks are said to be there, though the engine has nothing to do any more."""
         self.ear.until(lambda: len(self.stored()) == blocks)
 
     def hears_idly(self, blocks: int) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -14,7 +15,7 @@ from vllm.distributed.kv_events import BlockStored
 from kvconnect.demo.client import Prompt
 from kvconnect.demo.engines import Server
 from tests.buffers.wired_redis import WiredRedis
-from tests.subscriber import Subscriber
+from tests.subscriber import IDLE_STEPS, Subscriber
 from tests.vllm.clients import complaints, until
 from tests.vllm.conftest import running
 from tests.vllm.fleet import BLOCK, CHUNK, Fleet, Plan, unique
@@ -81,18 +82,11 @@ def test_what_the_consumer_has_from_the_store_is_what_it_would_compute(stored: S
 
 
 @pytest.mark.parametrize("stored", ["filesystem"], indirect=True)
-def test_of_a_prompt_that_begins_like_another_the_beginning_comes_from_the_store(
-    stored: Stored, ear: Subscriber
-) -> None:
+def test_of_a_prompt_that_begins_like_another_the_beginning_comes_from_the_store(stored: Stored) -> None:
     fleet, _ = stored
     (consumer,) = fleet.consumers
     known, other = (fleet.prompt(3 * CHUNK, seed).content for seed in (70, 71))
     fleet.by_ticket(Prompt(known))
-    # P, which is idle by then, has said what the store has: its own blocks, with the same hashes.
-    whole = len(known) // SEGMENT
-    ear.until(lambda: sum(event.token_ids in segments(known) for event in ear.of(BlockStored)) == whole)
-    own = {block for event in ear.of(BlockStored, "GPU") for block in event.block_hashes}
-    assert {block for event in ear.of(BlockStored) for block in event.block_hashes} <= own
     assert fleet.forget(consumer), "what it has itself it would not fetch"
     like = Prompt([*known[: 3 * SEGMENT + 5], *other[3 * SEGMENT + 5 :]])
     answer, fetched = fleet.fetched(consumer, lambda: fleet.ask(consumer, like))
@@ -102,9 +96,24 @@ def test_of_a_prompt_that_begins_like_another_the_beginning_comes_from_the_store
     assert [line for engine in fleet.engines for line in complaints(engine)] == []
 
 
-def segments(tokens: Sequence[int]) -> list[Sequence[int]]:
-    """Cut a prompt as the store does."""
-    return [tokens[start : start + SEGMENT] for start in range(0, len(tokens), SEGMENT)]
+@IDLE_STEPS
+@pytest.mark.parametrize("stored", ["filesystem"], indirect=True)
+def test_before_it_rests_a_producer_says_what_the_store_has(stored: Stored, ear: Subscriber) -> None:
+    fleet, _ = stored
+    (producer,) = fleet.producers
+    hellos = itertools.count(900)
+    ear.connected(lambda: fleet.ask(producer, fleet.prompt(BLOCK + 1, next(hellos)), max_tokens=1))
+    tokens = fleet.prompt(3 * CHUNK, 72).content
+    fleet.ticket(producer, Prompt(tokens))
+
+    def told() -> bool:
+        stored = [token for event in ear.of(BlockStored) for token in event.token_ids]
+        return stored == list(tokens)
+
+    ear.until(told)
+    where = ear.where()
+    own = where["GPU"]
+    assert {block: own[block] for block in where["STORAGE"]} == where["STORAGE"]
 
 
 def refused(engine: Server) -> list[str]:
