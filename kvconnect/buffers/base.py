@@ -376,7 +376,7 @@ class SchedulerEnd(ABC):
         """
 
     def news(self) -> Sequence[tuple[Any, bool]]:
-        """Return the ``notes`` of entries that others find by now (``True``), or do not find any more, since the last call.
+        """Return, since the last call, the ``notes`` of entries that others find by now (``True``), or no more.
 
         In the order of what happened: of one key, there and gone take turns. An entry of another engine that was found
         instead of written counts, too; what is not known for certain to be there does not.
