@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,12 +20,14 @@ from vllm.distributed.kv_events import BlockRemoved, BlockStored
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.request import Request
 
 from kvconnect import _plugin
 from kvconnect.buffers.store_manifest import Manifest
 from kvconnect.connectors import events
+from kvconnect.connectors.groups import Group
+from kvconnect.connectors.identity import keys_of
 from kvconnect.connectors.protocol import ASK_FOR_TICKET
 from kvconnect.demo import model
 from kvconnect.testing.engine import BLOCK, BLOCKS, SHAPES, Engine
@@ -321,6 +324,25 @@ def test_without_kv_events_nothing_is_remembered(opened: Open) -> None:
     assert site.end._occupancy.sightings._there == {}
     assert list(site.engine.scheduler.connector.take_events()) == []
     assert site.engine.free_blocks() == BLOCKS - 1
+
+
+def test_in_whatever_order_segments_are_confirmed_they_are_announced_in_that_of_the_prompt() -> None:
+    init_none_hash(sha256)
+    request = ask("p", PROMPT)
+
+    def told(*news: tuple[int, bool]) -> list[tuple[type, int]]:
+        """Return kind and segment of each event; a store's threads would leave the order to chance."""
+        end: Any = SimpleNamespace(news=lambda: [(notes[i], there) for i, there in news])
+        announced = events.Announcements(end, [Group(0, BLOCK, None, ())], STEP, "kvconnect.test")
+        announced.bind(BLOCK)
+        notes = list(announced.notes(request, keys_of(request, "namespace", STEP)).values())
+        first = [note.hashes[0][1] for note in notes]
+        return [(type(event), first.index(event.block_hashes)) for event in announced.take()]
+
+    for order in itertools.permutations(range(WHOLE // STEP)):
+        assert told(*((i, True) for i in order)) == [(BlockStored, 0), (BlockStored, 1), (BlockStored, 2)]
+    assert told((2, True), (1, True), (1, False), (0, True)) == [(BlockStored, 0)]
+    assert told((1, True), (0, True), (0, False)) == [(BlockStored, 0), (BlockStored, 1), (BlockRemoved, 0)]
 
 
 def test_the_medium_is_vllms_own_word() -> None:
