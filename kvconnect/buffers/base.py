@@ -312,6 +312,8 @@ class SchedulerEnd(ABC):
     #: Prompts are cut every so many tokens or a little more, so that others that begin alike share an entry
     #: (`offer`'s ``before``, `Want.prefixes`). 0: an entry is a whole prompt.
     segment_tokens: int = 0
+    #: Whether `offer` takes ``notes``, and `news` returns them.
+    tells_news: bool = False
 
     # -- consumer: which KV is there --------------------------------------------
 
@@ -354,6 +356,7 @@ class SchedulerEnd(ABC):
         label: str | None,
         asked: bool,
         before: Sequence[tuple[LookupKey, tuple[tuple[int, ...], ...]]] = (),
+        notes: Mapping[LookupKey, Any] | None = None,
     ) -> dict[str, Any]:
         """Insert an entry made of this engine's own blocks; return the ticket that names it.
 
@@ -368,8 +371,17 @@ class SchedulerEnd(ABC):
             before: what comes before ``blocks`` in the prompt, in its order, if the end has `segment_tokens`: the
                 key of the prompt up to there, and the blocks since the segment before. The blocks of each
                 are drained by themselves.
+            notes: what `news` is to return of entries under these keys, if the end `tells_news`.
 
         """
+
+    def news(self) -> Sequence[tuple[Any, bool]]:
+        """Return, since the last call, the ``notes`` of entries that others find by now (``True``), or no more.
+
+        In the order of what happened: of one key, there and gone take turns. An entry of another engine that was found
+        instead of written counts, too; what is not known for certain to be there does not.
+        """
+        return ()
 
     @abstractmethod
     def drain_released(self) -> list[tuple[tuple[int, ...], ...]]:
@@ -394,7 +406,7 @@ class SchedulerEnd(ABC):
 
     @abstractmethod
     def awaits_takers(self) -> bool:
-        """Whether an entry is out that a taker asked for, so that the engine should keep stepping."""
+        """Whether an entry is out that a taker asked for, or `news` are due: the engine should keep stepping."""
 
     # -- both ---------------------------------------------------------------------
 

@@ -80,8 +80,9 @@ class RemoteScheduler(SchedulerEnd):
         label: str | None,
         asked: bool,
         before: Sequence[tuple[LookupKey, Blocks]] = (),
+        notes: Mapping[LookupKey, Any] | None = None,
     ) -> dict[str, Any]:
-        """Lend blocks. See `SchedulerEnd.offer`; prompts are whole here, so that nothing comes ``before``."""
+        """Lend blocks. See `SchedulerEnd.offer`; prompts are whole here: nothing comes ``before``, and no ``notes``."""
         if self._lender is None:
             raise KVConnectError("this engine is a consumer only: it has nothing to offer")
         return self._lender.offer(key, blocks, label=label, asked=asked)

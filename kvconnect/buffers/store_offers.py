@@ -46,6 +46,8 @@ class _Offer:
     made: float
     #: `Manifest.start`.
     start: int = 0
+    #: What `Sightings` tell of it, if anything.
+    note: Any = None
     draft: str = field(default_factory=lambda: secrets.token_hex(16))
     nbytes: int = 0
     parts: dict[int, Part] = field(default_factory=dict)
@@ -114,9 +116,9 @@ class Offers:
 
     # -- the scheduling thread ----------------------------------------------------------
 
-    def offer(self, key: LookupKey, blocks: Blocks, *, asked: bool, start: int = 0) -> bool:
+    def offer(self, key: LookupKey, blocks: Blocks, *, asked: bool, start: int = 0, note: Any = None) -> bool:
         """Start to store a prompt (from token ``start`` on), if there is room for it on the way; say so."""
-        offer = _Offer(key, blocks, asked, time.monotonic(), start)
+        offer = _Offer(key, blocks, asked, time.monotonic(), start, note)
         with self._lock:
             self._open[offer.draft] = offer
             self._counts["offered"] += 1
@@ -160,6 +162,7 @@ class Offers:
             self._give_up(offer, "cleared")
         with self._lock:
             self._cleared = time.monotonic()
+            self._occupancy.sightings.clear()
             known, self._known = list(self._known), collections.OrderedDict()
             still = bool(self._open)
         for name in known:
@@ -232,6 +235,8 @@ class Offers:
         """Under the lock: no worker reads the blocks any more."""
         self._end(offer)
         job = self._discard if offer.failed else self._publish
+        if offer.note is not None and not offer.failed:
+            self._occupancy.sightings.expect()
         if not offer.began or not self._crew.submit(partial(job, offer)):
             self._under_way.give(offer)
 
@@ -248,6 +253,7 @@ class Offers:
             if self._shares and not why and not offer.failed and not self._under_way.take(offer):
                 why = "busy"
         if why:
+            self._seen(offer, why)
             self._give_up(offer, why)
             return
         blocks = [pack_ids(ids) for ids in offer.blocks]
@@ -282,6 +288,9 @@ class Offers:
             # Only the answer may have been lost; then its chunks are an entry's, which must not lose them.
             if not isinstance(error, BrokenError):
                 self._drop_draft(offer)
+        self._seen(offer, why)
+        if offer.note is not None:
+            self._occupancy.sightings.expect(-1)
         with self._lock:
             self._under_way.give(offer)
             self._counts[f"not_stored_{why}" if why else "stored"] += 1
@@ -293,6 +302,12 @@ class Offers:
                     self._known.popitem(last=False)
         if outdated and why != "present":
             self._drop(offer.name)
+
+    def _seen(self, offer: _Offer, why: str) -> None:
+        """Take down what has been stored, or was there; ``why`` it was not stored."""
+        with self._lock:  # `clear` comes before or after
+            if offer.note is not None and why in {"", "present"} and offer.made >= self._cleared:
+                self._occupancy.sightings.seen(offer.name, offer.note, offer.key.length - offer.start)
 
     def _discard(self, offer: _Offer) -> None:
         self._drop_draft(offer)

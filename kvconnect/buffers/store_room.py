@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import NamedTuple
 
 from kvconnect.buffers.store import Store, StoreOptions
+from kvconnect.buffers.store_sightings import Sightings
 
 #: When something has to be evicted, this share of the capacity goes at a time: finding out what takes a list of all.
 _SLACK = 1 / 32
+
+
+class Room(NamedTuple):
+    """What is left of a store: bytes that are too many still, 0 or less if it fits, and the names that are offered."""
+
+    over: int
+    names: frozenset[str]
 
 
 def make_room(
@@ -20,7 +29,7 @@ def make_room(
     evict: bool = True,
     name: str = "",
     slack: int = 0,
-) -> int:
+) -> Room:
     """Drop entries that are too old and then, those unused for longest first, until ``nbytes`` more fit.
 
     Args:
@@ -32,11 +41,10 @@ def make_room(
         name: of the entry to come, which replaces what is offered under it.
         slack: bytes to free beyond those, at most, if something is evicted at all.
 
-    Returns:
-        The bytes that are too many still, 0 or less if it fits.
-
     """
-    kept = (entry for entry in store.entries() if entry.taken or entry.name != name)
+    listed = store.entries()
+    names = {entry.name for entry in listed if not entry.taken}
+    kept = (entry for entry in listed if entry.taken or entry.name != name)
     entries = sorted(kept, key=lambda entry: max(entry.made, entry.used))
     over = sum(entry.nbytes for entry in entries) + nbytes - options.capacity_bytes
     evicts = evict and over > 0 and nbytes <= options.capacity_bytes
@@ -45,8 +53,9 @@ def make_room(
         evicts = evicts and (over > 0 or over - entry.nbytes >= -slack)
         if (too_old or evicts) and not entry.taken:
             store.drop(entry.name)  # or somebody else has: it is gone in any case
+            names.discard(entry.name)
             over -= entry.nbytes
-    return over
+    return Room(over, frozenset(names))
 
 
 class Occupancy:
@@ -58,6 +67,8 @@ class Occupancy:
 
     def __init__(self, store: Store, options: StoreOptions) -> None:
         self._store, self._options = store, options
+        #: What of this engine's is there: each list shows what is gone.
+        self.sightings = Sightings()
         self._lock, self._listing = threading.Lock(), threading.Lock()
         #: Takers and others' evictions make it less. ``None``: never listed.
         self._nbytes: int | None = None
@@ -79,7 +90,9 @@ class Occupancy:
         capacity = self._options.capacity_bytes
         slack = int(capacity * _SLACK)
         with self._listing:  # two that evict at a time would each make room for both
-            over = make_room(self._store, self._options, nbytes, time.time(), name=name, slack=slack)
+            mark = self.sightings.mark()
+            over, names = make_room(self._store, self._options, nbytes, time.time(), name=name, slack=slack)
+            self.sightings.listed(mark, names)
             with self._lock:
                 self._nbytes = capacity + over - (nbytes if over > 0 else 0)
         return over

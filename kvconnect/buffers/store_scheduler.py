@@ -29,6 +29,8 @@ _TIDY_S: Final = 10.0
 class StoreScheduler(SchedulerEnd):
     """Joins both halves; all that may wait is done on threads of its own."""
 
+    tells_news = True
+
     def __init__(self, name: str, settings: EndSettings, store: Store, options: StoreOptions) -> None:
         """Start; waits for nobody.
 
@@ -87,6 +89,7 @@ class StoreScheduler(SchedulerEnd):
         label: str | None,
         asked: bool,
         before: Sequence[tuple[LookupKey, Blocks]] = (),
+        notes: Mapping[LookupKey, Any] | None = None,
     ) -> dict[str, Any]:
         """Have a prompt stored. See `SchedulerEnd.offer`.
 
@@ -94,11 +97,15 @@ class StoreScheduler(SchedulerEnd):
         """
         if self._offers is None:
             raise KVConnectError("this engine is a consumer only: it has nothing to offer")
-        coming, start = True, 0
+        coming, start, notes = True, 0, notes or {}
         for until, segment in (*before, (key, blocks)):
-            coming = self._offers.offer(until, segment, asked=asked, start=start) and coming
+            coming = self._offers.offer(until, segment, asked=asked, start=start, note=notes.get(until)) and coming
             start = until.length
         return {"buffer": self._name, "engine": self._engine, "coming": coming, **fields.write_key(key)}
+
+    def news(self) -> list[tuple[Any, bool]]:
+        """Return what is known of noted entries. See `SchedulerEnd.news`."""
+        return self._occupancy.sightings.drain()
 
     def drain_released(self) -> list[Blocks]:
         """Return the blocks of prompts that are stored, or will not be."""
@@ -117,8 +124,8 @@ class StoreScheduler(SchedulerEnd):
         return self._offers.blocks() if self._offers is not None else 0
 
     def awaits_takers(self) -> bool:
-        """Whether the engine should keep stepping, so that blocks return to it."""
-        return self._offers is not None and self._offers.blocks() > 0
+        """Whether the engine should keep stepping, so that blocks return to it, and `news`."""
+        return self._offers is not None and (self._offers.blocks() > 0 or self._occupancy.sightings.due)
 
     # -- both -------------------------------------------------------------------------
 

@@ -173,7 +173,7 @@ class StoreBuffer(ClaimingBuffer):
                 self._check_open()
                 evict = self._policy == "evict"
                 wanted = self._writing + nbytes
-                if make_room(self._store, self._options, wanted, time.time(), evict=evict, name=name) <= 0:
+                if make_room(self._store, self._options, wanted, time.time(), evict=evict, name=name).over <= 0:
                     break
                 left = deadline - time.monotonic()
                 if self._policy != "wait" or left <= 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -113,6 +113,10 @@ class KvConnector(KVConnectorBase_V1, SupportsHMA):
     def get_loaded_kv_cache_group_ids(self, request: Request) -> tuple[int, ...]:
         """A hand-over restores the request's own blocks, in every group that takes part."""
         return tuple(compat.transfer_groups(self._kv_cache_config))
+
+    def take_events(self) -> Iterable[Any]:
+        """See `SchedulerHalf.take_events`."""
+        return self._s.take_events()
 
     def reset_cache(self) -> bool | None:
         """See `SchedulerHalf.reset`."""

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import vllm
 
 if TYPE_CHECKING:
-    from vllm.config import KVTransferConfig
+    from vllm.config import KVTransferConfig, VllmConfig
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
 
+KVEvent = Literal["BlockStored", "BlockRemoved"]
 #: Block 0 is vLLM's null block: a placeholder that is never read nor written.
 NULL_BLOCK = 0
 
@@ -160,6 +162,59 @@ def worker_rank() -> int:
     from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
     return int(get_pp_group().rank_in_group * get_tp_group().world_size + get_tp_group().rank_in_group)
+
+
+def publishes_kv_events(config: VllmConfig) -> bool:
+    """Whether vLLM publishes KV events."""
+    events = config.kv_events_config
+    return events is not None and bool(events.enable_kv_cache_events)
+
+
+def spec_kind(spec: Any) -> str:
+    """Return what vLLM's KV events call a KV-cache group's kind."""
+    from vllm.v1.kv_cache_interface import get_kv_cache_spec_kind
+
+    return str(get_kv_cache_spec_kind(spec).value)
+
+
+def kv_event(name: KVEvent, **fields: Any) -> Any:
+    """Build a KV event, without the fields that this release does not have: they came one by one until 0.29."""
+    from vllm.distributed import kv_events
+
+    event = getattr(kv_events, name)
+    return event(**{field: value for field, value in fields.items() if field in event.__struct_fields__})
+
+
+def block_hashes(request: Request, hash_block_size: int, block_size: int) -> Sequence[Any]:
+    """Return the hashes of a request's whole blocks, which lie ``hash_block_size`` tokens apart in the request."""
+    from vllm.v1.core.kv_cache_utils import BlockHashListWithBlockSize
+
+    hashes: Sequence[Any] = request.block_hashes
+    return hashes if block_size == hash_block_size else BlockHashListWithBlockSize(hashes, hash_block_size, block_size)
+
+
+def published_hash(block_hash: Any) -> bytes | int:
+    """Return a block's hash as KV events have it: bytes, or an integer if vLLM is so configured."""
+    from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
+
+    published: bytes | int = maybe_convert_block_hash(block_hash)
+    return published
+
+
+def published_extra_keys(request: Request, tokens: range) -> list[Any] | None:
+    """Return what else has gone into the hashes of blocks, as KV events have it; ``tokens`` are their first ones.
+
+    Since 0.31 hashes take it tagged with its source, events still without.
+    """
+    from vllm.v1.core import kv_cache_utils
+
+    keys, media = [], 0
+    for start in tokens:
+        extra, media = kv_cache_utils.generate_block_hash_extra_keys(request, start, start + tokens.step, media)
+        keys.append(extra)
+    untagged = getattr(kv_cache_utils, "to_event_extra_keys", lambda tagged: tagged or None)
+    published: list[Any] | None = untagged(keys)
+    return published
 
 
 class BlockPins:

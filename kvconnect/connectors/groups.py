@@ -24,6 +24,7 @@ class Group:
         block_size: tokens a block.
         window: sliding-window length in tokens, or ``None`` for full attention.
         layers: names of its layers.
+        kind: vLLM's name for its kind of attention, as KV events have it.
 
     """
 
@@ -31,6 +32,7 @@ class Group:
     block_size: int
     window: int | None
     layers: tuple[str, ...]
+    kind: str = ""
 
     def needed(self, tokens: int) -> range:
         """Positions in the block table that decoding after ``tokens`` tokens reads."""
@@ -44,7 +46,8 @@ def groups_of(config: KVCacheConfig) -> tuple[Group, ...]:
     for index in compat.transfer_groups(config):
         group = config.kv_cache_groups[index]
         window = next((w for w in map(_window, _specs(group.kv_cache_spec)) if w is not None), None)
-        found.append(Group(index, group.kv_cache_spec.block_size, window, tuple(group.layer_names)))
+        spec = group.kv_cache_spec
+        found.append(Group(index, spec.block_size, window, tuple(group.layer_names), compat.spec_kind(spec)))
     return tuple(found)
 
 

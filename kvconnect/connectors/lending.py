@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from kvconnect.buffers.base import SchedulerEnd
     from kvconnect.connectors.compat import BlockPins
+    from kvconnect.connectors.events import Announcements
     from kvconnect.connectors.metrics import Stats
 
 log = logging.getLogger(__name__)
@@ -59,11 +60,20 @@ class Lending:
         namespace: of all keys of this engine.
         groups: the KV-cache groups that take part.
         limits: how much may be lent.
+        announcements: describe what is offered, if KV events tell of it.
 
     """
 
-    def __init__(self, end: SchedulerEnd, namespace: str, groups: Sequence[Group], limits: Limits) -> None:
+    def __init__(
+        self,
+        end: SchedulerEnd,
+        namespace: str,
+        groups: Sequence[Group],
+        limits: Limits,
+        announcements: Announcements | None = None,
+    ) -> None:
         self._end = end
+        self._announcements = announcements
         self._namespace = namespace
         self._groups = groups
         self._limits = limits
@@ -99,7 +109,9 @@ class Lending:
         for ids in blocks:
             self._pins.pin(ids)
         *before, (key, rest) = zip(keys, cut(self._groups, blocks, [key.length for key in keys]), strict=True)
-        ticket = self._end.offer(key, rest, label=shared_label(request.request_id), asked=asked, before=before)
+        notes = {} if self._announcements is None else {"notes": self._announcements.notes(request, keys)}
+        label = shared_label(request.request_id)
+        ticket = self._end.offer(key, rest, label=label, asked=asked, before=before, **notes)
         return _nixl_params(request, ticket)
 
     def admit(self, num_blocks: int) -> None:

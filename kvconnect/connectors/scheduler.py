@@ -6,10 +6,10 @@ Called from the engine's only scheduling thread; nothing here waits for the netw
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kvconnect.connectors import compat
+from kvconnect.connectors import compat, events
 from kvconnect.connectors.fetching import Fetching
 from kvconnect.connectors.lending import Lending, Limits
 from kvconnect.connectors.metrics import Stats
@@ -42,6 +42,7 @@ class SchedulerHalf:
         self._engine = engine
         self._end: SchedulerEnd | None = None
         self._lending: Lending | None = None
+        self._announcements: events.Announcements | None = None
         self._fetching: Fetching | None = None
         self._workers: dict[int, Any] = {}
         self._asked = 0
@@ -57,7 +58,8 @@ class SchedulerHalf:
             limits = Limits(
                 engine.step_blocks, config.unasked_share, engine.lent_blocks, config.lend_policy, config.lease_s / 4
             )
-            self._lending = Lending(self._end, engine.namespace, engine.groups, limits)
+            self._announcements = events.announcements(engine, self._end)
+            self._lending = Lending(self._end, engine.namespace, engine.groups, limits, self._announcements)
         if engine.settings.consumes:
             if not engine.recomputes:
                 log.info(
@@ -78,6 +80,8 @@ class SchedulerHalf:
 
     def bind_pool(self, pool: BlockPool) -> None:
         """Learn vLLM's block pool."""
+        if self._announcements is not None:
+            self._announcements.bind(pool.hash_block_size)
         if self._lending is not None:
             self._lending.bind(compat.BlockPins(pool, self._lending.let_go))
         if self._fetching is not None:
@@ -139,7 +143,7 @@ class SchedulerHalf:
 
         While takers are expected to release, so that their blocks return; and right after
         the start, until its workers have introduced themselves: who asks before the first
-        request would wait for them.
+        request would wait for them. And until KV events of what was just stored are taken.
         """
         if self._lending is None or self._end is None:
             return False
@@ -154,6 +158,10 @@ class SchedulerHalf:
         if self._lending is not None:
             self._lending.observe(stats)
         return None if stats.is_empty() else stats
+
+    def take_events(self) -> Iterable[Any]:
+        """``take_events``: KV events since the last call, of what the store has and has no more."""
+        return () if self._announcements is None else self._announcements.take()
 
     # -- the rest -------------------------------------------------------------------
 

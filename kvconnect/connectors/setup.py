@@ -40,6 +40,7 @@ class Engine:
         steps_alone: whether nobody waits for this engine's empty steps: no later pipeline stage, no
             other data-parallel rank.
         leads: whether it is the first of its data-parallel ranks.
+        kv_events: whether vLLM publishes KV events.
 
     """
 
@@ -56,6 +57,7 @@ class Engine:
     recomputes: bool
     steps_alone: bool
     leads: bool
+    kv_events: bool
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that a sequence of ``tokens`` tokens takes, all groups together."""
@@ -118,6 +120,7 @@ def engine(
         recomputes=transfer.kv_load_failure_policy == "recompute",
         steps_alone=parallel.pipeline_parallel_size == parallel.data_parallel_size == 1,
         leads=parallel.data_parallel_index == 0,
+        kv_events=compat.publishes_kv_events(vllm_config),
     )
 
 

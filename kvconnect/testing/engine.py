@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from vllm.config import (
     CacheConfig,
+    KVEventsConfig,
     KVTransferConfig,
     ModelConfig,
     ParallelConfig,
@@ -81,6 +82,7 @@ class Engine:
         seed: of what the KV memory holds at first.
         caches: blocks that are free again stay what they are until they are reused.
         ranks: tensor-parallel workers; all of them are in this process.
+        events: where it publishes KV events (ZeroMQ's address), if it does.
 
     """
 
@@ -93,6 +95,7 @@ class Engine:
         *,
         caches: bool = True,
         ranks: int = 1,
+        events: str | None = None,
     ) -> None:
         init_none_hash(sha256)
         self.config = VllmConfig(
@@ -103,6 +106,7 @@ class Engine:
             cache_config=CacheConfig(block_size=BLOCK, enable_prefix_caching=caches),
             parallel_config=ParallelConfig(tensor_parallel_size=ranks),
             kv_transfer_config=KVTransferConfig(**transfer),
+            kv_events_config=KVEventsConfig(enable_kv_cache_events=True, endpoint=events) if events else None,
         )
         self.config.cache_config.num_gpu_blocks = BLOCKS
         spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=HEADS, head_size=DIM, dtype=torch.float32)

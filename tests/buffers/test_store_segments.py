@@ -130,7 +130,7 @@ class Listed:
 
 def test_what_others_have_dropped_makes_room_too():
     store = Listed(10, 100)
-    assert make_room(store, StoreOptions(capacity_bytes=1000, max_age_s=1e12), 150, time.time()) == -50
+    assert make_room(store, StoreOptions(capacity_bytes=1000, max_age_s=1e12), 150, time.time()).over == -50
     assert store.tried == ["0", "1"]
 
 

@@ -52,6 +52,7 @@ def vllm_config(transfer: KVTransferConfig, *, dp_index: int = 0, draft: Any = N
             data_parallel_index=dp_index,
         ),
         speculative_config=draft,
+        kv_events_config=None,
     )
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from vllm.distributed.kv_events import BlockStored
 
 from kvconnect.demo.client import Prompt
 from kvconnect.demo.engines import Server
 from tests.buffers.wired_redis import WiredRedis
+from tests.subscriber import IDLE_STEPS, Subscriber
 from tests.vllm.clients import complaints, until
 from tests.vllm.conftest import running
 from tests.vllm.fleet import BLOCK, CHUNK, Fleet, Plan, unique
@@ -26,8 +30,17 @@ Stored = tuple[Fleet, WiredRedis | None]
 REDIS = pytest.param("redis", marks=pytest.mark.slow)
 
 
+@pytest.fixture(scope="module")
+def ear() -> Iterator[Subscriber]:
+    """Hears the KV events of all engines."""
+    with Subscriber() as ear:
+        yield ear
+
+
 @pytest.fixture(scope="module", params=["filesystem", REDIS])
-def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stored]:
+def stored(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, ear: Subscriber
+) -> Iterator[Stored]:
     """A producer and a consumer over one store; the server, if it is one."""
     folder = tmp_path_factory.mktemp(f"fleet-{request.param}")
     with contextlib.ExitStack() as stack:
@@ -39,7 +52,11 @@ def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         connector = "KvConnectRedis" if redis else "KvConnectFilesystem"
         # Cores that others use, too: what is still on its way is waited for.
         extra = {"lookup_timeout_s": 30.0, "buffer": {"name": request.param, "chunk_bytes": STORE_CHUNK, **place}}
-        plan = Plan(connector, producers=1, consumers=1, tiny=False, extra_config=extra, extra_of=groups)
+        events = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": ear.endpoint}
+        told = ("--kv-events-config", json.dumps(events))
+        plan = Plan(
+            connector, producers=1, consumers=1, tiny=False, extra_config=extra, extra_of=groups, arguments=told
+        )
         fleet = stack.enter_context(running(plan, folder))
         yield fleet, redis
 
@@ -77,6 +94,26 @@ def test_of_a_prompt_that_begins_like_another_the_beginning_comes_from_the_store
     assert answer.texts == fleet.reference(like).texts
     assert fleet.settle() == []
     assert [line for engine in fleet.engines for line in complaints(engine)] == []
+
+
+@IDLE_STEPS
+@pytest.mark.parametrize("stored", ["filesystem"], indirect=True)
+def test_before_it_rests_a_producer_says_what_the_store_has(stored: Stored, ear: Subscriber) -> None:
+    fleet, _ = stored
+    (producer,) = fleet.producers
+    hellos = itertools.count(900)
+    ear.connected(lambda: fleet.ask(producer, fleet.prompt(BLOCK + 1, next(hellos)), max_tokens=1))
+    tokens = fleet.prompt(3 * CHUNK, 72).content
+    fleet.ticket(producer, Prompt(tokens))
+
+    def told() -> bool:
+        stored = [token for event in ear.of(BlockStored) for token in event.token_ids]
+        return stored == list(tokens)
+
+    ear.until(told)
+    where = ear.where()
+    own = where["GPU"]
+    assert {block: own[block] for block in where["STORAGE"]} == where["STORAGE"]
 
 
 def refused(engine: Server) -> list[str]:

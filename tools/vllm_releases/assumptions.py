@@ -20,7 +20,9 @@ from tools.vllm_releases.kinds import (
     Says,
 )
 
+_BLOCK_HASHES = "vllm.v1.core.kv_cache_utils"
 _BACKENDS = "vllm.v1.attention.backends"
+_EVENTS = "vllm.distributed.kv_events"
 _FACTORY = "vllm.distributed.kv_transfer.kv_connector.factory"
 _INTERFACE = "vllm.v1.kv_cache_interface"
 _METRICS = "vllm.distributed.kv_transfer.kv_connector.v1.metrics"
@@ -41,6 +43,7 @@ HOOKS: tuple[Assumption, ...] = (
     Hook(name="request_finished_all_groups"),
     Hook(name="has_pending_push_work", without="blocks that takers have released return when the engine steps next"),
     Hook(name="get_loaded_kv_cache_group_ids", without="nobody asks which groups were loaded"),
+    Hook(name="take_events"),
     Hook(name="reset_cache"),
     Hook(name="register_kv_caches"),
     Hook(name="start_load_kv"),
@@ -67,6 +70,7 @@ HOOKS: tuple[Assumption, ...] = (
         names=("has_pending_push_work",), without="blocks that takers have released return when the engine steps next"
     ),
     Called(names=("get_loaded_kv_cache_group_ids",), without="nobody asks which groups were loaded"),
+    Called(names=("take_events",)),
     Called(names=("reset_cache",)),
     Called(names=("register_kv_caches",)),
     Called(names=("start_load_kv",)),
@@ -487,6 +491,76 @@ OBSERVABILITY: tuple[Assumption, ...] = (
     Members(module="vllm.v1.request", cls="Request", names=("trace_headers",), used=("connectors/fetching.py",)),
 )
 
+#: How KV events are built, and what they have in common with those of vLLM's own blocks.
+KV_EVENTS: tuple[Assumption, ...] = (
+    Members(module="vllm.config", cls="VllmConfig", names=("kv_events_config",), used=("connectors/compat.py",)),
+    Members(
+        module="vllm.config", cls="KVEventsConfig", names=("enable_kv_cache_events",), used=("connectors/compat.py",)
+    ),
+    Members(
+        module=_EVENTS,
+        cls="BlockStored",
+        names=(
+            "block_hashes",
+            "parent_block_hash",
+            "token_ids",
+            "block_size",
+            "lora_id",
+            "medium",
+            "lora_name",
+            "extra_keys",
+            "group_idx",
+            "kv_cache_spec_kind",
+        ),
+        used=("connectors/events.py",),
+    ),
+    Members(
+        module=_EVENTS,
+        cls="BlockRemoved",
+        names=("block_hashes", "medium", "group_idx"),
+        used=("connectors/events.py",),
+    ),
+    Members(
+        module=_EVENTS,
+        cls="BlockStored",
+        names=("ownership",),
+        used=("connectors/events.py",),
+        without="KV events do not name the store, only that it is one",
+    ),
+    Says(
+        module=_EVENTS,
+        within="KVCacheEvent",
+        any_of=("msgspec.Struct",),
+        meaning="events know their fields (`__struct_fields__`)",
+        used=("connectors/compat.py",),
+    ),
+    Members(
+        module="vllm.v1.request",
+        cls="Request",
+        names=("block_hashes", "all_token_ids"),
+        used=("connectors/compat.py", "connectors/events.py"),
+    ),
+    Says(
+        module="vllm.v1.engine.core",
+        within="EngineCore.__init__",
+        any_of=("enable_prefix_caching or kv_connector is not None",),
+        meaning="requests have block hashes wherever there is a connector",
+        used=("connectors/events.py",),
+    ),
+    Members(module="vllm.lora.request", cls="LoRARequest", names=("adapter_id",), used=("connectors/events.py",)),
+    Members(module=_POOL, cls="BlockPool", names=("hash_block_size",), used=("connectors/scheduler.py",)),
+    Name(module=_INTERFACE, name="get_kv_cache_spec_kind", used=("connectors/compat.py",)),
+    Name(module=_BLOCK_HASHES, name="BlockHashListWithBlockSize", used=("connectors/compat.py",)),
+    Name(module=_BLOCK_HASHES, name="maybe_convert_block_hash", used=("connectors/compat.py",)),
+    Name(module=_BLOCK_HASHES, name="generate_block_hash_extra_keys", used=("connectors/compat.py",)),
+    Name(
+        module=_BLOCK_HASHES,
+        name="to_event_extra_keys",
+        used=("connectors/compat.py",),
+        without="extra keys are published as they are hashed",
+    ),
+)
+
 SECTIONS: dict[str, tuple[Assumption, ...]] = {
     "Methods that vLLM calls": HOOKS,
     "Finding and building a connector": LOADING,
@@ -494,6 +568,7 @@ SECTIONS: dict[str, tuple[Assumption, ...]] = {
     "Requests, steps and blocks": SCHEDULING,
     "The KV cache": KV_CACHE,
     "Metrics and traces": OBSERVABILITY,
+    "KV events": KV_EVENTS,
 }
 
 ASSUMPTIONS: tuple[Assumption, ...] = tuple(a for section in SECTIONS.values() for a in section)
