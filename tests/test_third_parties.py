@@ -76,6 +76,7 @@ def test_what_a_third_party_registers_is_listed_as_built_in_ones_are(
     assert row["distribution"] == f"kvconnect-{name}-{kind}"
 
 
+@pytest.mark.slow  # an environment of its own, and every law
 @pytest.mark.parametrize("kind", EXAMPLES)
 def test_the_suite_passes_over_a_third_partys_package(python: Path, tmp_path: Path, kind: str) -> None:
     shutil.copytree(ROOT / "examples" / f"third_party_{kind}" / "tests", tmp_path / "tests")

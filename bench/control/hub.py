@@ -22,7 +22,7 @@ from kvconnect import control
 from kvconnect.loop import Loop
 
 T = TypeVar("T")
-_HOLDERS = 4
+_MOST_HOLDERS = 4
 _LIMIT_S = 300.0
 
 
@@ -160,9 +160,10 @@ class Hub:
         other = {"P": "D", "D": "P"}[role]
         self._port = free_port() if role == "P" else 0
         self.middle = Holder(_count)
-        self._holders = [Holder(_share) for _ in range(_HOLDERS)]
+        self._holders = [Holder(_share) for _ in range(min(_MOST_HOLDERS, 1 + peers // 50))]
         self._open_middle()
-        shares = [len(range(i, peers, _HOLDERS)) for i in range(_HOLDERS)]
+        holders = len(self._holders)
+        shares = [len(range(i, peers, holders)) for i in range(holders)]
         for future in [h.ask(_open, other, n, shape) for h, n in zip(self._holders, shares, strict=True)]:
             future.result(_LIMIT_S)
         self._shares = shares
@@ -188,7 +189,7 @@ class Hub:
 
     def single(self, number: int) -> Loaded:
         """Have one peer hand one prompt over, by itself."""
-        holder, place = self._holders[number % _HOLDERS], number // _HOLDERS
+        holder, place = self._holders[number % len(self._holders)], number // len(self._holders)
         if self.role == "P":
             [ticket] = self.middle.do(_offer, 1)
             return holder.do(_load_by, place, ticket)

@@ -23,12 +23,13 @@ hello                   buffers.peers          Peers._heard worker_of
 hello                   buffers.choice         choose_pipe _refused _by_pipe
 hello                   buffers.fields         binary
 layout                  paging                 PagedLayout.from_wire
-layout                  buffers.layouts        check_shapes read
+layout                  buffers.layouts        check_shapes read _parsed
 ticket                  buffers.ticket         Ticket.from_wire unpack_ids
 own                     buffers.ticket         Ticket.to_wire
 lender                  buffers.lender         Lender._hello Lender._match Lender._renew Lender._release
 lender                  buffers.lender         Lender._vouch Lender._abandon Lender._misfit
 owners_answers          buffers.taker          Taker._read_ticket Taker._heard Taker._refusal _check_workers
+own                     buffers.lender         Lender._introduction
 own                     buffers.taker          Taker._ask
 owners_answers          buffers.renewal        Renewal._answered
 owners_answers          buffers.promise        Promise.prolong Promise._is_of_our_clock Promise._heard

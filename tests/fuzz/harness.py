@@ -162,14 +162,14 @@ def read_corpus(path: Path) -> Any:
 
 @functools.cache
 def _warm_up() -> None:
-    """Have Hypothesis read the sources of all loaded modules for constants, which it does once.
+    """Have Hypothesis do what it does once: read the sources of all loaded modules for constants, and Unicode's tables.
 
-    While allocations are traced, as they are from the first example on, it takes ten times as long: a minute.
+    While allocations are traced, as they are from the first example on, that takes ten times as long: a minute or two.
     """
 
     @settings(max_examples=200, database=None, deadline=None)  # it draws a constant now and then
-    @given(st.integers())
-    def one(_):
+    @given(st.integers(), st.text(), st.binary())
+    def one(_number, _text, _bytes):
         pass
 
     one()
