@@ -58,7 +58,7 @@ worker_pipes            buffers.serving        PipeServer._admit PipeServer._han
 worker_pipes            buffers.serving        PipeServer._handle_close
 worker_pipes            buffers.integrity      Integrity._handle
 sums                    buffers.integrity      Integrity.compare.check
-asking_worker           buffers.lines          Lines.open Lines._join Lines._join.exchange
+asking_worker           buffers.lines          Lines.open Lines._join.exchange
 wire_header             pipes.wire             read _parse
 tcp_seal                pipes.tcp_checksum     check_seal unpack
 tcp_tensors             pipes.tcp_messages     SummedMessages.recv_body
