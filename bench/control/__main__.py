@@ -2,7 +2,7 @@
 
 Two parts. *One among many*, measured: one engine of either role and its peers, over real sockets on this
 host (`bench.control.hub`). *All with all*, simulated: a thousand producers and a thousand consumers on a
-network that takes the time that messages were measured to take (`bench.control.mesh`).
+network on which every message takes a set time (`bench.control.mesh`).
 """
 
 from __future__ import annotations

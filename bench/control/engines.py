@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -79,9 +79,7 @@ class Engine:
         for rank in range(shape.workers):
             regions = [torch.zeros(size, dtype=torch.uint8) for size in layout.region_bytes]
             memory = PagedMemory(layout, [region.data_ptr() for region in regions], "cpu", regions)
-            self.workers.append(
-                RemoteBuffer.worker_end(replace(mine, fingerprint=dict(mine.fingerprint)), rank, memory)
-            )
+            self.workers.append(RemoteBuffer.worker_end(mine, rank, memory))
         self.end.introduce([worker.describe() for worker in self.workers])
 
     def offer(self) -> tuple[LookupKey, Mapping[str, Any]]:
@@ -111,7 +109,7 @@ class _Load:
     """One request at a consumer."""
 
     def __init__(self, engine: Engine, name: str, key: LookupKey, ticket: Mapping[str, Any]) -> None:
-        self._engine, self._name, self._left = engine, name, len(engine.workers)
+        self._engine, self._name = engine, name
         self.outcome = Loaded(0.0, 0.0, "never answered")
         self._reads: list[Transfer] = []
         self._found_s = 0.0
@@ -128,8 +126,9 @@ class _Load:
             if not isinstance(answer, Claim):
                 self.outcome = Loaded(self._found_s, 0.0, answer.cause)
                 return True
-            claim = answer
-            self._reads = [worker.read(claim, claim.blocks, ((2,),), lambda _: None) for worker in self._engine.workers]
+            self._reads = [
+                worker.read(answer, answer.blocks, ((2,),), lambda _: None) for worker in self._engine.workers
+            ]
         if not all(read.done for read in self._reads):
             return False
         self._engine.end.settle(self._name)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from typing import Any, TypeVar
 
 from bench.control.engines import Engine, Loaded, Shape, load
 from kvconnect import control
+from kvconnect.demo.engines import free_port
 from kvconnect.loop import Loop
 
 T = TypeVar("T")
@@ -210,10 +210,3 @@ class Hub:
         """End all."""
         for holder in [self.middle, *self._holders]:
             holder.close()
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])

@@ -31,7 +31,7 @@ from kvconnect.paging import PagedLayout, PagedMemory
 
 #: From the claim to the last byte.
 _MOVE_S = 0.05
-_BLOCKS = ((tuple(range(1, 33))),)
+_BLOCKS = (tuple(range(1, 33)),)
 
 
 @dataclass

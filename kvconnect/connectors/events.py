@@ -92,13 +92,12 @@ class Announcements:
         return [self._event("BlockRemoved", group, block_hashes=hashes) for group, hashes in segment.hashes]
 
     def _describe(self, request: Request, key: LookupKey, before: LookupKey | None) -> _Segment:
-        segment, end = _Segment(key, before, [], []), key.length
+        segment, end, lora = _Segment(key, before, [], []), key.length, request.lora_request
         for group in self._groups:
             tokens = range(end - self._segment, end, group.block_size)
             first, stop = tokens.start // group.block_size, end // group.block_size
             hashes = compat.block_hashes(request, self._hash_block_size, group.block_size)
             own = [compat.published_hash(hashes[block]) for block in range(first, stop)]
-            lora = request.lora_request
             stored = self._event(
                 "BlockStored",
                 group.index,

@@ -63,6 +63,14 @@ class Site:
         self.engine.scheduler.add_request(ask(name, prompt, **fields))
         self.rest()
 
+    def held_while_writing(self, name: str) -> WiredRedis:
+        """Compute a prompt until the wire to Redis, which is returned, holds what is written of it."""
+        assert self.redis is not None
+        self.redis.wire.after(1 << 15, "hold", asks=True)
+        self.engine.add(name, PROMPT, max_tokens=1)
+        self.ear.until(self.redis.wire.struck.is_set, self.engine.step)
+        return self.redis
+
     def hello(self, turn: int) -> None:
         """Have vLLM publish something: a prompt of one block, which is no segment, and which no other begins with."""
         self.serve(f"hello {turn}", [5000 + turn] * (BLOCK + 1))
@@ -183,13 +191,10 @@ def test_adapters_and_salts_are_told_apart_as_by_vllm(opened: Open) -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_nothing_is_announced_before_every_worker_has_written_it(opened: Open, ranks: int) -> None:
     site = opened(ranks=ranks)
-    assert site.redis is not None
-    site.redis.wire.after(1 << 15, "hold", asks=True)
-    site.engine.add("p", PROMPT, max_tokens=1)
-    site.ear.until(site.redis.wire.struck.is_set, site.engine.step)
+    redis = site.held_while_writing("p")
     site.ear.listen(0.3)
     assert site.stored() == {}
-    site.redis.wire.let_go()
+    redis.wire.let_go()
     site.rest()
     site.hears(STORED)
 
@@ -198,16 +203,13 @@ def test_nothing_is_announced_before_every_worker_has_written_it(opened: Open, r
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_what_could_not_be_written_is_not_announced(opened: Open, ranks: int) -> None:
     site = opened(ranks=ranks)
-    assert site.redis is not None
-    site.redis.wire.after(1 << 15, "hold", asks=True)
-    site.engine.add("p", PROMPT, max_tokens=1)
-    site.ear.until(site.redis.wire.struck.is_set, site.engine.step)
-    site.redis.dies()
+    redis = site.held_while_writing("p")
+    redis.dies()
     site.rest()
     site.ear.listen(0.3)
     assert site.count("not_stored_store_failed") > 0
     assert site.stored() == {}
-    site.redis.server.start()
+    redis.server.start()
     site.serve("again")
     site.hears_idly(STORED)
 

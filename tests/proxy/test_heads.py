@@ -39,6 +39,16 @@ def answer(connection) -> bytes:
     return got
 
 
+def answers_after(seconds: float):
+    """Return what a server does that takes its time."""
+
+    async def slowly(call: Call) -> None:
+        await asyncio.sleep(seconds)
+        await answers(call)
+
+    return slowly
+
+
 def ends_in(connection) -> float:
     """Return after how long the connection has ended."""
     begun = time.monotonic()
@@ -64,11 +74,7 @@ def test_a_second_request_has_to_come_in_time_too(stage):
 
 
 def test_time_between_requests_and_time_for_an_answer_do_not_count(stage):
-    async def slowly(call: Call) -> None:
-        await asyncio.sleep(2 * LIMIT_S)
-        await answers(call)
-
-    stage.decode[0].behave = slowly
+    stage.decode[0].behave = answers_after(2 * LIMIT_S)
     with connected(stage) as connection:
         for _ in range(2):
             connection.sendall(HEAD + BODY)
@@ -86,11 +92,7 @@ def test_a_body_has_a_limit_of_its_own(stage):
 
 
 def test_the_head_of_a_next_request_does_not_end_an_answer_that_takes_longer(stage):
-    async def slowly(call: Call) -> None:
-        await asyncio.sleep(3 * LIMIT_S)
-        await answers(call)
-
-    stage.decode[0].behave = slowly
+    stage.decode[0].behave = answers_after(3 * LIMIT_S)
     with connected(stage) as connection:
         connection.sendall(HEAD + BODY + HEAD[:40])
         assert answer(connection).startswith(b"HTTP/1.1 200 ")
