@@ -32,6 +32,9 @@ FUZZ ?= --seconds 600
 # The interpreter of a machine with GPUs, with CUDA builds of torch and vLLM.
 GPU_PYTHON ?= python3
 
+# Often set in containers. The demo and the tests start hundreds of processes, of which each would compile all it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 .NOTPARALLEL:
 .PHONY: help venv demo test test-unit test-faults test-vllm test-full test-ray test-gpu fuzz lint format bench docs lock
 
@@ -57,7 +60,7 @@ $(UV):
 
 # Stamps, so that a second call does nothing.
 $(VENV)/.locked: $(LOCK) | $(UV)
-	$(UV) pip install --python $(BIN)/python --no-deps $(TORCH_SOURCE) -r $(LOCK)
+	$(UV) pip install --python $(BIN)/python --no-deps --compile-bytecode $(TORCH_SOURCE) -r $(LOCK)
 	@touch $@
 
 $(VENV)/.kvconnect: pyproject.toml $(VENV)/.locked

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final
@@ -92,10 +92,14 @@ return 1
     "take": """
 local name, grant, lease = ARGV[2], ARGV[3], ARGV[4]
 local entry, taken = p .. 'e:' .. name, p .. 't:' .. name .. ':' .. grant
-local found = whole(entry)
-if not found then return false end
-redis.call('RENAME', entry, taken)
-redis.call('ZREM', p .. 'offered', name)
+-- It is there already if this is asked again because the answer was lost.
+local found = whole(taken)
+if not found then
+  found = whole(entry)
+  if not found then return false end
+  redis.call('RENAME', entry, taken)
+  redis.call('ZREM', p .. 'offered', name)
+end
 redis.call('ZADD', p .. 'taken', now() + lease, name .. ':' .. grant)
 return found
 """,
@@ -203,8 +207,7 @@ class RedisStore(Store):
                 timeout=options.timeout_s,
                 socket_timeout=options.timeout_s,
                 socket_connect_timeout=options.timeout_s,
-                # What was asked for may have been done although the answer is lost: not all may be done twice.
-                retry=Retry(NoBackoff(), 0),
+                retry=Retry(NoBackoff(), 0),  # not for all, see `publish`
                 **({"password": password} if password else {}),
             )
         except OSError as error:
@@ -213,8 +216,8 @@ class RedisStore(Store):
             ) from error
         except (ValueError, TypeError, redis.RedisError) as error:
             raise ConfigError(f"{PATH}.buffer.url cannot be used: {error}") from error
-        # For chunks: over another connection as long as there may be one that died with the first, but not after
-        # waiting for as long as anybody may.
+        # Over another connection as long as there may be one that died with the first, but not after waiting for as
+        # long as anybody may.
         self._again = Retry(NoBackoff(), _CONNECTIONS, (redis.ConnectionError,))
         self._client: Any = redis.Redis(connection_pool=pool)
         self._scripts = {name: self._client.register_script(_COMMON + text) for name, text in _SCRIPTS.items()}
@@ -233,11 +236,16 @@ class RedisStore(Store):
             pipe.execute()
 
         with _mapped():
-            self._again.call_with_retry(put, lambda _: None)
+            self._retried(put)
 
     def publish(self, draft: str, name: str, manifest: bytes, *, nbytes: int, replace: bool) -> bool:
-        """Name a draft. See `Store.publish`."""
-        done = self._run("publish", draft, name, manifest, nbytes, int(replace), self._ttl_s)
+        """Name a draft. See `Store.publish`.
+
+        Not asked again where the answer is lost: the entry may have been published, taken and read since.
+        """
+        arguments = (self._prefix, draft, name, manifest, nbytes, int(replace), self._ttl_s)
+        with _mapped():
+            done = self._scripts["publish"](args=arguments)
         if done < 0:
             raise BrokenError("the Redis server has lost chunks of the draft: it was restarted, or has no room")
         return bool(done)
@@ -266,7 +274,7 @@ class RedisStore(Store):
                 return
             if self._closed:
                 raise ClosedError("the store was closed")
-            chunk = self._again.call_with_retry(lambda: self._client.get(name), lambda _: None)
+            chunk = self._retried(lambda: self._client.get(name))
         if chunk is None:
             raise LoadError("the entry is gone")
         if len(chunk) != into.nbytes:
@@ -308,9 +316,13 @@ class RedisStore(Store):
         self._client.close()
         self._client.connection_pool.disconnect()
 
-    def _run(self, script: str, *arguments: str | bytes | float) -> Any:
+    def _run(self, script: str, *arguments: str | float) -> Any:
         with _mapped():
-            return self._scripts[script](args=[self._prefix, *arguments])
+            return self._retried(lambda: self._scripts[script](args=[self._prefix, *arguments]))
+
+    def _retried(self, ask: Callable[[], Any]) -> Any:
+        """Ask what may be asked twice: it may have been done although the answer is lost."""
+        return self._again.call_with_retry(ask, lambda _: None)
 
 
 class RedisBuffer(StoreBuffer):

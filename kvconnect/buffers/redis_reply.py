@@ -22,7 +22,10 @@ def read_into(pool: Any, name: str, into: memoryview) -> bool:
     """
     import redis
 
-    connection = pool.get_connection()
+    try:
+        connection = pool.get_connection()
+    except redis.ConnectionError:
+        return False  # closed while it was opened: the client tries others
     whole = False
     try:
         connection.send_command("GET", name)

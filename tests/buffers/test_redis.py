@@ -287,6 +287,28 @@ def test_connections_that_were_closed_while_idle_are_replaced_unseen(server_of_i
     store_of.mend()
 
 
+def test_a_connection_that_is_closed_while_it_is_opened_or_before_its_answer_is_replaced_unseen():
+    with WiredRedis() as redis, contextlib.ExitStack() as stack:
+        stores = [stack.enter_context(contextlib.closing(RedisStore(RedisOptions(url=redis.url)))) for _ in range(2)]
+        stores[0].put("d", 0, 0, memoryview(b"kv"))
+        assert stores[0].publish("d", "e", b"manifest", nbytes=2, replace=True)
+        into = memoryview(bytearray(2))
+        redis.wire.after(0, "cut")
+        stores[1].get("d", 0, 0, into)
+        assert redis.wire.struck.is_set()
+        assert into == b"kv"
+        redis.wire.after(0, "cut")
+        found = stores[1].take("e", "a", 60.0)
+        assert redis.wire.struck.is_set()
+        assert (found.manifest, found.place) == (b"manifest", "d")
+        assert stores[0].take("e", "b", 60.0) is None
+        redis.wire.after(0, "cut")
+        assert [stored.taken for stored in stores[0].entries()] == [True]
+        redis.wire.after(0, "cut")
+        stores[1].give_back("e", "a")
+        assert [stored.taken for stored in stores[0].entries()] == [False]
+
+
 def test_an_entry_whose_publishing_got_no_answer_is_whole():
     with WiredRedis() as redis, contextlib.closing(RedisStore(RedisOptions(url=redis.url))) as store:
         store.publish("d0", "e0", b"manifest", nbytes=0, replace=True)  # the server knows the script from here on

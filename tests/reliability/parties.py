@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -11,10 +9,10 @@ from typing import Any
 
 from kvconnect.clock import SYSTEM
 from kvconnect.demo import model
+from kvconnect.demo.engines import free_port
 from tests.faults.engine import EngineDiedError, EngineProcess
 
 LEASE_S, CONNECT_S, LOOKUP_S, TRANSFER_S, RELEASE_S = 4.0, 2.0, 1.0, 8.0, 3.0
-_HERE = "127.0.0.1"
 
 
 def start(name: str, group: str, pipe: str, policy: str, port: int = 0) -> EngineProcess:
@@ -40,6 +38,8 @@ class Mortal:
     """A producer. Thread-safe: who calls it while it is dead hears so at once."""
 
     def __init__(self, group: str, pipe: str, policy: str) -> None:
+        # Of those that the kernel gives to no connection: while P is dead, another could even be the near end of D's
+        # attempt to reach P.
         port = free_port()
         self._start: Callable[[], EngineProcess] = lambda: start("P", group, pipe, policy, port)
         self._lock = threading.Lock()
@@ -93,18 +93,3 @@ def eventually(true: Callable[[], bool], within_s: float, what: Callable[[], str
 
 def pause(seconds: float) -> None:
     threading.Event().wait(seconds)
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on, of those that the kernel gives to no connection of its own.
-
-    While P is dead, one of those could be anybody's, even the near end of D's attempt to reach P.
-    """
-    for port in random.SystemRandom().sample(range(20000, 32000), 100):
-        with socket.socket() as sock:
-            try:
-                sock.bind((_HERE, port))
-            except OSError:
-                continue
-            return port
-    raise AssertionError("no free port")

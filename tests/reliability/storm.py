@@ -119,6 +119,7 @@ class Storm:
         held = {"D": self._endure(say, began)}
         self._settled()
         self._serves_again()
+        pause(LEASE_S)  # by then it has asked D whether their pipe is there, over a connection of its own
         held |= {"P": self._p.call("holdings")}
         self._serves_again()
         self._settled()
