@@ -39,7 +39,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help venv demo test test-unit test-faults test-vllm test-full test-ray test-gpu fuzz lint format bench docs lock
 
 help:
-	@echo "make venv       install everything into $(VENV) (about 3 GB), once"
+	@echo "make venv       install everything into $(VENV) (about 5 GB), once"
 	@echo "make demo       two vLLM engines on this machine hand KV over"
 	@echo "make test       units, contracts and real engines (test-unit, test-faults, test-vllm)"
 	@echo "make test-full  the same with the slow ones, then make fuzz and make test-ray"

@@ -10,7 +10,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from kvconnect.errors import ConfigError, nearest
 
@@ -26,6 +26,16 @@ class Backend:
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
+
+
+_PERIODS: Final = (
+    "lease_s",
+    "connect_timeout_s",
+    "lookup_timeout_s",
+    "transfer_timeout_s",
+    "release_timeout_s",
+    "pipe_idle_s",
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,8 @@ class Config:
         lookup_timeout_s: for asking peers whether they hold a request's KV.
         transfer_timeout_s: for moving one request's blocks.
         release_timeout_s: for the owner's confirmation afterwards.
+        pipe_idle_s: when a pipe over which nothing was loaded is closed, and with it what it holds of memory, descriptors
+            and pings; the next load opens another. ``null``: never.
         unasked_share: largest share of a producer's blocks that entries nobody asked for may hold.
         lend_capacity_bytes: the most that lent blocks may hold of each worker's KV memory; nothing but the pool
             bounds them, unless it is set.
@@ -94,6 +106,7 @@ class Config:
     lookup_timeout_s: float = 2.0
     transfer_timeout_s: float = 60.0
     release_timeout_s: float = 10.0
+    pipe_idle_s: float | None = 600.0
     unasked_share: float = 0.25
     lend_capacity_bytes: int | None = None
     lend_policy: Literal["evict", "refuse"] = "evict"
@@ -121,9 +134,10 @@ class Config:
     def __post_init__(self) -> None:
         """Check ranges; raise `ConfigError`."""
         path = PATH
-        for name in ("lease_s", "connect_timeout_s", "lookup_timeout_s", "transfer_timeout_s", "release_timeout_s"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{path}.{name} must be greater than 0, got {getattr(self, name)}")
+        for name in _PERIODS:
+            period = getattr(self, name)
+            if period is not None and period <= 0:
+                raise ConfigError(f"{path}.{name} must be greater than 0, got {period}")
         if not 0 <= self.unasked_share <= 1:
             raise ConfigError(f"{path}.unasked_share must be between 0 and 1, got {self.unasked_share}")
         for name in ("port", "kv_port"):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +61,8 @@ class Link:
     unfit: bool = False
     #: From when on another pipe may be the better one.
     review_at: float = math.inf
+    #: When a load last asked for it.
+    used_at: float = 0.0
     failure: KVConnectError | None = None
     retry_at: float = 0.0
     waiting: list[Then] = field(default_factory=list)
@@ -104,9 +106,11 @@ class Links:
 
     def at_hand(self, at: str, incarnation: str) -> Link | None:
         """Return the link to an owner if its pipe is open and may be asked by any thread there and then."""
-        link = self._links.get((at, incarnation))
-        ready = link is not None and link.immediate and self._client.clock.now() < link.review_at
-        return link if ready else None
+        link, now = self._links.get((at, incarnation)), self._client.clock.now()
+        if link is None or not link.immediate or now >= link.review_at:
+            return None
+        link.used_at = now
+        return link
 
     def patience_s(self, link: Link, nbytes: int) -> float | None:
         """Return how long a load may take before `overdue` is told; ``None`` if its pipe is known to work."""
@@ -117,6 +121,7 @@ class Links:
     def get(self, at: str, incarnation: str, then: Then) -> None:
         """Call ``then`` with the open link to the owner at ``at``, or with why there is none."""
         link = self._links.setdefault((at, incarnation), Link(at, incarnation))
+        link.used_at = self._client.clock.now()
         if link.pipe is not None:
             then(link)
             if self._client.clock.now() >= link.review_at:
@@ -192,6 +197,13 @@ class Links:
         for line in link.lines:
             self._lines.end(line)
 
+    def drop_unused(self, since: float, busy: Collection[Link | None]) -> None:
+        """Forget open links that no load has asked for since then, but for those that are ``busy`` with one."""
+        for link in list(self._links.values()):
+            if link.pipe is not None and link.used_at < since and link not in busy:
+                logger.debug("nothing was read from %s over %s for long: it is closed", link.at, link.name)
+                self.drop(link)
+
     def lost(self, pipe: str) -> None:
         """The other end of a pipe is gone."""
         for link in [*self._links.values(), *self._retired]:
@@ -226,7 +238,7 @@ class Links:
             return  # nothing else could be opened
         self._links[link.at, link.incarnation] = fresh
         fresh.review_at = self._experience.holds_until(link.at, link.incarnation)
-        fresh.proved = shared and link.proved
+        fresh.proved, fresh.used_at = shared and link.proved, link.used_at
         link.lines = [line for line in link.lines if line not in fresh.lines]
         self._retired.add(link)
         trial = fresh.pipe
@@ -302,7 +314,11 @@ class Links:
             layout = self._station.memory.layout
             setting = Setting(self._lines, self._crew, self._trials, layout, theirs, self._limit_s)
             in_use = old is not None and line in old.lines
-            pipe = Trial(setting, link.lines, traits, rivals, lambda outcome: self._tried(link, outcome), in_use=in_use)
+
+            def over(outcome: Outcome) -> None:
+                self._client.soon(lambda: self._settle(link, outcome))
+
+            pipe = Trial(setting, link.lines, traits, rivals, over, in_use=in_use)
         self._say(link)
         link.pipe = pipe
         return line
@@ -328,9 +344,6 @@ class Links:
                 link.passed[candidate.name] = f"it cannot be opened: {error}"
                 self._pass_over(link, candidate.name, link.passed[candidate.name])
         raise BrokenError(f"no pipe to the peer can be opened ({told(link.passed)})")
-
-    def _tried(self, link: Link, outcome: Outcome) -> None:
-        self._client.soon(lambda: self._settle(link, outcome))
 
     # -- on either ----------------------------------------------------------------------
 

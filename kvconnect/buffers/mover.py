@@ -25,6 +25,7 @@ from kvconnect.buffers.promise import Answer
 from kvconnect.buffers.serving import PipeServer
 from kvconnect.buffers.station import Station, foreign
 from kvconnect.buffers.trial import Trial
+from kvconnect.control import ControlClient
 from kvconnect.errors import (
     BrokenError,
     ClosedError,
@@ -114,6 +115,8 @@ class Mover(WorkerEnd):
         self._links = Links(station, asking, opening, ending)
         self._pipes = PipeServer(station, self._server, serving, ending)
         self._integrity = Integrity(station, self._server, summing, self._pipes.serves)
+        if options.pipe_idle_s is not None:
+            _drop_unused(self._links, self._reads, self._client, options.pipe_idle_s)
 
     def describe(self) -> dict[str, Any]:
         """Return what peers need to read this worker's blocks."""
@@ -385,6 +388,17 @@ class Mover(WorkerEnd):
             self._links.lost(pipe)
         else:
             self._pipes.drop(pipe)
+
+
+def _drop_unused(links: Links, reads: set[_Read], client: ControlClient, idle_s: float) -> None:
+    """From now on, have pipes closed that nobody has used for ``idle_s``."""
+
+    def look() -> None:
+        busy = {read.link for read in list(reads)}
+        links.drop_unused(client.clock.now() - idle_s, busy)
+        client.later(idle_s / 4, look)
+
+    client.later(idle_s / 4, look)
 
 
 def _check_owned(read: _Read) -> None:

@@ -13,6 +13,7 @@ import functools
 import logging
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from typing import Final
@@ -50,7 +51,7 @@ def advise(address: int, nbytes: int) -> None:
 
 
 def collapse(memory: PagedMemory) -> None:
-    """Turn ``memory``, touched or not, into huge pages, once a process and region.
+    """Turn ``memory``, touched or not, into huge pages, once a process and region while it lives.
 
     The kernel copies it page by page (0.5 to 1 s for 512 MB), so a thread does it, one
     for all memories of a process, slice by slice; the memory can be used meanwhile.
@@ -66,6 +67,8 @@ def collapse(memory: PagedMemory) -> None:
         _done.update(new)
         if not new:
             return
+        # Other memory may be where this was. Without the lock, which the thread may hold that frees it.
+        weakref.finalize(memory, _done.difference_update, new).atexit = False
         if pid not in _turns:
             _turns.clear()
             _turns[pid] = Turns("kvconnect-huge-pages", 1)

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
+pytest.importorskip("vllm", reason="its engines run here")
+
 from kvconnect.demo.client import Prompt
 from tests.gpu.agreement import Agreement, Choice, ask, handed_over
 from tests.gpu.fleets import FLOAT32, Case, started

@@ -17,6 +17,8 @@ from dataclasses import replace
 
 import pytest
 
+pytest.importorskip("vllm", reason="its engines run here")
+
 from kvconnect.buffers.ticket import Ticket
 from tests.gpu.agreement import Agreement, ask, handed_over
 from tests.gpu.fleets import BLOCK, CASES, FLOAT32, Case, started

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
 from typing import TYPE_CHECKING
 
@@ -44,3 +45,18 @@ def test_many_memories_are_collapsed_by_one_thread_that_keeps_each_alive(monkeyp
     assert all_done.wait(LIMIT_S)
     assert {name for name, *_ in asked} == {"kvconnect-huge-pages-0"}
     assert all(now.equal(then) for now, then in zip(kept, before, strict=True))
+
+
+def test_what_comes_to_lie_where_collapsed_memory_was_is_collapsed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = set[tuple[int, int, int]]()
+    monkeypatch.setattr(huge_pages, "_done", done)
+    memory = noisy_memory(separate_layers(1, 4, 1, huge_pages.HUGE_BYTES), 1)
+    huge_pages.collapse(memory)
+    assert done
+    gone = weakref.ref(memory)
+    del memory
+    until = time.monotonic() + LIMIT_S
+    while gone() is not None:  # the thread has it until it is through
+        assert time.monotonic() < until
+        gc.collect()
+    assert not done
