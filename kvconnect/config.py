@@ -66,8 +66,8 @@ class Config:
         lookup_timeout_s: for asking peers whether they hold a request's KV.
         transfer_timeout_s: for moving one request's blocks.
         release_timeout_s: for the owner's confirmation afterwards.
-        pipe_idle_s: when a pipe over which nothing was loaded is closed, and with it what it holds of memory, descriptors
-            and pings; the next load opens another. ``null``: never.
+        pipe_idle_s: when a pipe over which nothing was loaded is closed, since it costs memory, descriptors and
+            pings; the next load opens another. ``null``: never.
         unasked_share: largest share of a producer's blocks that entries nobody asked for may hold.
         lend_capacity_bytes: the most that lent blocks may hold of each worker's KV memory; nothing but the pool
             bounds them, unless it is set.
