@@ -19,6 +19,8 @@ TORCH_SOURCE ?= $(if $(TORCH_FOLDER),--find-links $(TORCH_FOLDER),--extra-index-
 
 # Options for pytest: make test PYTEST="-x -k proxy"
 PYTEST ?=
+# How often a test that fails may try again; what did is listed at the end
+RERUNS ?= 0
 # Processes for the units, most of whose time is waiting: make test-unit WORKERS=0 has one, and its debugger
 WORKERS ?= 2
 # Options for the demo: make demo DEMO="--help"
@@ -72,18 +74,20 @@ demo: venv
 
 test: test-unit test-faults test-vllm
 
+rerun = $(if $(filter-out 0,$(RERUNS)),--reruns $(RERUNS) -raR)
+
 test-unit: venv
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder --durations=30 \
-		-m "not vllm and not gpu and not ray and not slow" --ignore=tests/faults $(PYTEST)
+		-m "not vllm and not gpu and not ray and not slow" --ignore=tests/faults $(rerun) $(PYTEST)
 
 # The table of what was struck goes to build/faults.json, too.
 test-faults: venv
 	KVCONNECT_COVERAGE=build/faults.json $(FAULTS) \
-		$(BIN)/python -m pytest --durations=10 -m "not gpu and not slow" tests/faults $(PYTEST)
+		$(BIN)/python -m pytest --durations=10 -m "not gpu and not slow" tests/faults $(rerun) $(PYTEST)
 
 # Verbose, since one case may take a minute; names as they pass are the progress.
 test-vllm: venv
-	$(BIN)/python -m pytest -v --durations=10 -m "vllm and not gpu and not slow" tests/vllm $(PYTEST)
+	$(BIN)/python -m pytest -v --durations=10 -m "vllm and not gpu and not slow" tests/vllm $(rerun) $(PYTEST)
 
 # What ten thousand schedules of faults took is printed below their table.
 test-full: venv

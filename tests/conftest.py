@@ -37,3 +37,10 @@ def nothing_left_running() -> Iterator[None]:
     assert not threads, f"threads left running: {threads}"
     children = [line for line in _children() if line not in before]
     assert not children, f"processes left running by {os.getpid()}: {children}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say why tests failed at first that may have passed when they tried again (``make test RERUNS=1``)."""
+    for report in terminalreporter.stats.get("rerun", []):
+        terminalreporter.write_sep("_", f"at first: {report.nodeid}")
+        terminalreporter.write_line(report.longreprtext)
