@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import time
 from concurrent.futures import wait
-from multiprocessing.connection import Connection
+from contextlib import ExitStack, closing
 
 import pytest
 import torch
@@ -17,30 +16,12 @@ from kvconnect.buffers.trial import Trial
 from kvconnect.cuda import ipc
 from kvconnect.errors import BrokenError
 from kvconnect.testing.layouts import noisy_memory
-from tests.buffers.engines import Engine, group, key, layout
+from tests.buffers.engines import Engine, key
+from tests.gpu.producing import BLOCKS, LIMITS, SHAPE, having, producing
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(75)]
 
-#: Blocks of 2 MiB in pieces of 64 KiB; a load has half of them.
-SHAPE = layout(256, 64 << 10, 32)
-LOADS, BLOCKS = 6, 128
-LIMITS = {"connect_timeout_s": 20.0, "transfer_timeout_s": 40.0, "lease_s": 60.0}
-
 log = logging.getLogger("tests.gpu.test_auto")
-
-
-def having(names: list[str]) -> None:
-    """Have only these pipes registered."""
-    real = registry.pipes()
-    registry.pipes = lambda: {name: real[name] for name in names if name in real}  # type: ignore[assignment]
-
-
-def produce(connection: Connection, name: str, names: list[str]) -> None:
-    having(names)
-    p = Engine("P", produces=True, device="cuda:1", pipe="auto", group=name, shape=SHAPE, **LIMITS)
-    connection.send([p.offer(number, (tuple(range(BLOCKS)),)) for number in range(LOADS)])
-    connection.recv()
-    p.close()
 
 
 def cannot_be_opened(*_: object) -> None:
@@ -66,18 +47,14 @@ def test_auto_takes_the_nearest_pipe_that_works_and_of_equally_near_ones_the_fas
     having(names)
     if not opens:
         monkeypatch.setattr(ipc, "Mapped", cannot_be_opened)
-    spawn, name = multiprocessing.get_context("spawn"), group()
-    ours, theirs = spawn.Pipe()
-    process = spawn.Process(target=produce, args=(theirs, name, names), daemon=True)
-    process.start()
-    d = Engine("D", consumes=True, device="cuda:0", pipe="auto", group=name, shape=SHAPE, **LIMITS)
-    try:
-        assert ours.poll(60), "the producer did not start"
-        blocks = tuple(range(BLOCKS))
-        for number, ticket in enumerate(ours.recv()):
+    with ExitStack() as stack:
+        name, tickets = stack.enter_context(producing(names, "cuda:1"))
+        d = Engine("D", consumes=True, device="cuda:0", pipe="auto", group=name, shape=SHAPE, **LIMITS)
+        stack.enter_context(closing(d))
+        for number, ticket in enumerate(tickets):
             claim = d.find(f"r{number}", Want(key(number), ticket=ticket), 30)
             began = time.monotonic()
-            d.read(claim, local=(blocks,), remote=(blocks,)).wait(60)
+            d.read(claim, local=(BLOCKS,), remote=(BLOCKS,)).wait(60)
             log.info("%s: load %d took %.1f ms", "/".join(names), number, 1e3 * (time.monotonic() - began))
             (link,) = d.workers[0]._links._links.values()
             if isinstance(link.pipe, Trial) and link.pipe._opening is not None:
@@ -91,8 +68,3 @@ def test_auto_takes_the_nearest_pipe_that_works_and_of_equally_near_ones_the_fas
         assert len(said) == (1 if len(taken) == 1 else 3 if not opens else 2), said
         if len(taken) > 1:
             assert said[-1].count("GB/s") == 2
-    finally:
-        d.close()
-        ours.send("over")
-        process.join(20)
-        process.kill()
