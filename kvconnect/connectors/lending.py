@@ -80,8 +80,9 @@ class Lending:
         self._segment = segment_tokens(groups, end.segment_tokens)
         self._pins: BlockPins | None = None
         self.counters: Counter[str] = Counter()
-        #: What metrics have heard: counts, and blocks.
+        #: What metrics have heard, counts and blocks; and for what they were given a step to hear it in.
         self._told: tuple[dict[str, int], int] = {}, 0
+        self._stepped_for = self._told
 
     def bind(self, pins: BlockPins) -> None:
         """Learn the pool that holds the blocks; nothing is offered before."""
@@ -149,9 +150,16 @@ class Lending:
                 for ids in blocks:
                     self._pins.unpin(ids)
 
+    def has_news(self) -> bool:
+        """Whether metrics have not heard of a change; once for each, since where they are off they never will."""
+        now = self._state()
+        news = now not in (self._told, self._stepped_for)
+        self._stepped_for = now
+        return news
+
     def observe(self, stats: Stats) -> None:
         """Tell what became of entries since the last call, and what is held now, if that has changed."""
-        counts, lent = {**self._end.stats(), **self.counters}, self._end.lent_blocks()
+        counts, lent = self._state()
         if (counts, lent) == self._told:
             return  # as in most steps
         before, now = metrics.events(self._told[0]), metrics.events(counts)
@@ -162,6 +170,9 @@ class Lending:
         held = now.get(metrics.OFFERED, 0) - sum(now.get(event, 0) for event in metrics.ENDED)
         stats.add(metrics.LEASES, held)
         stats.add(metrics.LENT, lent)
+
+    def _state(self) -> tuple[dict[str, int], int]:
+        return {**self._end.stats(), **self.counters}, self._end.lent_blocks()
 
     def _obstacle(self, request: Request, table: Sequence[Sequence[int]]) -> str | None:
         """Return why this request's prompt cannot be offered, or ``None``."""

@@ -143,12 +143,14 @@ class SchedulerHalf:
 
         While takers are expected to release, so that their blocks return; and right after
         the start, until its workers have introduced themselves: who asks before the first
-        request would wait for them. And until KV events of what was just stored are taken.
+        request would wait for them. And until KV events of what was just stored are taken,
+        and metrics have heard how the last entry ended.
         """
         if self._lending is None or self._end is None:
             return False
         self._lending.take_back()
-        return self._end.awaits_takers() or (not self._introduced and self._asked < _ASK_AT_MOST)
+        introduces = not self._introduced and self._asked < _ASK_AT_MOST
+        return self._end.awaits_takers() or introduces or self._lending.has_news()
 
     # -- what vLLM's metrics hear -----------------------------------------------------
 

@@ -35,6 +35,7 @@ from kvconnect.pipes.base import Transfer
 from kvconnect.testing.engine import SHAPES, Engine, describe_model
 from kvconnect.testing.faults import Cut, Delay, Fault, faulty
 from tests import dashboard
+from tests.buffers.engines import eventually
 
 #: Of the phase that is made slow; a busy machine makes others slow, too, but not so slow.
 DELAY_S = 0.6
@@ -335,6 +336,29 @@ def test_a_load_that_its_owner_does_not_vouch_for_failed_in_its_release(
     found = spans()
     assert [name for name, span in found.items() if span.status.status_code is StatusCode.ERROR] == ["release"]
     assert "report" not in found
+
+
+def test_an_idle_producer_takes_one_more_step_so_that_metrics_hear_how_the_last_entry_ended(observed: Observed) -> None:
+    connector = observed.p.scheduler.connector
+
+    def idle() -> None:
+        while connector.has_pending_push_work():
+            observed.p.step()
+
+    def hand_over() -> None:
+        """No step of the producer's comes after the last release."""
+        prompt = observed.prompt()
+        observed.d.ask(f"d{prompt[0]}", prompt, observed.ticket(prompt))
+        eventually(lambda: connector._scheduler._end.lent_blocks() == 0)
+
+    idle()
+    hand_over()
+    more = observed.during(idle)
+    assert more[named("entries_total", 0, event="taken")] == 1
+    assert observed.scrape()[named("leases", 0)] == 0
+    hand_over()
+    # Where metrics are off, nobody asks: one step, not one after the other.
+    assert [connector.has_pending_push_work() for _ in range(3)] == [True, False, False]
 
 
 def test_an_entry_that_nobody_takes_is_a_lease_until_it_has_expired(observed: Observed) -> None:
