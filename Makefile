@@ -45,7 +45,7 @@ help:
 	@echo "make demo       two vLLM engines on this machine hand KV over"
 	@echo "make test       units, contracts and real engines (test-unit, test-faults, test-vllm)"
 	@echo "make test-full  the same with the slow ones, then make fuzz and make test-ray"
-	@echo "make test-ray   the example with Ray Serve, in .venv-ray (about 15 minutes)"
+	@echo "make test-ray   the example with Ray Serve, in .venv-ray (about 5 minutes)"
 	@echo "make test-gpu   what needs CUDA, with GPU_PYTHON=$(GPU_PYTHON)"
 	@echo "make fuzz       what peers may send, for ten minutes (FUZZ=\"--seconds 60 --seed 7\")"
 	@echo "make lint       ruff, mypy, import-linter; make format rewrites"
