@@ -28,6 +28,10 @@ class Backend:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+#: Python's parser of JSON knows Infinity and NaN, and whole numbers that no float holds.
+_FINITE: Final = 1e300
+#: What a poller of the kernel's can sleep, in seconds, and a little less.
+_LONGEST_S: Final = 1_000_000
 _PERIODS: Final = (
     "lease_s",
     "connect_timeout_s",
@@ -136,8 +140,8 @@ class Config:
         path = PATH
         for name in _PERIODS:
             period = getattr(self, name)
-            if period is not None and period <= 0:
-                raise ConfigError(f"{path}.{name} must be greater than 0, got {period}")
+            if period is not None and not 0 < period <= _LONGEST_S:
+                raise ConfigError(f"{path}.{name} must be greater than 0 and at most {_LONGEST_S} (s), got {period}")
         if not 0 <= self.unasked_share <= 1:
             raise ConfigError(f"{path}.unasked_share must be between 0 and 1, got {self.unasked_share}")
         for name in ("port", "kv_port"):
@@ -245,11 +249,19 @@ def _convert(path: str, value: Any, kind: Any) -> Any:
             raise ConfigError(f"{path} must be one of {', '.join(map(repr, typing.get_args(kind)))}, got {value!r}")
         return value
     kind = typing.get_origin(kind) or kind  # what a mapping holds is its owner's to check
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if kind is float:
+        return _number(path, value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ConfigError(f"{path} must be {_NOUN.get(kind, kind)}, got {value!r}")
     return value
 
 
-_NOUN = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", Mapping: "an object"}
+def _number(path: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigError(f"{path} must be a number, got {value!r}")
+    if not abs(value) < _FINITE:
+        raise ConfigError(f"{path} must be a finite number, got {value!r}")
+    return float(value)
+
+
+_NOUN = {int: "a whole number", str: "a string", bool: "true or false", Mapping: "an object"}

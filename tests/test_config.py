@@ -91,8 +91,14 @@ def test_an_unknown_key_near_none_lists_the_known():
         ({"pipe": {"nom": "tcp"}}, f"{ROOT}.pipe must be a name or an object with a 'name', got {{'nom': 'tcp'}}"),
         ({"port": 65536}, f"{ROOT}.port must be a TCP port (0 to 65535), got 65536"),
         ({"kv_port": -1}, f"{ROOT}.kv_port must be a TCP port (0 to 65535), got -1"),
-        ({"lease_s": 0}, f"{ROOT}.lease_s must be greater than 0, got 0.0"),
-        ({"transfer_timeout_s": -1}, f"{ROOT}.transfer_timeout_s must be greater than 0, got -1.0"),
+        ({"lease_s": 0}, f"{ROOT}.lease_s must be greater than 0 and at most 1000000 (s), got 0.0"),
+        (
+            {"transfer_timeout_s": -1},
+            f"{ROOT}.transfer_timeout_s must be greater than 0 and at most 1000000 (s), got -1.0",
+        ),
+        ({"pipe_idle_s": 1e9}, f"{ROOT}.pipe_idle_s must be greater than 0 and at most 1000000 (s), got 1000000000.0"),
+        ({"lease_s": float("nan")}, f"{ROOT}.lease_s must be a finite number, got nan"),
+        ({"lease_s": 10**400}, f"{ROOT}.lease_s must be a finite number, got {10**400}"),
         ({"unasked_share": 1.5}, f"{ROOT}.unasked_share must be between 0 and 1, got 1.5"),
         (
             {"kv_rank": 2, "kv_parallel_size": 2},
@@ -107,8 +113,8 @@ def test_a_wrong_value_fails_with_path_and_cure(extra, complaint):
 
 
 def test_optional_values_may_be_null():
-    config = Config.parse({"advertise_host": None, "kv_rank": None})
-    assert (config.advertise_host, config.kv_rank) == (None, None)
+    config = Config.parse({"advertise_host": None, "kv_rank": None, "pipe_idle_s": None})
+    assert (config.advertise_host, config.kv_rank, config.pipe_idle_s) == (None, None, None)
 
 
 def test_the_parsed_configuration_cannot_be_changed():

@@ -44,6 +44,8 @@ logger = logging.getLogger(__name__)
 #: How long a cancelled transfer may take to let go of its blocks before its pipe is ended.
 _LET_GO_S = 5.0
 _CLOSE_S = 5.0
+#: Pipes are not looked over more often, however short `Config.pipe_idle_s` is.
+_LEAST_PAUSE_S = 0.01
 #: A promise that lasts this much longer is enough to begin with; one that runs out meanwhile is asked for again.
 _ENOUGH_S = 1.0
 #: Of each of the six crews, at most. A peer that hangs holds one of them.
@@ -392,13 +394,14 @@ class Mover(WorkerEnd):
 
 def _drop_unused(links: Links, reads: set[_Read], client: ControlClient, idle_s: float) -> None:
     """From now on, have pipes closed that nobody has used for ``idle_s``."""
+    pause_s = max(idle_s / 4, _LEAST_PAUSE_S)
 
     def look() -> None:
         busy = {read.link for read in list(reads)}
         links.drop_unused(client.clock.now() - idle_s, busy)
-        client.later(idle_s / 4, look)
+        client.later(pause_s, look)
 
-    client.later(idle_s / 4, look)
+    client.later(pause_s, look)
 
 
 def _check_owned(read: _Read) -> None:
