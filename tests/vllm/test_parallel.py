@@ -40,8 +40,9 @@ def data_parallel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         producers=1,
         consumers=1,
         tiny=False,
-        # Four engines on fewer cores may stand still for longer than a look-up waits for them.
+        # Four engines on fewer cores may stand still for longer than a look-up waits for them, or a lease lasts.
         extra_config={"port": _port_pair(), "lookup_timeout_s": 20.0},
+        lease_s=30.0,
         arguments=("--data-parallel-size", "2"),
     )
     with running(plan, tmp_path_factory.mktemp("data-parallel")) as fleet:

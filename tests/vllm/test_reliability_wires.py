@@ -36,6 +36,7 @@ def wires(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp(f"wired-{request.param}")
     more = {"content_lookup": False, **DEADLINES}
     with wired.running(folder, START_S, pipe=request.param, lease_s=LEASE_S, extra_config=more) as wires:
+        at_rest(wires)  # a first request takes longer than the clients below have patience
         yield wires
 
 
